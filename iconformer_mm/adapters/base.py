@@ -1,0 +1,157 @@
+"""The contract between an adapter and its host, and what bottleneck adapters share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """How a token sequence lies in the image.
+
+    Attributes:
+        height: Rows of patch tokens.
+        width: Columns of patch tokens.
+        num_prefix_tokens: Class, distillation and register tokens that stand
+            before the patch tokens and have no place in the grid.
+    """
+
+    height: int
+    width: int
+    num_prefix_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the whole sequence."""
+        return self.num_prefix_tokens + self.height * self.width
+
+
+class Projection(nn.Module):
+    """``x @ weight.T + bias``, deliberately not an ``nn.Linear``.
+
+    Hosts initialise every ``nn.Linear`` they contain, some of them after the
+    adapters were put in. A projection is out of their reach, so the zero of
+    the up-projection survives ``model.init_weights()``.
+
+    Args:
+        in_features: Input channels.
+        out_features: Output channels.
+        bias: Whether there is a bias. Defaults to True.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming-uniform weight, zero bias."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def zero_(self) -> None:
+        """Make the projection return zero."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project the last dimension: (..., in_features) to (..., out_features)."""
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        out_features, in_features = self.weight.shape
+        return f'{in_features}, {out_features}, bias={self.bias is not None}'
+
+
+class Adapter(nn.Module):
+    """Contract: ``forward(tokens, grid)`` returns what is to be added, already scaled.
+
+    An adapter knows nothing of its host. ``tokens`` are (B, N, d) with
+    ``N == grid.num_tokens``; so is the result.
+    """
+
+    def forward(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        """Compute the delta, (B, N, d)."""
+        raise NotImplementedError
+
+
+_ACTIVATIONS = {'gelu': nn.GELU, 'relu': nn.ReLU}
+
+
+class BottleneckAdapter(Adapter):
+    """Down-projection, :meth:`transform`, activation, zero-initialised up-projection.
+
+    Args:
+        embed_dims: Width d of the host's tokens.
+        bottleneck: Width c between the projections.
+        activation: ``'gelu'`` or ``'relu'``.
+        dropout: Probability of zeroing a bottleneck value after the activation.
+        scale: Factor s of the result.
+        learnable_scale: Whether s is a parameter (started at ``scale``) rather
+            than a constant.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        bottleneck: int,
+        activation: str,
+        dropout: float,
+        scale: float,
+        learnable_scale: bool,
+    ) -> None:
+        super().__init__()
+        if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
+            raise ValueError(f'bottleneck must be an integer of at least 1, got {bottleneck!r}')
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f'activation must be one of {", ".join(_ACTIVATIONS)}, got {activation!r}')
+        if not 0 <= dropout < 1:
+            raise ValueError(f'dropout must be at least 0 and below 1, got {dropout!r}')
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f'scale must be a finite number, got {scale!r}')
+        self.embed_dims = embed_dims
+        self.bottleneck = bottleneck
+        self.down = Projection(embed_dims, bottleneck)
+        self.activation = _ACTIVATIONS[activation]()
+        self.dropout = nn.Dropout(dropout)
+        self.up = Projection(bottleneck, embed_dims)
+        self.up.zero_()
+        self.scale = nn.Parameter(torch.tensor(float(scale))) if learnable_scale else float(scale)
+
+    def transform(self, z: Tensor, grid: TokenGrid) -> Tensor:
+        """What happens in the bottleneck, (B, N, c) to (B, N, c); here nothing."""
+        return z
+
+    def forward(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        """Compute the scaled delta.
+
+        Args:
+            tokens: (B, N, d).
+            grid: The place of the tokens.
+
+        Returns:
+            (B, N, d), zero before any training.
+
+        Raises:
+            ValueError: The number of tokens is not the grid's.
+        """
+        if tokens.shape[1] != grid.num_tokens:
+            raise ValueError(
+                f'{tokens.shape[1]} tokens do not fit the grid of {grid.height} x {grid.width} patches and '
+                f'{grid.num_prefix_tokens} prefix tokens ({grid.num_tokens} in all): tokens were dropped, '
+                'added or merged between the patch embedding and this block'
+            )
+        z = self.transform(self.down(tokens), grid)
+        return self.up(self.dropout(self.activation(z))) * self.scale

@@ -1,0 +1,184 @@
+"""Putting a PEFT method into a model in place, and taking it out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from torch import nn
+
+from .attachment import Attachment, GridTracker
+from .freezing import ADAPTER, Freezing, is_adapter
+from .methods import ParallelAdapterMethod, PEFTMethod, build_method
+from .pretrained import PretrainedCheck
+from .sites import FromPatchEmbed, Site, find_sites
+from .summary import Summary
+
+_KEY = '_peft_injection'
+
+
+class Injection:
+    """All that was done to one backbone; kept on it, so that it can be undone.
+
+    Args:
+        backbone: The backbone to adapt.
+        method: The method to carry out.
+
+    Raises:
+        ValueError: No block is known, or the host uses the adapters' name.
+    """
+
+    def __init__(self, backbone: nn.Module, method: PEFTMethod) -> None:
+        # All that can fail comes first: a refused model is an untouched model.
+        taken = [name for name, _ in backbone.named_parameters() if is_adapter(name)]
+        if taken:
+            raise ValueError(
+                f"parameters of {type(backbone).__name__} have '{ADAPTER}' in their names ('{taken[0]}'), which "
+                'marks the parameters that iconformer_mm adds; rename them'
+            )
+        sites = find_sites(backbone) if method.adapts else []
+        adapters = [method.build_adapter(site) for site in sites]
+
+        self.backbone = backbone
+        self.method = method
+        self.trackers: dict[nn.Module, GridTracker] = {}
+        self.check = PretrainedCheck(backbone, [site.name for site in sites]) if sites else None
+        self.attachments = [self._attach(site, adapter) for site, adapter in zip(sites, adapters)]
+        self.freezing = Freezing(backbone) if method.freezes else None
+        setattr(backbone, _KEY, self)
+
+    def _attach(self, site: Site, adapter: nn.Module) -> Attachment:
+        assert isinstance(self.method, ParallelAdapterMethod)
+        tracker = None
+        if isinstance(site.family.grid, FromPatchEmbed):
+            tracker = self.trackers.get(site.host) or GridTracker(site.host, site.family.grid)
+            self.trackers[site.host] = tracker
+        return Attachment(site, adapter, self.method.input == 'residual', tracker)
+
+    def undo(self) -> None:
+        """Give the backbone back as it was."""
+        for part in (*self.attachments, *self.trackers.values()):
+            part.detach()
+        if self.check is not None:
+            self.check.release()
+        if self.freezing is not None:
+            self.freezing.release()
+        delattr(self.backbone, _KEY)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside of (distributed or test-time-augmentation) wrappers."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """``model.backbone``, or the model itself where there is none."""
+    model = unwrap(model)
+    backbone = getattr(model, 'backbone', None)
+    return backbone if isinstance(backbone, nn.Module) else model
+
+
+def get_injection(model: nn.Module) -> Injection | None:
+    """What was injected into a model, None for an unadapted one."""
+    return getattr(find_backbone(model), _KEY, None)
+
+
+def inject(model: nn.Module, method: str | dict = 'icon', **options: Any) -> Summary:
+    """Put a PEFT method into a model, in place.
+
+    The model stays the same object, its parameter names stay what they were,
+    and until the first training step so do its outputs, to the last bit. The
+    backbone (``model.backbone``, or the model itself) is frozen but for its
+    adapters; neck and head stay as they are.
+
+    Args:
+        model: A model, or a backbone alone.
+        method: Name (``'icon'``, ``'adaptformer'``, ``'frozen'``, ``'full'``)
+            or config (``dict(type='icon', bottleneck=32)``) of the method.
+        **options: Options of the method, such as ``bottleneck=32``.
+
+    Returns:
+        What is trained now. Print it for a table.
+
+    Raises:
+        ValueError: The method or an option is unknown or out of range, the
+            model is adapted already or wrapped, or has no known block. The
+            model is unchanged then.
+
+    Example:
+        >>> from iconformer_mm import inject
+        >>> from mmpretrain import get_model
+        >>> model = get_model('swin-base_16xb64_in1k')
+        >>> print(inject(model, 'icon'))
+    """
+    if is_model_wrapper(model):
+        raise ValueError(
+            f'{type(model).__name__} wraps the model and would not see parameters added now; inject into the bare '
+            'model, then wrap it'
+        )
+    built = build_method(method, **options)
+    current = get_injection(model)
+    if current is not None:
+        raise ValueError(f"the model is adapted already, by '{current.method.name}'; call remove(model) first")
+    Injection(find_backbone(model), built)
+    return summarize(model)
+
+
+def remove(model: nn.Module) -> None:
+    """Take the PEFT method out again: same keys, same outputs, same gradients as before.
+
+    Args:
+        model: An adapted model.
+
+    Raises:
+        ValueError: The model is not adapted.
+    """
+    injection = get_injection(model)
+    if injection is None:
+        raise ValueError(f'{type(unwrap(model)).__name__} is not adapted: there is nothing to remove')
+    injection.undo()
+
+
+def summarize(model: nn.Module) -> Summary:
+    """Count what a model trains, adapted or not.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The counts. Print it for a table.
+    """
+    model = unwrap(model)
+    backbone = find_backbone(model)
+    injection = get_injection(model)
+    own = {id(p) for n, p in backbone.named_parameters() if not is_adapter(n)}
+
+    parts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in own:
+            part = 'backbone'
+        elif is_adapter(name):
+            part = 'adapters'
+        else:
+            part = name.partition('.')[0]
+        trained, total = parts.get(part, (0, 0))
+        parts[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+
+    trainable = sum(trained for trained, _ in parts.values())
+    own_trained, own_total = parts.get('backbone', (0, 0))
+    adapters_trained, adapters = parts.get('adapters', (0, 0))
+    sites: dict[str, list[str]] = {}
+    for attachment in injection.attachments if injection else ():
+        sites.setdefault(attachment.family.name, []).append(attachment.name)
+    return Summary(
+        method=injection.method.name if injection else None,
+        trainable=trainable,
+        frozen=sum(total for _, total in parts.values()) - trainable,
+        adapters=adapters,
+        backbone=own_total,
+        backbone_share=(own_trained + adapters_trained) / max(own_total, 1),
+        sites=sites,
+        parts=parts,
+    )

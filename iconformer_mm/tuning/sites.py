@@ -1,0 +1,200 @@
+"""Block families: where an adapter attaches in each known Transformer block.
+
+A family is one entry of :data:`FAMILIES`. It names a block class by its import
+path, so that no model library is imported here, and says which submodule is the
+FFN, whose input is the residual stream and how the token grid is known. The
+adapter's output is added to what the block returns. Since in every family the
+FFN's sum is the last thing a block computes, that is the parallel placement of
+AdaptFormer, and it comes after layer scale, DropPath or a norm that follow the
+FFN.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Callable
+
+from torch import Tensor, nn
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The block is called with the grid's size.
+
+    Attributes:
+        name: Name of the argument.
+        position: Its place among the positional arguments.
+    """
+
+    name: str
+    position: int = 1
+
+
+@dataclass(frozen=True)
+class FromShape:
+    """The block's input is a map, (B, H, W, d)."""
+
+
+@dataclass(frozen=True)
+class FromPatchEmbed:
+    """The block sees a bare sequence; the host's patch embedding knows its grid.
+
+    Attributes:
+        read: ``(patch_embed, inputs, output) -> (height, width)``.
+        num_prefix_tokens: Name of the host's attribute, or the number itself
+            where the host has no such attribute.
+    """
+
+    read: Callable[[nn.Module, tuple, Any], Size]
+    num_prefix_tokens: str | int
+
+
+@dataclass(frozen=True)
+class BlockFamily:
+    """How adapters attach to one class of blocks.
+
+    Attributes:
+        name: For people.
+        block: Import path of the block's class. A subclass belongs to the
+            family as long as it does not override ``forward``.
+        grid: Where the token grid is known.
+        norm: Name of the submodule whose (last) input is the residual stream
+            x'. None where the FFN itself reads the residual stream: there
+            ``input='normed'`` and ``'residual'`` are the same.
+        ffn: Name of the FFN submodule, whose input is LN2(x').
+    """
+
+    name: str
+    block: str
+    grid: Argument | FromShape | FromPatchEmbed
+    norm: str | None
+    ffn: str = 'ffn'
+
+
+def _read_resolution(patch_embed: nn.Module, inputs: tuple, output: Any) -> Size:
+    """OpenMMLab: the patch embedding returns ``(tokens, (height, width))``."""
+    height, width = output[1]
+    return int(height), int(width)
+
+
+def _read_timm(patch_embed: nn.Module, inputs: tuple, output: Tensor) -> Size:
+    """timm: a map (B, H, W, d) for dynamic image sizes, else a sequence."""
+    if output.dim() == 4:
+        return int(output.shape[1]), int(output.shape[2])
+    height, width = patch_embed.dynamic_feat_size(inputs[0].shape[-2:])
+    return int(height), int(width)
+
+
+_MM_VIT = FromPatchEmbed(_read_resolution, 'num_extra_tokens')
+_MMPRETRAIN = 'mmpretrain.models.backbones.'
+_TIMM = 'timm.models.'
+
+FAMILIES: list[BlockFamily] = [
+    BlockFamily('mmpretrain ViT', _MMPRETRAIN + 'vision_transformer.TransformerEncoderLayer', _MM_VIT, 'ln2'),
+    # DeiT III normalises the FFN's input by ln1 as well; its ln2 is never called.
+    BlockFamily('mmpretrain DeiT III', _MMPRETRAIN + 'deit3.DeiT3TransformerEncoderLayer', _MM_VIT, 'ln1'),
+    BlockFamily('mmpretrain BEiT', _MMPRETRAIN + 'beit.BEiTTransformerEncoderLayer', _MM_VIT, 'ln2'),
+    BlockFamily('mmpretrain EVA-02', _MMPRETRAIN + 'vit_eva02.EVA02EndcoderLayer', _MM_VIT, 'norm2', ffn='mlp'),
+    BlockFamily('mmpretrain ViT-SAM', _MMPRETRAIN + 'vit_sam.TransformerEncoderLayer', FromShape(), 'ln2'),
+    BlockFamily('mmpretrain Swin', _MMPRETRAIN + 'swin_transformer.SwinBlock', Argument('hw_shape'), 'norm2'),
+    BlockFamily('mmpretrain SwinV2', _MMPRETRAIN + 'swin_transformer_v2.SwinBlockV2', Argument('hw_shape'), None),
+    BlockFamily(
+        'timm ViT',
+        _TIMM + 'vision_transformer.Block',
+        FromPatchEmbed(_read_timm, 'num_prefix_tokens'),
+        'norm2',
+        ffn='mlp',
+    ),
+    BlockFamily('timm Swin', _TIMM + 'swin_transformer.SwinTransformerBlock', FromShape(), 'norm2', ffn='mlp'),
+    BlockFamily('timm SwinV2', _TIMM + 'swin_transformer_v2.SwinTransformerV2Block', FromShape(), None, ffn='mlp'),
+]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One block that an adapter can attach to.
+
+    Attributes:
+        name: The block's name in the backbone.
+        block: The block itself.
+        family: Its family.
+        embed_dims: Width d of its tokens.
+        host: For :class:`FromPatchEmbed` families the module that owns the
+            patch embedding, else None.
+    """
+
+    name: str
+    block: nn.Module
+    family: BlockFamily
+    embed_dims: int
+    host: nn.Module | None
+
+
+def class_path(cls: type) -> str:
+    """Import path of a class."""
+    return f'{cls.__module__}.{cls.__qualname__}'
+
+
+def family_of(block: nn.Module) -> BlockFamily | None:
+    """The family a module belongs to, None for any other module."""
+    for cls in type(block).__mro__:
+        for family in FAMILIES:
+            if family.block == class_path(cls) and type(block).forward is cls.forward:
+                return family
+    return None
+
+
+def _width(block: nn.Module, family: BlockFamily) -> int:
+    """Token width: what the FFN's first layer reads."""
+    ffn = getattr(block, family.ffn)
+    return next(m.in_features for m in ffn.modules() if isinstance(m, nn.Linear))
+
+
+def _owner_of_patch_embed(backbone: nn.Module, name: str) -> nn.Module:
+    """The innermost module around a block that has a patch embedding."""
+    while name:
+        name = name.rpartition('.')[0]
+        host = backbone.get_submodule(name)
+        if isinstance(getattr(host, 'patch_embed', None), nn.Module):
+            return host
+    raise ValueError(
+        f'{type(backbone).__name__} has no `patch_embed` around its blocks, so the grid of its tokens is '
+        'unknown; add a BlockFamily of its own to iconformer_mm.tuning.sites.FAMILIES'
+    )
+
+
+def find_sites(backbone: nn.Module) -> list[Site]:
+    """List the blocks of a backbone that adapters can attach to, in order.
+
+    Raises:
+        ValueError: There is none. The message names what was looked for and
+            what was there.
+    """
+    sites = []
+    for name, module in backbone.named_modules():
+        family = family_of(module)
+        if family is not None:
+            host = _owner_of_patch_embed(backbone, name) if isinstance(family.grid, FromPatchEmbed) else None
+            sites.append(Site(name, module, family, _width(module, family), host))
+    if not sites:
+        known = '\n'.join(f'  {family.name:<20} {family.block}' for family in FAMILIES)
+        raise ValueError(
+            f'no known Transformer block in {type(backbone).__name__}, so there is nowhere to put an adapter.\n'
+            f'Looked for:\n{known}\n'
+            f'Found:\n{_describe(backbone)}\n'
+            'To adapt another backbone, add a BlockFamily for its block to iconformer_mm.tuning.sites.FAMILIES.'
+        )
+    return sites
+
+
+def _describe(backbone: nn.Module, limit: int = 12) -> str:
+    """The module classes of a backbone, containers of the most parameters first."""
+    sizes: Counter[str] = Counter()
+    for module in backbone.modules():
+        if any(True for _ in module.children()):
+            sizes[class_path(type(module))] += sum(p.numel() for p in module.parameters())
+    lines = [f'  {path}' for path, _ in sizes.most_common(limit)] or [f'  {class_path(type(backbone))}']
+    return '\n'.join(lines)

@@ -1,0 +1,59 @@
+"""Trained, frozen and the backbone share, as data and as a table."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model trains. All counts are numbers of scalar parameters.
+
+    Attributes:
+        method: Name of the PEFT method, None for a model without one.
+        trainable: Parameters that get a gradient, in the whole model.
+        frozen: Parameters that get none.
+        adapters: Adapter parameters.
+        backbone: The backbone's own parameters, adapters not counted.
+        backbone_share: Trained parameters on the backbone's side (adapters, or
+            all of it in full fine-tuning) by ``backbone``; heads never count.
+        sites: Names of the adapted blocks, by block family.
+        parts: For each top-level part of the model its trained and its whole
+            count, adapters as a part of their own.
+    """
+
+    method: str | None
+    trainable: int
+    frozen: int
+    adapters: int
+    backbone: int
+    backbone_share: float
+    sites: dict[str, list[str]] = field(default_factory=dict)
+    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def num_sites(self) -> int:
+        """Number of adapted blocks."""
+        return sum(len(names) for names in self.sites.values())
+
+    def __str__(self) -> str:
+        table = Table(title=f'PEFT method: {self.method or "none"}', title_justify='left')
+        table.add_column('part')
+        for column in ('trained', 'frozen', 'parameters'):
+            table.add_column(column, justify='right')
+        for part, (trained, total) in self.parts.items():
+            table.add_row(part, f'{trained:,}', f'{total - trained:,}', f'{total:,}')
+        table.add_section()
+        table.add_row(
+            'whole model', f'{self.trainable:,}', f'{self.frozen:,}', f'{self.trainable + self.frozen:,}', style='bold'
+        )
+        where = ', '.join(f'{len(names)} x {family}' for family, names in self.sites.items()) or 'none'
+        text = io.StringIO()
+        console = Console(file=text, width=88, color_system=None)
+        console.print(table)
+        console.print(f'trained share of the backbone: {self.backbone_share:.3%}; adapted blocks: {where}')
+        return text.getvalue().rstrip()
