@@ -1,11 +1,35 @@
-"""Registries of iconformer_mm.
+"""Registries of iconformer_mm, and how its parts reach those of the mm libraries.
 
 ``ADAPTERS`` holds the adapter modules, ``PEFT_METHODS`` the named recipes that
 say which adapter goes where and what else is trained. MMEngine gives a scope
 one child of ``MODELS``; methods are no modules, so theirs stands alone.
 """
 
+from importlib import import_module
+from importlib.util import find_spec
+
 from mmengine.registry import MODELS, Registry
 
 ADAPTERS = Registry('adapter', parent=MODELS, scope='iconformer_mm', locations=['iconformer_mm.adapters'])
 PEFT_METHODS = Registry('PEFT method', scope='iconformer_mm', locations=['iconformer_mm.tuning'])
+
+
+def register_with(library: str, registry: str, module: str) -> None:
+    """Have one of our modules imported when a library's registry first needs its parts.
+
+    A registry imports the modules on its list of locations at its first
+    look-up; ours joins that list. So nothing of a library is built up before
+    it is used, and a library that is not installed is left out.
+
+    Args:
+        library: Package of the mm library, e.g. ``'mmpretrain'``.
+        registry: Name of the registry there, e.g. ``'MODELS'``.
+        module: Import path of the module whose classes register themselves.
+    """
+    if find_spec(library) is None:
+        return
+    target = getattr(import_module(f'{library}.registry'), registry)
+    if target._imported:
+        import_module(module)
+    elif module not in target._locations:
+        target._locations.append(module)

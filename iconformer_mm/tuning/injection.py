@@ -11,7 +11,7 @@ from .attachment import Attachment, GridTracker
 from .freezing import ADAPTER, Freezing, is_adapter
 from .methods import ParallelAdapterMethod, PEFTMethod, build_method
 from .pretrained import PretrainedCheck
-from .sites import FromPatchEmbed, Site, find_sites
+from .sites import FromPatchEmbed, Site, find_sites, no_site_error
 from .summary import Summary
 
 _KEY = '_peft_injection'
@@ -36,14 +36,16 @@ class Injection:
                 f"parameters of {type(backbone).__name__} have '{ADAPTER}' in their names ('{taken[0]}'), which "
                 'marks the parameters that iconformer_mm adds; rename them'
             )
-        sites = find_sites(backbone) if method.adapts else []
-        adapters = [method.build_adapter(site) for site in sites]
+        sites = find_sites(backbone) if method.freezes else []
+        if method.adapts and not sites:
+            raise no_site_error(backbone)
+        adapters = [(site, method.build_adapter(site)) for site in sites if method.adapts]
 
         self.backbone = backbone
         self.method = method
         self.trackers: dict[nn.Module, GridTracker] = {}
         self.check = PretrainedCheck(backbone, [site.name for site in sites]) if sites else None
-        self.attachments = [self._attach(site, adapter) for site, adapter in zip(sites, adapters)]
+        self.attachments = [self._attach(site, adapter) for site, adapter in adapters]
         self.freezing = Freezing(backbone) if method.freezes else None
         setattr(backbone, _KEY, self)
 

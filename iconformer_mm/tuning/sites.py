@@ -170,8 +170,7 @@ def find_sites(backbone: nn.Module) -> list[Site]:
     """List the blocks of a backbone that adapters can attach to, in order.
 
     Raises:
-        ValueError: There is none. The message names what was looked for and
-            what was there.
+        ValueError: The grid of a block's tokens cannot be known.
     """
     sites = []
     for name, module in backbone.named_modules():
@@ -179,15 +178,18 @@ def find_sites(backbone: nn.Module) -> list[Site]:
         if family is not None:
             host = _owner_of_patch_embed(backbone, name) if isinstance(family.grid, FromPatchEmbed) else None
             sites.append(Site(name, module, family, _width(module, family), host))
-    if not sites:
-        known = '\n'.join(f'  {family.name:<20} {family.block}' for family in FAMILIES)
-        raise ValueError(
-            f'no known Transformer block in {type(backbone).__name__}, so there is nowhere to put an adapter.\n'
-            f'Looked for:\n{known}\n'
-            f'Found:\n{_describe(backbone)}\n'
-            'To adapt another backbone, add a BlockFamily for its block to iconformer_mm.tuning.sites.FAMILIES.'
-        )
     return sites
+
+
+def no_site_error(backbone: nn.Module) -> ValueError:
+    """What to raise for a backbone without sites: what was looked for and what was there."""
+    known = '\n'.join(f'  {family.name:<20} {family.block}' for family in FAMILIES)
+    return ValueError(
+        f'no known Transformer block in {type(backbone).__name__}, so there is nowhere to put an adapter.\n'
+        f'Looked for:\n{known}\n'
+        f'Found:\n{_describe(backbone)}\n'
+        'To adapt another backbone, add a BlockFamily for its block to iconformer_mm.tuning.sites.FAMILIES.'
+    )
 
 
 def _describe(backbone: nn.Module, limit: int = 12) -> str:

@@ -1,0 +1,82 @@
+"""From a config's name to a runner: what the command-line tools share."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.distributed
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from iconformer_mm.compat import map_config_packages
+
+
+def find_config(name: str) -> Path:
+    """Find a config file by path, or by ``library::path/in/its/configs``.
+
+    Args:
+        name: ``configs/x.py`` or ``mmpretrain::vision_transformer/x``; the
+            latter with or without ``.py``.
+
+    Raises:
+        FileNotFoundError: There is no such file or library.
+    """
+    library, separator, inner = name.partition('::')
+    if not separator:
+        path = Path(name)
+    else:
+        spec = find_spec(library)
+        if spec is None:
+            raise FileNotFoundError(f"config '{name}': the package {library} is not installed")
+        path = Path(spec.submodule_search_locations[0], '.mim', 'configs', inner)
+        if path.suffix != '.py':
+            path = path.with_name(path.name + '.py')
+    if not path.is_file():
+        raise FileNotFoundError(f"config '{name}' not found: there is no file {path}")
+    return path
+
+
+def load_config(name: str) -> Config:
+    """Load a config by path or as ``library::path``.
+
+    Its ``work_dir`` defaults to ``work_dirs/<name of the file>``.
+
+    Raises:
+        FileNotFoundError: There is no such file or library.
+    """
+    map_config_packages()
+    path = find_config(name)
+    cfg = Config.fromfile(path)
+    if cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', path.stem)
+    return cfg
+
+
+def add_peft(cfg: Config, method: str) -> None:
+    """Have the runner adapt the model with a PEFT method, model config untouched.
+
+    The hook becomes ``default_hooks.peft``, so that its options can be given
+    on the command line, as ``default_hooks.peft.method.bottleneck=32``.
+    """
+    cfg.merge_from_dict({'default_hooks': {'peft': dict(type='PEFTHook', method=dict(type=method))}})
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the config's runner; on machines without a GPU also a distributed one."""
+    if cfg.get('launcher', 'none') == 'pytorch' and not torch.cuda.is_available():
+        # MMEngine selects a CUDA device, whatever the backend, unless the
+        # process group is there already.
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group('gloo')
+        if cfg.get('model_wrapper_cfg') is None:
+            cfg.model_wrapper_cfg = dict(
+                type='MMDistributedDataParallel',
+                device_ids=None,
+                broadcast_buffers=False,
+                find_unused_parameters=cfg.get('find_unused_parameters', False),
+            )
+    return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)

@@ -1,0 +1,24 @@
+"""Differences between the OpenMMLab distributions that share one set of import names."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from importlib.util import find_spec
+
+from mmengine.config.utils import MODULE2PACKAGE
+
+
+def map_config_packages() -> None:
+    """Let ``_base_ = 'mmseg::...'`` find the installed package, whichever distribution it came with.
+
+    MMEngine looks such a config up by the distribution's name, and takes a
+    library for missing (or installs the original over it) when another
+    distribution provides it.
+    """
+    MODULE2PACKAGE['iconformer_mm'] = 'iconformer_mm'
+    for module, distribution in list(MODULE2PACKAGE.items()):
+        if module != distribution and find_spec(module) is not None:
+            try:
+                metadata.distribution(distribution)
+            except metadata.PackageNotFoundError:
+                MODULE2PACKAGE[module] = module

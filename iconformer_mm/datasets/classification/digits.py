@@ -1,0 +1,55 @@
+"""The real handwritten digits that ship inside scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+from mmpretrain.datasets import BaseDataset
+from mmpretrain.registry import DATASETS
+
+
+@DATASETS.register_module()
+class Digits(BaseDataset):
+    """Handwritten digits of the UCI Optical Recognition data set, by scikit-learn.
+
+    1,797 grey images of 8 x 8 pixels, no download. The split is fixed: 900
+    images for testing, equally many a class as far as that goes, and of the
+    other 897 the first ``num_per_class`` of each class for training.
+
+    Args:
+        split: ``'train'`` or ``'test'``.
+        num_per_class: Training images a class, at most 87. Defaults to None,
+            all 897.
+        **kwargs: Arguments of ``mmpretrain.BaseDataset``.
+
+    Raises:
+        ValueError: ``split`` is unknown, or there are fewer images in a class.
+    """
+
+    METAINFO = {'classes': tuple(str(digit) for digit in range(10))}
+    num_test = 900
+
+    def __init__(self, split: str = 'train', num_per_class: int | None = None, **kwargs) -> None:
+        if split not in ('train', 'test'):
+            raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+        self.split = split
+        self.num_per_class = num_per_class
+        super().__init__(ann_file='', **kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        """Take the images of the split out of scikit-learn."""
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        train, test = train_test_split(
+            np.arange(len(digits.target)), test_size=self.num_test, random_state=0, stratify=digits.target
+        )
+        indices = test
+        if self.split == 'train':
+            groups = [train[digits.target[train] == label] for label in range(10)]
+            fewest = min(len(group) for group in groups)
+            if self.num_per_class is not None and not 1 <= self.num_per_class <= fewest:
+                raise ValueError(f'num_per_class must be from 1 to {fewest}, got {self.num_per_class}')
+            indices = np.concatenate([group[: self.num_per_class] for group in groups])
+        images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+        return [dict(img=images[i], gt_label=int(digits.target[i])) for i in indices]

@@ -1,0 +1,3 @@
+from .peft_hook import PEFTHook
+
+__all__ = ['PEFTHook']

@@ -1,0 +1,90 @@
+"""Adapts the model of any MMEngine config without touching its model dict."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from iconformer_mm.checkpoint import save_adapter
+from iconformer_mm.tuning import get_injection, inject
+
+
+@HOOKS.register_module()
+class PEFTHook(Hook):
+    """Injects a PEFT method into the runner's model, in training, validation and test.
+
+    It acts first of all hooks and before weights are initialised, loaded or
+    resumed. In training it rebuilds, from the runner's config, what was built
+    for the old parameters: the distributed wrapper, the optimizer wrapper
+    (over trainable parameters only) and the schedulers. It logs the summary,
+    and writes what was trained to ``adapter.safetensors`` in the work
+    directory when training ends.
+
+    Args:
+        method: Name or config of the PEFT method. Defaults to
+            ``dict(type='icon')``.
+        save_adapter: Whether to write the adapter file after training.
+            Defaults to True.
+
+    Raises:
+        ValueError: The model is adapted already, or the runner has no config
+            to rebuild its parts from.
+
+    Example:
+        >>> custom_imports = dict(imports=['iconformer_mm'])
+        >>> custom_hooks = [dict(type='PEFTHook', method=dict(type='icon', bottleneck=64))]
+    """
+
+    priority = 'HIGHEST'
+
+    def __init__(self, method: str | dict = 'icon', save_adapter: bool = True) -> None:
+        self.method = method
+        self.save_adapter = save_adapter
+        self._injection = None
+
+    def before_run(self, runner: Runner) -> None:
+        """Adapt the model, and rebuild what knew its old parameters."""
+        if self._injection is not None and get_injection(runner.model) is self._injection:
+            return  # train(), val() and test() of one runner each come here
+        wrapped = is_model_wrapper(runner.model)
+        model = runner.model.module if wrapped else runner.model
+        summary = inject(model, self.method)
+        self._injection = get_injection(model)
+        runner.logger.info(f'\n{summary}')
+
+        if wrapped:
+            runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
+        if isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
+            self._rebuild_optimization(runner)
+
+    def _rebuild_optimization(self, runner: Runner) -> None:
+        optim_wrapper = copy.deepcopy(runner.cfg.get('optim_wrapper'))
+        if not isinstance(optim_wrapper, dict) or 'optimizer' not in optim_wrapper:
+            raise ValueError(
+                'PEFTHook cannot rebuild the optimizer: the runner was given a built one, or several, and no '
+                '`optim_wrapper` config. Call iconformer_mm.inject(model) before making the optimizer instead.'
+            )
+        constructor = optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
+        if constructor != 'PEFTOptimWrapperConstructor':
+            optim_wrapper['constructor'] = 'PEFTOptimWrapperConstructor'
+            optim_wrapper['paramwise_cfg'] = {**(optim_wrapper.get('paramwise_cfg') or {}), 'constructor': constructor}
+        schedulers, runner.param_schedulers = runner.param_schedulers, None
+        runner.optim_wrapper = runner.build_optim_wrapper(optim_wrapper)
+        runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+        if schedulers is not None:
+            runner.param_schedulers = runner.build_param_scheduler(copy.deepcopy(runner.cfg.param_scheduler))
+
+    @master_only
+    def after_train(self, runner: Runner) -> None:
+        """Write the adapter file."""
+        if self.save_adapter and self._injection.method.freezes:
+            path = Path(runner.work_dir) / 'adapter.safetensors'
+            save_adapter(runner.model, path)
+            runner.logger.info(f'Adapter file ({path.stat().st_size / 2**20:.2f} MiB) saved to {path}')

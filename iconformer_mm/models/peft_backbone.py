@@ -1,0 +1,23 @@
+"""What the backbones that are born adapted share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from iconformer_mm.tuning import inject
+
+
+class PEFTBackbone:
+    """Mixin before a backbone's class: builds the backbone, then adapts it.
+
+    Args:
+        *args: Arguments of the parent class.
+        peft: Config of the PEFT method, e.g. ``dict(bottleneck=32)``;
+            ``type='icon'`` unless given. Defaults to None, iCoN with its
+            defaults.
+        **kwargs: Arguments of the parent class.
+    """
+
+    def __init__(self, *args: Any, peft: dict | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        inject(self, {'type': 'icon', **(peft or {})})

@@ -1,0 +1,76 @@
+"""Train a model, adapted by a PEFT method where the config or ``--peft`` says so."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from mmengine.config import Config, DictAction
+
+import iconformer_mm  # noqa: F401 (registers its parts)
+from iconformer_mm.apis import add_peft, build_runner, load_config
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file, or library::path such as mmpretrain::vision_transformer/...')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints')
+    parser.add_argument('--peft', metavar='METHOD', help='adapt the model with this PEFT method, e.g. icon')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='checkpoint to resume from; without a value, the latest in the work directory',
+    )
+    parser.add_argument('--amp', action='store_true', help='train in automatic mixed precision')
+    parser.add_argument('--no-validate', action='store_true', help='do not validate while training')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help="scale the learning rate to the batch size by the config's rule"
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings of the config: key=value, nested keys with dots, lists as key="[a,b]"',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def merge_args(cfg: Config, args: argparse.Namespace) -> None:
+    """Put the command line into the config."""
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    if args.peft is not None:
+        add_peft(cfg, args.peft)
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise SystemExit('--auto-scale-lr: the config has no `auto_scale_lr.base_batch_size` to scale by')
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    cfg = load_config(args.config)
+    merge_args(cfg, args)
+    build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
