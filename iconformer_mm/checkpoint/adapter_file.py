@@ -125,7 +125,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
     try:
         with safetensors.safe_open(path, framework='pt') as file:
             content = json.loads((file.metadata() or {})[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
         version = content['format_version']
     except (safetensors.SafetensorError, OSError) as error:
         raise AdapterFileError(f'{path} is no intact safetensors file: {error}') from error

@@ -1,0 +1,3 @@
+from .comparison import plot_comparison
+
+__all__ = ['plot_comparison']

@@ -13,24 +13,28 @@ class Digits(BaseDataset):
 
     1,797 grey images of 8 x 8 pixels, no download. The split is fixed: 900
     images for testing, equally many a class as far as that goes, and of the
-    other 897 the first ``num_per_class`` of each class for training.
+    other 897 the first ``num_per_class`` of each class for training and the
+    rest for choosing hyper-parameters.
 
     Args:
-        split: ``'train'`` or ``'test'``.
+        split: ``'train'``, ``'val'`` or ``'test'``.
         num_per_class: Training images a class, at most 87. Defaults to None,
-            all 897.
+            all 897, which leaves none for ``'val'``.
         **kwargs: Arguments of ``mmpretrain.BaseDataset``.
 
     Raises:
-        ValueError: ``split`` is unknown, or there are fewer images in a class.
+        ValueError: ``split`` is unknown or lacks ``num_per_class``, or a class has fewer
+            images.
     """
 
     METAINFO = {'classes': tuple(str(digit) for digit in range(10))}
     num_test = 900
 
     def __init__(self, split: str = 'train', num_per_class: int | None = None, **kwargs) -> None:
-        if split not in ('train', 'test'):
-            raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+        if split not in ('train', 'val', 'test'):
+            raise ValueError(f"split must be 'train', 'val' or 'test', got {split!r}")
+        if split == 'val' and num_per_class is None:
+            raise ValueError("split='val' needs num_per_class, the training images a class that it leaves out")
         self.split = split
         self.num_per_class = num_per_class
         super().__init__(ann_file='', **kwargs)
@@ -45,11 +49,12 @@ class Digits(BaseDataset):
             np.arange(len(digits.target)), test_size=self.num_test, random_state=0, stratify=digits.target
         )
         indices = test
-        if self.split == 'train':
+        if self.split != 'test':
             groups = [train[digits.target[train] == label] for label in range(10)]
             fewest = min(len(group) for group in groups)
             if self.num_per_class is not None and not 1 <= self.num_per_class <= fewest:
                 raise ValueError(f'num_per_class must be from 1 to {fewest}, got {self.num_per_class}')
-            indices = np.concatenate([group[: self.num_per_class] for group in groups])
+            part = slice(self.num_per_class) if self.split == 'train' else slice(self.num_per_class, None)
+            indices = np.concatenate([group[part] for group in groups])
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)
         return [dict(img=images[i], gt_label=int(digits.target[i])) for i in indices]

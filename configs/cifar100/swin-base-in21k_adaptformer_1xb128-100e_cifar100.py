@@ -1,0 +1,3 @@
+_base_ = ['./swin-base-in21k_full_1xb128-100e_cifar100.py', '../_base_/peft/adaptformer.py']
+
+optim_wrapper = dict(optimizer=dict(lr=1e-3))

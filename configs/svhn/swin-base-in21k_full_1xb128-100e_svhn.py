@@ -1,0 +1,12 @@
+_base_ = [
+    '../_base_/models/swin-base_in21k.py',
+    '../_base_/datasets/svhn_bs128_224.py',
+    '../_base_/schedules/adamw_100e.py',
+    'mmpretrain::_base_/default_runtime.py',
+]
+
+custom_imports = dict(imports=['iconformer_mm'], allow_failed_imports=False)
+
+model = dict(head=dict(num_classes=10))
+# The whole of Swin-B diverges at the learning rate that adapters and heads want.
+optim_wrapper = dict(optimizer=dict(lr=5e-5))

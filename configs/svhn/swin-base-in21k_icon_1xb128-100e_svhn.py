@@ -1,0 +1,3 @@
+_base_ = ['./swin-base-in21k_full_1xb128-100e_svhn.py', '../_base_/peft/icon.py']
+
+optim_wrapper = dict(optimizer=dict(lr=1e-3))

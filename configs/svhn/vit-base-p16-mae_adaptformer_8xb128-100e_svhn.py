@@ -1,0 +1,1 @@
+_base_ = ['./vit-base-p16-mae_full_8xb128-100e_svhn.py', '../_base_/peft/adaptformer.py']

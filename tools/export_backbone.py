@@ -1,0 +1,29 @@
+"""Write the backbone of a checkpoint as safetensors weights to pre-train from."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from mmengine.runner.checkpoint import _load_checkpoint_with_prefix
+from safetensors.torch import save_file
+
+
+def main() -> None:
+    """Run the tool."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('checkpoint', help='checkpoint of a whole model, as mmengine writes it')
+    parser.add_argument('out', type=Path, help='safetensors file to write')
+    args = parser.parse_args()
+
+    state = _load_checkpoint_with_prefix('backbone.', args.checkpoint, map_location='cpu')
+    temporary = args.out.with_name(f'.{args.out.name}.tmp')
+    save_file({name: value.contiguous() for name, value in state.items()}, temporary)
+    os.replace(temporary, args.out)
+    count = sum(value.numel() for value in state.values())
+    print(f'{args.out}: {len(state)} tensors, {count:,} values, {args.out.stat().st_size / 2**20:.2f} MiB')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,87 @@
+"""Test a checkpoint, adapted by a PEFT method where the config or ``--peft`` says so."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import mmengine
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.evaluator import DumpResults
+
+import iconformer_mm  # noqa: F401 (registers its parts)
+from iconformer_mm.apis import add_peft, build_runner, load_config
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file, or library::path such as mmpretrain::vision_transformer/...')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--work-dir', help='folder for logs and metrics')
+    parser.add_argument('--peft', metavar='METHOD', help='adapt the model with this PEFT method, e.g. icon')
+    parser.add_argument('--out', help='file (.pkl) for the predictions')
+    parser.add_argument('--metrics', help='file (.json) for the metrics')
+    parser.add_argument('--amp', action='store_true', help='test in automatic mixed precision')
+    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
+    parser.add_argument('--tta', action='store_true', help="test-time augmentation by the config's tta_model")
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings of the config: key=value, nested keys with dots, lists as key="[a,b]"',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def merge_args(cfg: Config, args: argparse.Namespace) -> None:
+    """Put the command line into the config."""
+    cfg.launcher = args.launcher
+    cfg.load_from = args.checkpoint
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    if args.peft is not None:
+        add_peft(cfg, args.peft)
+    if args.amp:
+        cfg.test_cfg.fp16 = True
+    if args.show_dir is not None:
+        if 'visualization' not in cfg.default_hooks:
+            raise SystemExit('--show-dir: the config has no `default_hooks.visualization` to draw with')
+        hook = cfg.default_hooks.visualization
+        if hook.type == 'DetVisualizationHook':
+            hook.update(draw=True, interval=1, test_out_dir=args.show_dir)
+        elif hook.type == 'SegVisualizationHook':
+            hook.update(draw=True, interval=1)
+            cfg.visualizer.save_dir = args.show_dir
+        else:
+            hook.update(enable=True, interval=1, out_dir=args.show_dir)
+    if args.tta:
+        if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+            raise SystemExit('--tta: the config has no `tta_model` and `tta_pipeline`')
+        cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    if not os.path.isfile(args.checkpoint) and '://' not in args.checkpoint:
+        raise SystemExit(f'checkpoint {args.checkpoint} does not exist')
+    cfg = load_config(args.config)
+    merge_args(cfg, args)
+    runner = build_runner(cfg)
+    if args.out:
+        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+    metrics = runner.test()
+    if args.metrics:
+        mmengine.dump(metrics, args.metrics)
+
+
+if __name__ == '__main__':
+    main()
