@@ -34,9 +34,10 @@ class TokenGrid:
 class Projection(nn.Module):
     """``x @ weight.T + bias``, deliberately not an ``nn.Linear``.
 
-    Hosts initialise every ``nn.Linear`` they contain, some of them after the
-    adapters were put in. A projection is out of their reach, so the zero of
-    the up-projection survives ``model.init_weights()``.
+    Hosts initialise every ``nn.Linear`` they contain, and timm every module
+    with a ``reset_parameters``, some of them after the adapters were put in. A
+    projection is neither, so the zero of the up-projection survives
+    ``model.init_weights()``. Weight: Kaiming-uniform, bias: zero.
 
     Args:
         in_features: Input channels.
@@ -48,12 +49,8 @@ class Projection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Kaiming-uniform weight, zero bias."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
+        if bias:
             nn.init.zeros_(self.bias)
 
     def zero_(self) -> None:

@@ -16,12 +16,17 @@ class PEFTMethod:
     """A recipe that :func:`iconformer_mm.inject` carries out.
 
     Attributes:
+        name: The name it was asked for by.
         freezes: Whether the backbone's own parameters are frozen.
         adapts: Whether blocks get adapters.
     """
 
+    name: str
     freezes = True
     adapts = False
+
+    def __init__(self) -> None:
+        """Take no options."""
 
     @classmethod
     def option_names(cls) -> list[str]:

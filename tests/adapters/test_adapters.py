@@ -1,0 +1,166 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.signal import correlate2d
+from scipy.special import erf
+
+from iconformer_mm.adapters import AdaptFormerAdapter, ICoN, ICoNAdapter, TokenGrid
+
+
+def randomize(module):
+    """Give every parameter a value, so that nothing is hidden by a zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return module.double()
+
+
+def gelu(x):
+    return x * 0.5 * (1 + erf(x / math.sqrt(2)))
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def kernels_by_formula(icon, grid_map):
+    """METHOD: g = mean of the map, kernels = g W (+ b), FilterNorm over the taps."""
+    c, k = icon.channels, icon.kernel_size
+    kernels = grid_map.mean(axis=(0, 1)) @ icon.generator.weight.detach().numpy().T
+    if icon.kernel_norm is None:
+        return (kernels + icon.generator.bias.detach().numpy()).reshape(c, k, k)
+    kernels = kernels.reshape(c, k, k)
+    mean = kernels.mean(axis=(1, 2), keepdims=True)
+    std = kernels.std(axis=(1, 2), keepdims=True)
+    return (kernels - mean) / (std + icon.eps) * icon.gamma.detach().numpy() + icon.beta.detach().numpy()
+
+
+def adapter_by_formula(adapter, tokens, grid, activation, scale):
+    """The whole adapter for one sample, in NumPy and SciPy."""
+    weights = {name: value.detach().numpy() for name, value in adapter.named_parameters()}
+    z = tokens @ weights['down.weight'].T + weights['down.bias']
+    prefix = grid.num_prefix_tokens
+    if isinstance(adapter, ICoNAdapter):
+        maps = z[prefix:].reshape(grid.height, grid.width, -1)
+        kernels = kernels_by_formula(adapter.icon, maps)
+        filtered = np.stack(
+            [correlate2d(maps[..., c], kernels[c], mode='same') for c in range(maps.shape[-1])], axis=-1
+        )
+        z = np.concatenate([z[:prefix], filtered.reshape(-1, z.shape[-1])])
+    return scale * (activation(z) @ weights['up.weight'].T + weights['up.bias'])
+
+
+@pytest.mark.parametrize('kernel_norm', ['filter', None])
+@pytest.mark.parametrize('kernel_size', [1, 3, 5])
+@pytest.mark.parametrize('grid', [TokenGrid(3, 4), TokenGrid(5, 2, 1), TokenGrid(2, 2, 5), TokenGrid(1, 1, 2)])
+def test_icon_adapter_follows_the_formula(kernel_norm, kernel_size, grid):
+    adapter = randomize(ICoNAdapter(6, bottleneck=4, kernel_size=kernel_size, kernel_norm=kernel_norm, scale=0.7))
+    tokens = torch.randn(3, grid.num_tokens, 6, dtype=torch.float64)
+    out = adapter(tokens, grid).detach().numpy()
+    for sample, expected in zip(tokens.numpy(), out):
+        np.testing.assert_allclose(adapter_by_formula(adapter, sample, grid, gelu, 0.7), expected, atol=1e-9)
+
+
+def test_relu_and_learnable_scale():
+    adapter = randomize(ICoNAdapter(6, bottleneck=4, activation='relu', learnable_scale=True))
+    grid = TokenGrid(3, 4, 1)
+    tokens = torch.randn(1, grid.num_tokens, 6, dtype=torch.float64)
+    expected = adapter_by_formula(adapter, tokens[0].numpy(), grid, relu, adapter.scale.item())
+    np.testing.assert_allclose(adapter(tokens, grid)[0].detach().numpy(), expected, atol=1e-9)
+    adapter(tokens, grid).sum().backward()
+    assert adapter.scale.grad is not None
+
+
+def test_adaptformer_follows_the_formula():
+    adapter = randomize(AdaptFormerAdapter(6, bottleneck=4)).eval()
+    grid = TokenGrid(3, 4, 1)
+    tokens = torch.randn(1, grid.num_tokens, 6, dtype=torch.float64)
+    expected = adapter_by_formula(adapter, tokens[0].numpy(), grid, relu, 0.1)
+    np.testing.assert_allclose(adapter(tokens, grid)[0].detach().numpy(), expected, atol=1e-9)
+
+
+def test_dropout_acts_in_training_only():
+    adapter = randomize(ICoNAdapter(6, bottleneck=8, dropout=0.5))
+    grid = TokenGrid(2, 2)
+    tokens = torch.randn(2, 4, 6, dtype=torch.float64)
+    assert torch.equal(adapter.eval()(tokens, grid), adapter(tokens, grid))
+    assert not torch.equal(adapter.train()(tokens, grid), adapter(tokens, grid))
+
+
+@pytest.mark.parametrize('cls', [ICoNAdapter, AdaptFormerAdapter])
+def test_starts_at_zero_and_still_learns(cls):
+    adapter = cls(8, bottleneck=4)
+    out = adapter(torch.randn(2, 6, 8), TokenGrid(2, 3))
+    assert torch.equal(out, torch.zeros_like(out))
+    out.square().sum().backward()
+    (adapter(torch.randn(2, 6, 8), TokenGrid(2, 3)) - 1).square().sum().backward()
+    assert adapter.up.weight.grad.abs().sum() > 0
+
+
+def test_every_parameter_gets_a_gradient():
+    adapter = randomize(ICoNAdapter(8, bottleneck=4, learnable_scale=True))
+    adapter(torch.randn(2, 6, 8, dtype=torch.float64), TokenGrid(2, 3)).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
+
+
+@pytest.mark.parametrize('kernel_norm', ['filter', None])
+def test_first_kernels_pass_the_signal(kernel_norm):
+    icon = ICoN(5, kernel_size=3, kernel_norm=kernel_norm)
+    identity = torch.zeros(3, 3)
+    identity[1, 1] = 1
+    kernels = icon(torch.zeros(1, 4, 4, 5))
+    torch.testing.assert_close(kernels, identity.expand(1, 5, 3, 3))
+
+
+def test_filter_norm_statistics():
+    """Before training the part that stirs has zero mean and unit norm."""
+    torch.manual_seed(0)
+    icon = ICoN(5, kernel_size=3)
+    stir = icon(torch.randn(2, 4, 4, 5)) - icon.beta
+    torch.testing.assert_close(stir.mean(dim=(2, 3)), torch.zeros(2, 5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(stir.norm(dim=(2, 3)), torch.ones(2, 5), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize('maps', [torch.zeros(1, 2, 2, 4), torch.ones(2, 3, 3, 4)])
+@pytest.mark.parametrize('kernel_size', [1, 3])
+def test_flat_maps_give_finite_gradients(maps, kernel_size):
+    icon = ICoN(4, kernel_size=kernel_size)
+    maps = maps.clone().requires_grad_()
+    icon(maps).square().sum().backward()
+    assert torch.isfinite(maps.grad).all()
+    assert all(torch.isfinite(p.grad).all() for p in icon.parameters())
+
+
+def test_kernels_depend_on_their_own_sample_only():
+    torch.manual_seed(0)
+    icon = ICoN(4)
+    maps = torch.randn(3, 5, 6, 4)
+    kernels = icon(maps)
+    assert not torch.allclose(kernels[0], kernels[1])
+    torch.testing.assert_close(icon(maps[1:2]), kernels[1:2])
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(bottleneck=0), 'bottleneck must be an integer of at least 1, got 0'),
+        (dict(bottleneck=2.5), 'bottleneck must be an integer'),
+        (dict(kernel_size=2), 'kernel_size must be odd and at least 1, got 2'),
+        (dict(kernel_size=0), 'kernel_size must be odd and at least 1, got 0'),
+        (dict(kernel_norm='batch'), "kernel_norm must be 'filter' or None, got 'batch'"),
+        (dict(activation='silu'), "activation must be one of gelu, relu, got 'silu'"),
+        (dict(dropout=1.0), 'dropout must be at least 0 and below 1'),
+        (dict(scale=float('nan')), 'scale must be a finite number'),
+    ],
+)
+def test_refuses_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ICoNAdapter(8, **options)
+
+
+def test_refuses_tokens_that_do_not_fit_the_grid():
+    with pytest.raises(ValueError, match='7 tokens do not fit the grid of 2 x 3 patches and 0 prefix tokens'):
+        ICoNAdapter(8)(torch.zeros(1, 7, 8), TokenGrid(2, 3))
