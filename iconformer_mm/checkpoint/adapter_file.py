@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -200,7 +201,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, strict: bool = True)
             remove(model)
         raise AdapterFileError(f'{path} does not fit: {"; ".join(problems)}')
     if problems:
-        print_log(f'{path} fits in part: {"; ".join(problems)}', logger='current', level='WARNING')
+        print_log(f'{path} fits in part: {"; ".join(problems)}', logger='current', level=logging.WARNING)
 
     with torch.no_grad():
         for name, value in fitting.items():

@@ -37,7 +37,7 @@ class ICoNSwinTransformer(PEFTBackbone, SwinTransformer):
         own_class = self.__class__
         self.__class__ = SwinTransformer
         try:
-            super(PEFTBackbone, self)._load_from_state_dict(*args, **kwargs)
+            self._load_from_state_dict(*args, **kwargs)
         finally:
             self.__class__ = own_class
 

@@ -1,0 +1,231 @@
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, VIT, flatten, image, stir
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+from iconformer_mm import inject, load_adapter, save_adapter, summarize
+from iconformer_mm.checkpoint import AdapterFileError, fingerprint, load_safetensors
+
+
+def classifier(num_classes=10, seed=0):
+    from mmpretrain.models import build_classifier
+
+    torch.manual_seed(seed)
+    return build_classifier(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(type='VisionTransformer', arch=VIT, img_size=64),
+            neck=dict(type='ClsBatchNormNeck', input_features=32),
+            head=dict(type='LinearClsHead', num_classes=num_classes, in_channels=32),
+        )
+    )
+
+
+def trained(**options):
+    """A model as after training: adapters, head and the neck's statistics have moved."""
+    model = classifier()
+    inject(model, **options)
+    stir(model)
+    with torch.no_grad():
+        model.head.fc.weight.add_(1)
+        model.neck.bn.running_mean.add_(1)
+    return model
+
+
+
+def logits(model):
+    model.eval()
+    return model.head(model.extract_feat(image((64, 64)))).detach()
+
+
+def test_round_trip(tmp_path):
+    source = trained(bottleneck=8, kernel_size=5)
+    save_adapter(source, tmp_path / 'a.safetensors', metadata=dict(task='digits'))
+    target = classifier()  # the same base, freshly made
+    content = load_adapter(target, tmp_path / 'a.safetensors')
+    assert torch.equal(logits(target), logits(source))
+    assert content['method']['bottleneck'] == 8 and content['notes'] == dict(task='digits')
+    assert summarize(target) == summarize(source)
+    assert os.listdir(tmp_path) == ['a.safetensors']
+
+
+def test_round_trip_in_another_process(tmp_path):
+    source = trained()
+    save_adapter(source, tmp_path / 'a.safetensors')
+    code = (
+        f'import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r}); '
+        f'sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r}); '
+        'from test_adapter_file import classifier, load_adapter, logits; '
+        f'm = classifier(); load_adapter(m, {str(tmp_path / "a.safetensors")!r}); '
+        f'torch.save(logits(m), {str(tmp_path / "logits.pt")!r})'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
+    torch.testing.assert_close(torch.load(tmp_path / 'logits.pt'), logits(source))
+
+
+@pytest.mark.parametrize('family', [f for f in FAMILIES if 'SwinV2' not in f.name], ids=str)
+def test_backbones_alone(family, tmp_path):
+    torch.manual_seed(0)
+    base = family.build()
+    source = copy.deepcopy(base)
+    inject(source)
+    stir(source).eval()
+    save_adapter(source, tmp_path / 'a.safetensors')
+    load_adapter(base, tmp_path / 'a.safetensors')
+    base.eval()
+    for a, b in zip(flatten(base(image((family.sizes[0])))), flatten(source(image(family.sizes[0])))):
+        assert torch.equal(a, b)
+
+
+def test_a_backbone_takes_the_adapters_of_a_whole_model(tmp_path):
+    source = trained()
+    save_adapter(source, tmp_path / 'a.safetensors')
+    backbone = classifier().backbone
+    load_adapter(backbone, tmp_path / 'a.safetensors')
+    backbone.eval()
+    source.eval()
+    assert torch.equal(backbone(image((64, 64)))[0], source.backbone(image((64, 64)))[0])
+
+
+def test_readable_without_us(tmp_path):
+    source = trained()
+    save_adapter(source, tmp_path / 'a.safetensors')
+    tensors = load_file(tmp_path / 'a.safetensors')
+    np.testing.assert_array_equal(tensors['head.fc.weight'], source.head.fc.weight.detach().numpy())
+    key = 'backbone.layers.1.adapter.up.weight'
+    np.testing.assert_array_equal(tensors[key], source.backbone.layers[1].adapter.up.weight.detach().numpy())
+    assert all('adapter' in name for name in tensors if name.startswith('backbone.'))
+    with open(tmp_path / 'a.safetensors', 'rb') as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
+    content = json.loads(header['__metadata__']['iconformer_mm'])
+    assert content['sites'] == ['layers.0', 'layers.1'] and content['method']['type'] == 'icon'
+
+
+def test_linear_probing_keeps_the_head(tmp_path):
+    source = trained(method='frozen')
+    save_adapter(source, tmp_path / 'a.safetensors')
+    target = classifier(seed=0)
+    load_adapter(target, tmp_path / 'a.safetensors')
+    assert torch.equal(logits(target), logits(source))
+
+
+def test_fingerprint():
+    model = classifier()
+    reference = fingerprint(model)
+    assert fingerprint(model.backbone) == reference
+    assert fingerprint(copy.deepcopy(model).bfloat16()) == reference
+    inject(model)
+    stir(model)
+    assert fingerprint(model) == reference
+    shuffled = copy.deepcopy(model)
+    for module in shuffled.modules():
+        module._parameters = dict(reversed(module._parameters.items()))
+    assert fingerprint(shuffled) == reference
+    with torch.no_grad():
+        model.backbone.layers[1].ffn.layers[1].bias[0] += 0.1
+    assert fingerprint(model) != reference
+
+
+def assert_refused(model, path, message, **kwargs):
+    state = {n: v.clone() for n, v in model.state_dict().items()}
+    with pytest.raises(AdapterFileError, match=message):
+        load_adapter(model, path, **kwargs)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
+
+
+def test_another_base_is_refused(tmp_path):
+    save_adapter(trained(), tmp_path / 'a.safetensors')
+    other = classifier(seed=1)
+    assert_refused(other, tmp_path / 'a.safetensors', 'does not fit: it was trained on another base')
+    load_adapter(other, tmp_path / 'a.safetensors', strict=False)
+    assert summarize(other).method == 'icon'
+
+
+def test_another_head_is_refused(tmp_path):
+    save_adapter(trained(), tmp_path / 'a.safetensors')
+    other = classifier(num_classes=5)
+    with torch.no_grad():
+        for name, value in classifier().backbone.state_dict().items():
+            other.backbone.state_dict()[name].copy_(value)
+    assert_refused(other, tmp_path / 'a.safetensors', '2 tensors are of another shape, such as head.fc.bias')
+    load_adapter(other, tmp_path / 'a.safetensors', strict=False)
+    assert other.backbone.layers[0].adapter.up.weight.abs().sum() > 0
+
+
+def test_another_method_is_refused(tmp_path):
+    save_adapter(trained(), tmp_path / 'a.safetensors')
+    other = classifier()
+    inject(other, 'adaptformer')
+    assert_refused(other, tmp_path / 'a.safetensors', "holds .*'icon'.*the model is adapted by .*'adaptformer'")
+
+
+@pytest.mark.parametrize('damage', ['truncate', 'empty', 'pickle', 'foreign', 'version'])
+def test_bad_files_are_refused(damage, tmp_path):
+    path = tmp_path / 'a.safetensors'
+    save_adapter(trained(), path)
+    message = 'no intact safetensors file'
+    if damage == 'truncate':
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == 'empty':
+        path.write_bytes(b'')
+    elif damage == 'pickle':
+        torch.save(dict(state_dict={}), path)
+    elif damage == 'foreign':
+        save_file({'x': torch.zeros(1)}, path)
+        message = 'no adapter file of iconformer_mm'
+    else:
+        tensors = {'x': torch.zeros(1)}
+        save_file(tensors, path, metadata={'iconformer_mm': json.dumps(dict(format_version=99))})
+        message = 'has format version 99'
+    assert_refused(classifier(), path, message)
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError, match='adapter file nowhere.safetensors does not exist'):
+        load_adapter(classifier(), 'nowhere.safetensors')
+
+
+def test_models_without_an_adapter_are_refused(tmp_path):
+    model = classifier()
+    with pytest.raises(ValueError, match='ImageClassifier is not adapted'):
+        save_adapter(model, tmp_path / 'a.safetensors')
+    inject(model, 'full')
+    with pytest.raises(ValueError, match="method 'full' trains the backbone itself"):
+        save_adapter(model, tmp_path / 'a.safetensors')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / 'a.safetensors'
+    model = trained()
+    save_adapter(model, path)
+    before = path.read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError('no space left on device')
+
+    monkeypatch.setattr('iconformer_mm.checkpoint.adapter_file.save_file', fail)
+    with pytest.raises(OSError, match='no space left'):
+        save_adapter(model, path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ['a.safetensors']
+
+
+def test_mmengine_reads_safetensors(tmp_path):
+    from mmengine.runner import CheckpointLoader
+
+    save_file({'w': torch.ones(2)}, tmp_path / 'w.safetensors')
+    assert torch.equal(CheckpointLoader.load_checkpoint(str(tmp_path / 'w.safetensors'))['w'], torch.ones(2))
+    (tmp_path / 'bad.safetensors').write_bytes(b'no')
+    with pytest.raises(RuntimeError, match='bad.safetensors is no intact safetensors file'):
+        load_safetensors(str(tmp_path / 'bad.safetensors'))
+    with pytest.raises(FileNotFoundError):
+        load_safetensors(str(tmp_path / 'none.safetensors'))

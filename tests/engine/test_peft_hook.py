@@ -1,0 +1,216 @@
+import copy
+import uuid
+
+import pytest
+import torch
+from families import VIT, image
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+
+import iconformer_mm  # noqa: F401
+from iconformer_mm import inject, load_adapter, summarize
+from iconformer_mm.engine import PEFTOptimWrapperConstructor
+from iconformer_mm.engine.optim_wrapper_constructor import only_trainable
+
+
+def config(work_dir, **changes):
+    """An ordinary mmpretrain config that knows nothing of us."""
+    pipeline = [dict(type='PackInputs')]
+    data = dict(
+        batch_size=5,
+        num_workers=0,
+        dataset=dict(type='Strokes', num_images=20, num_classes=4, image_size=32, pipeline=pipeline),
+        sampler=dict(type='DefaultSampler', shuffle=True),
+    )
+    cfg = Config(
+        dict(
+            default_scope='mmpretrain',
+            model=dict(
+                type='ImageClassifier',
+                data_preprocessor=dict(mean=[0.0], std=[255.0]),
+                backbone=dict(type='VisionTransformer', arch=VIT, img_size=32, patch_size=8, in_channels=1),
+                head=dict(type='LinearClsHead', num_classes=4, in_channels=32),
+            ),
+            train_dataloader=data,
+            val_dataloader=data,
+            test_dataloader=data,
+            val_evaluator=dict(type='Accuracy'),
+            test_evaluator=dict(type='Accuracy'),
+            train_cfg=dict(by_epoch=True, max_epochs=2),
+            val_cfg=dict(),
+            test_cfg=dict(),
+            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.1)),
+            param_scheduler=[dict(type='MultiStepLR', by_epoch=True, milestones=[1], gamma=0.1)],
+            custom_hooks=[dict(type='PEFTHook', method=dict(type='icon', bottleneck=8))],
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
+            randomness=dict(seed=0),
+            work_dir=str(work_dir),
+            log_level='WARNING',
+            visualizer=None,
+        )
+    )
+    cfg.merge_from_dict(changes)
+    return cfg
+
+
+def build(work_dir, **changes):
+    cfg = config(work_dir, **changes)
+    cfg.experiment_name = uuid.uuid4().hex
+    init_default_scope('mmpretrain')
+    return Runner.from_cfg(cfg)
+
+
+def state(model):
+    return {n: v.clone() for n, v in model.state_dict().items()}
+
+
+def test_training_leaves_frozen_weights_as_they_were(tmp_path):
+    runner = build(tmp_path)
+    seen = {}
+    init = runner.model.init_weights
+
+    def init_and_remember():
+        init()
+        seen.update(state(runner.model))
+
+    runner.model.init_weights = init_and_remember
+    runner.train()
+    after = runner.model.state_dict()
+    for name, value in after.items():
+        trained = 'adapter' in name or name.startswith('head.')
+        assert torch.equal(value, seen[name]) != trained, name
+    optimized = {id(p) for group in runner.optim_wrapper.param_groups for p in group['params']}
+    assert optimized == {id(p) for p in runner.model.parameters() if p.requires_grad}
+    # The schedulers act on the optimizer that is in use.
+    assert runner.optim_wrapper.get_lr()['lr'] == [pytest.approx(1e-3)]
+
+
+def test_adapter_file_reproduces_the_model(tmp_path):
+    runner = build(tmp_path)
+    runner.train()
+    cfg = config(tmp_path, custom_hooks=[])
+    from mmpretrain.registry import MODELS
+
+    model = MODELS.build(cfg.model)
+    base = {n: v for n, v in runner.model.backbone.state_dict().items() if 'adapter' not in n}
+    model.backbone.load_state_dict(base)
+    load_adapter(model, tmp_path / 'adapter.safetensors')
+    for m in (model, runner.model):
+        m.eval()
+    x = image((32, 32), channels=1)
+    assert torch.equal(model(x)[0], runner.model(x)[0])
+
+
+def test_test_and_val_after_train_and_alone(tmp_path):
+    runner = build(tmp_path / 'train')
+    runner.train()
+    expected = runner.test()
+    fresh = build(tmp_path / 'test', load_from=str(tmp_path / 'train' / 'epoch_2.pth'))
+    assert fresh.test() == expected
+    assert summarize(fresh.model).method == 'icon'
+    assert build(tmp_path / 'val', load_from=str(tmp_path / 'train' / 'epoch_2.pth')).val() == expected
+
+
+def test_resume_continues_exactly(tmp_path):
+    """Epoch 2 after a resume equals epoch 2 of the uninterrupted run, optimizer state and schedule included."""
+    whole = build(tmp_path / 'whole')
+    whole.train()
+    second = build(tmp_path / 'part', resume=True, load_from=str(tmp_path / 'whole' / 'epoch_1.pth'))
+    second.train()
+    assert second.iter == whole.iter
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+
+
+def test_ema_copies_the_adapted_model(tmp_path):
+    hooks = [dict(type='EMAHook', momentum=0.5), dict(type='PEFTHook', method=dict(type='icon', bottleneck=8))]
+    runner = build(tmp_path, custom_hooks=hooks)
+    runner.train()
+    ema = next(h for h in runner.hooks if type(h).__name__ == 'EMAHook').ema_model.module
+    assert summarize(ema).method == 'icon'
+    name = 'backbone.layers.0.adapter.up.weight'
+    assert ema.state_dict()[name].abs().sum() > 0
+    assert not torch.equal(ema.state_dict()[name], runner.model.state_dict()[name])
+
+
+def test_paramwise_rules_and_other_constructors(tmp_path, caplog):
+    rules = dict(norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys={'head': dict(lr_mult=2.0)})
+    runner = build(tmp_path / 'a', **{'optim_wrapper.paramwise_cfg': rules})
+    runner.train()
+    groups = runner.optim_wrapper.optimizer.param_groups
+    names = {id(p): n for n, p in runner.model.named_parameters()}
+    assert len(groups) == sum(p.requires_grad for p in runner.model.parameters())
+    for group in groups:
+        (parameter,) = group['params']
+        name = names[id(parameter)]
+        assert group['initial_lr'] == pytest.approx(2e-2 if 'head' in name else 1e-2)
+        assert group['weight_decay'] == (0 if name.endswith('.bias') and 'head' not in name else 0.1)
+    assert 'is skipped since its requires_grad' not in caplog.text
+
+    changes = {
+        'optim_wrapper.constructor': 'LearningRateDecayOptimWrapperConstructor',
+        'optim_wrapper.paramwise_cfg': dict(layer_decay_rate=0.5),
+    }
+    runner = build(tmp_path / 'b', **changes)
+    runner.train()
+    names = {id(p): n for n, p in runner.model.named_parameters()}
+    rates = {names[id(p)]: g['initial_lr'] for g in runner.optim_wrapper.optimizer.param_groups for p in g['params']}
+    assert rates['head.fc.weight'] == pytest.approx(2 * rates['backbone.layers.1.adapter.up.weight'])
+    assert rates['backbone.layers.1.adapter.up.weight'] == pytest.approx(
+        2 * rates['backbone.layers.0.adapter.up.weight']
+    )
+
+
+def test_auto_scale_lr_acts_once(tmp_path):
+    runner = build(tmp_path, auto_scale_lr=dict(enable=True, base_batch_size=10))
+    runner.train()
+    assert [group['initial_lr'] for group in runner.optim_wrapper.param_groups] == [pytest.approx(5e-3)]
+
+
+def test_a_model_adapted_twice_is_refused(tmp_path):
+    runner = build(tmp_path, **{'model.backbone.type': 'ICoNVisionTransformer'})
+    with pytest.raises(ValueError, match="adapted already, by 'icon'"):
+        runner.train()
+
+
+def test_a_runner_without_configs_is_refused(tmp_path):
+    from mmpretrain.registry import MODELS
+
+    cfg = config(tmp_path)
+    init_default_scope('mmpretrain')
+    model = MODELS.build(cfg.model)
+    runner = Runner(
+        model=model,
+        work_dir=str(tmp_path),
+        train_dataloader=cfg.train_dataloader,
+        train_cfg=cfg.train_cfg,
+        optim_wrapper=dict(optimizer=torch.optim.SGD(model.parameters(), lr=0.1)),
+        custom_hooks=cfg.custom_hooks,
+        default_scope='mmpretrain',
+        experiment_name='built',
+        log_level='WARNING',
+    )
+    with pytest.raises(ValueError, match='PEFTHook cannot rebuild the optimizer'):
+        runner.train()
+
+
+def test_registered_backbone_trains_with_our_constructor(tmp_path):
+    changes = {'model.backbone.type': 'ICoNVisionTransformer', 'optim_wrapper.constructor': 'PEFTOptimWrapperConstructor'}
+    runner = build(tmp_path, custom_hooks=[], **changes)
+    runner.train()
+    count = sum(p.numel() for group in runner.optim_wrapper.param_groups for p in group['params'])
+    assert count == summarize(runner.model).trainable
+
+
+def test_constructor_needs_something_to_train():
+    from mmpretrain.models.backbones import VisionTransformer
+
+    model = VisionTransformer(arch=VIT, img_size=64)
+    inject(model, 'frozen')
+    with pytest.raises(ValueError, match='nothing to train in VisionTransformer'):
+        PEFTOptimWrapperConstructor(dict(optimizer=dict(type='SGD', lr=0.1)))(model)
+    names = list(copy.deepcopy(model).state_dict())
+    with only_trainable(model):
+        assert not list(model.parameters())
+    assert list(model.state_dict()) == names

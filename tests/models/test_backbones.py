@@ -1,0 +1,62 @@
+import pytest
+import torch
+from families import SWIN, VIT, flatten, image
+from mmpretrain.models.backbones import SwinTransformer, SwinTransformerV2, TIMMBackbone, VisionTransformer
+from mmpretrain.registry import MODELS
+
+import iconformer_mm  # noqa: F401
+from iconformer_mm import remove, summarize
+
+CASES = [
+    (VisionTransformer, dict(arch=VIT, img_size=64)),
+    (SwinTransformer, dict(arch=SWIN, img_size=64, pad_small_map=True)),
+    (
+        SwinTransformerV2,
+        dict(arch={**SWIN, 'extra_norm_every_n_blocks': 0}, img_size=64, window_size=[4, 4, 2, 2], pad_small_map=True),
+    ),
+    (TIMMBackbone, dict(model_name='vit_tiny_patch16_224', img_size=64, embed_dim=32, depth=2, num_heads=2)),
+]
+
+
+@pytest.mark.parametrize(('parent', 'arguments'), CASES, ids=lambda case: getattr(case, '__name__', ''))
+def test_registered_backbones(parent, arguments):
+    model = MODELS.build(dict(type=f'ICoN{parent.__name__}', **arguments, peft=dict(bottleneck=8)))
+    assert isinstance(model, parent) and isinstance(model, MODELS.get(f'ICoN{parent.__name__}'))
+    assert summarize(model).method == 'icon'
+    assert next(p for n, p in model.named_parameters() if 'adapter.down.weight' in n).shape[0] == 8
+
+    original = parent(**arguments)
+    original.load_state_dict({n: v for n, v in model.state_dict().items() if 'adapter' not in n}, strict=False)
+    for m in (model, original):
+        torch.manual_seed(0)
+        m.init_weights()
+        m.requires_grad_(False)
+        m.eval()
+    x = image((64, 64))
+    for a, b in zip(flatten(model(x)), flatten(original(x))):
+        assert torch.equal(a, b)
+    remove(model)
+    assert summarize(model).method is None
+
+
+def test_other_methods_and_defaults():
+    default = MODELS.build(dict(type='ICoNVisionTransformer', arch=VIT, img_size=64))
+    assert default.layers[0].adapter.bottleneck == 64
+    other = MODELS.build(dict(type='ICoNVisionTransformer', arch=VIT, img_size=64, peft=dict(type='adaptformer')))
+    assert summarize(other).method == 'adaptformer'
+    with pytest.raises(ValueError, match="unknown option 'bottelneck'"):
+        MODELS.build(dict(type='ICoNVisionTransformer', arch=VIT, img_size=64, peft=dict(bottelneck=1)))
+
+
+def test_old_checkpoints_are_renamed_as_for_the_parent():
+    """mmpretrain renames `norm` to `norm3`, and drops masks, only for its very own class."""
+    arguments = dict(arch=SWIN, img_size=64, pad_small_map=True)
+    model = MODELS.build(dict(type='ICoNSwinTransformer', **arguments))
+    state = SwinTransformer(**arguments).state_dict()
+    old = {n.replace('norm3.', 'norm.') if n.startswith('norm3.') else n: v + 1 for n, v in state.items()}
+    old['stages.0.blocks.0.attn.attn_mask'] = torch.zeros(1)
+    result = model.load_state_dict(old, strict=False)
+    assert not result.unexpected_keys
+    assert all('adapter' in name for name in result.missing_keys)
+    assert torch.equal(model.norm3.weight, state['norm3.weight'] + 1)
+    assert type(model).__name__ == 'ICoNSwinTransformer'

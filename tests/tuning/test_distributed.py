@@ -1,0 +1,52 @@
+"""Two processes give the gradients of one on the joint batch."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from families import FAMILIES, flatten, image, stir
+from torch.nn.parallel import DistributedDataParallel
+
+from iconformer_mm import inject
+
+
+def build():
+    torch.manual_seed(0)
+    model = next(f for f in FAMILIES if f.name == 'ViT').build()
+    inject(model)
+    return stir(model).train()
+
+
+def gradients(model, x):
+    flatten(model(x))[0].square().mean().backward()
+    return {n.removeprefix('module.'): p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def work(rank: int, folder: str) -> None:
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    model = DistributedDataParallel(build())  # all adapters take part: no find_unused_parameters
+    found = gradients(model, image((64, 64), batch=4)[2 * rank : 2 * rank + 2])
+    if rank == 0:
+        torch.save(found, f'{folder}/gradients.pt')
+    dist.destroy_process_group()
+
+
+def test_gradients_of_the_joint_batch(tmp_path):
+    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method='spawn')
+    actual = torch.load(tmp_path / 'gradients.pt')
+    expected = gradients(build(), image((64, 64), batch=4))
+    assert actual.keys() == expected.keys() and all('adapter' in name for name in actual)
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, atol=1e-7, rtol=1e-4, msg=name)
+
+
+def test_a_wrapped_model_is_refused(tmp_path):
+    import pytest
+    from mmengine.model import MMDistributedDataParallel
+
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        model = next(f for f in FAMILIES if f.name == 'ViT').build()
+        with pytest.raises(ValueError, match='inject into the bare model, then wrap it'):
+            inject(MMDistributedDataParallel(model, device_ids=None))
+    finally:
+        dist.destroy_process_group()
