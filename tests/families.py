@@ -79,7 +79,12 @@ FAMILIES = [
     Family(
         'ViT-SAM',
         _mmpretrain(
-            'ViTSAM', arch={**VIT, 'global_attn_indexes': [1]}, img_size=64, patch_size=16, out_channels=16, window_size=3
+            'ViTSAM',
+            arch={**VIT, 'global_attn_indexes': [1]},
+            img_size=64,
+            patch_size=16,
+            out_channels=16,
+            window_size=3,
         ),
         2,
     ),

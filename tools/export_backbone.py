@@ -17,6 +17,8 @@ def main() -> None:
     parser.add_argument('out', type=Path, help='safetensors file to write')
     args = parser.parse_args()
 
+    if not Path(args.checkpoint).is_file():
+        raise SystemExit(f'checkpoint {args.checkpoint} does not exist')
     state = _load_checkpoint_with_prefix('backbone.', args.checkpoint, map_location='cpu')
     temporary = args.out.with_name(f'.{args.out.name}.tmp')
     save_file({name: value.contiguous() for name, value in state.items()}, temporary)

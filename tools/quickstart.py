@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from mmengine.registry import init_default_scope
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -35,6 +36,15 @@ METHODS = {
     'icon': 'iCoN',
     'full': 'full fine-tuning',
 }
+TITLES = [
+    ('method',),
+    ('trained', 'params'),
+    ('backbone', 'share'),
+    ('accuracy', '(%)'),
+    ('seconds',),
+    ('checkpoint', '(KiB)'),
+    ('adapter', '(KiB)'),
+]
 
 
 @dataclass
@@ -129,8 +139,8 @@ def rows_of(results: list[Result]) -> list[list[str]]:
             f'{r.backbone_share:.2%}',
             f'{r.mean:.1f} ± {r.std:.1f}',
             f'{r.seconds:.0f}',
-            f'{r.checkpoint_bytes / 2**10:,.0f} KiB',
-            f'{r.adapter_bytes / 2**10:,.0f} KiB' if r.adapter_bytes else '-',
+            f'{r.checkpoint_bytes / 2**10:,.0f}',
+            f'{r.adapter_bytes / 2**10:,.0f}' if r.adapter_bytes else '-',
         ]
         for r in results
     ]
@@ -138,15 +148,18 @@ def rows_of(results: list[Result]) -> list[list[str]]:
 
 def report(results: list[Result], seeds: int, folder: Path, console: Console) -> None:
     """Print the table, and write it with the plot."""
-    titles = ['method', 'trained parameters', 'backbone share', 'accuracy (%)', 'seconds', 'checkpoint', 'adapter file']
-    table = Table(title=f'Strokes to digits, 20 images a class, mean ± std over {seeds} seeds', title_justify='left')
-    for index, title in enumerate(titles):
-        table.add_column(title, justify='right' if index else 'left')
+    table = Table(
+        title=f'Strokes to digits, 20 images a class, mean ± std over {seeds} seeds',
+        title_justify='left',
+        box=SIMPLE_HEAD,
+    )
+    for index, title in enumerate(TITLES):
+        table.add_column('\n'.join(title), justify='right' if index else 'left', no_wrap=True)
     for row in rows_of(results):
         table.add_row(*row)
     console.print(table)
 
-    lines = ['| ' + ' | '.join(titles) + ' |', '|---' + '|---:' * (len(titles) - 1) + '|']
+    lines = ['| ' + ' | '.join(' '.join(title) for title in TITLES) + ' |', '|---' + '|---:' * (len(TITLES) - 1) + '|']
     lines += ['| ' + ' | '.join(row) + ' |' for row in rows_of(results)]
     (folder / 'results.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
     (folder / 'results.json').write_text(json.dumps([asdict(r) for r in results], indent=2) + '\n', encoding='utf-8')

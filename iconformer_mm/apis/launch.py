@@ -60,13 +60,27 @@ def add_peft(cfg: Config, method: str) -> None:
     """Have the runner adapt the model with a PEFT method, model config untouched.
 
     The hook becomes ``default_hooks.peft``, so that its options can be given
-    on the command line, as ``default_hooks.peft.method.bottleneck=32``.
+    on the command line, as ``default_hooks.peft.method.bottleneck=32``. It
+    takes the place of a PEFTHook among the config's custom hooks.
     """
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] != 'PEFTHook']
     cfg.merge_from_dict({'default_hooks': {'peft': dict(type='PEFTHook', method=dict(type=method))}})
+
+
+def _complete_mmpretrain_dataloaders(cfg: Config) -> None:
+    """MMPretrain's configs count on their tools to say how a batch is collated."""
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if cfg.get(name) is not None:
+            loader = cfg[name]
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+            loader.setdefault('pin_memory', torch.cuda.is_available())
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
 
 
 def build_runner(cfg: Config) -> Runner:
     """Build the config's runner; on machines without a GPU also a distributed one."""
+    if cfg.get('default_scope') == 'mmpretrain':
+        _complete_mmpretrain_dataloaders(cfg)
     if cfg.get('launcher', 'none') == 'pytorch' and not torch.cuda.is_available():
         # MMEngine selects a CUDA device, whatever the backend, unless the
         # process group is there already.

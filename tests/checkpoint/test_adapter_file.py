@@ -40,7 +40,6 @@ def trained(**options):
     return model
 
 
-
 def logits(model):
     model.eval()
     return model.head(model.extract_feat(image((64, 64)))).detach()
@@ -81,7 +80,7 @@ def test_backbones_alone(family, tmp_path):
     save_adapter(source, tmp_path / 'a.safetensors')
     load_adapter(base, tmp_path / 'a.safetensors')
     base.eval()
-    for a, b in zip(flatten(base(image((family.sizes[0])))), flatten(source(image(family.sizes[0])))):
+    for a, b in zip(flatten(base(image(family.sizes[0]))), flatten(source(image(family.sizes[0])))):
         assert torch.equal(a, b)
 
 

@@ -196,7 +196,10 @@ def test_a_runner_without_configs_is_refused(tmp_path):
 
 
 def test_registered_backbone_trains_with_our_constructor(tmp_path):
-    changes = {'model.backbone.type': 'ICoNVisionTransformer', 'optim_wrapper.constructor': 'PEFTOptimWrapperConstructor'}
+    changes = {
+        'model.backbone.type': 'ICoNVisionTransformer',
+        'optim_wrapper.constructor': 'PEFTOptimWrapperConstructor',
+    }
     runner = build(tmp_path, custom_hooks=[], **changes)
     runner.train()
     count = sum(p.numel() for group in runner.optim_wrapper.param_groups for p in group['params'])

@@ -355,7 +355,10 @@ def test_subclasses_with_a_forward_of_their_own_do_not_match():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (dict(method='icn'), r"unknown PEFT method 'icn' \(did you mean 'icon'\?\); known: adaptformer, frozen, full, i"),
+        (
+            dict(method='icn'),
+            r"unknown PEFT method 'icn' \(did you mean 'icon'\?\); known: adaptformer, frozen, full, i",
+        ),
         (dict(bottelneck=8), r"unknown option 'bottelneck' of PEFT method 'icon' \(did you mean 'bottleneck'\?\)"),
         (dict(method='frozen', bottleneck=8), "unknown option 'bottleneck' of PEFT method 'frozen'; it takes none"),
         (dict(method=dict(bottleneck=8)), 'needs a type'),
