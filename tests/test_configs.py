@@ -13,6 +13,7 @@ ADAPTERS = {
     ('vit-base-p16', 'icon'): (1_645_824, 85_798_656),
     ('vit-base-p16', 'adaptformer'): (1_189_632, 85_798_656),
     ('swin-base', 'icon'): (2_466_048, 86_743_224),
+    ('swin-base', 'adaptformer'): (1_553_664, 86_743_224),
 }
 
 

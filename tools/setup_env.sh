@@ -62,9 +62,24 @@ fi
 if [ ! -x "$python" ] || ! "$python" -m pip --version >/dev/null 2>&1; then
     base=$(find_python)
     need_space "$venv" 9000 "the environment"
+else
+    base=$python
+    supported "$python" || die "$venv holds $("$python" --version), not Python 3.11 or 3.12; remove it and run again"
+fi
+
+# What compiling needs is looked for before anything is installed.
+mmcv=$(pinned onedl-mmcv)
+tag=$("$base" -c 'import platform, sys; print(sys.implementation.cache_tag, platform.machine(), sep="-")')
+known=$cache/wheels/onedl_mmcv-$mmcv-$tag-torch$(pinned torch)
+if ! ls "$known"*/*.whl >/dev/null 2>&1; then
+    command -v "${CXX:-c++}" >/dev/null ||
+        die "compiling mmcv needs a C++ compiler and there is no '${CXX:-c++}'; install one (Debian: apt-get install g++)"
+    need_space "$cache" 1000 "compiling mmcv"
+fi
+
+if [ "$base" != "$python" ]; then
     quietly "creating $venv with $("$base" --version)" "$base" -m venv "$venv"
 fi
-supported "$python" || die "$venv holds $("$python" --version), not Python 3.11 or 3.12; remove it and run again"
 
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 install() { pip install --constraint "$constraints" "$@"; }
@@ -72,14 +87,10 @@ install() { pip install --constraint "$constraints" "$@"; }
 quietly "installing build tools" install -r "$root/requirements/build.txt"
 quietly "installing torch $(pinned torch) and torchvision $(pinned torchvision)" install torch torchvision numpy
 
-mmcv=$(pinned onedl-mmcv)
-key=$("$python" -c 'import platform, sys, torch
-print(f"{sys.implementation.cache_tag}-torch{torch.__version__}-{platform.machine()}")')
-wheels=$cache/wheels/onedl_mmcv-$mmcv-$key
+# The operators are for the torch at hand, and for CUDA where there is a GPU.
+wheels=$cache/wheels/onedl_mmcv-$mmcv-$tag-torch$("$python" -c 'import torch
+print(torch.__version__, "cuda" if torch.cuda.is_available() else "cpu", sep="-")')
 if ! ls "$wheels"/*.whl >/dev/null 2>&1; then
-    command -v "${CXX:-c++}" >/dev/null ||
-        die "compiling mmcv needs a C++ compiler and there is no '${CXX:-c++}'; install one (Debian: apt-get install g++)"
-    need_space "$cache" 1000 "compiling mmcv"
     mkdir -p "$cache/wheels"
     scratch=$(mktemp -d "$cache/wheels/.build.XXXXXX")
     # -g0: without debug information the build takes half the time. Built in

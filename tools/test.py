@@ -6,33 +6,21 @@ import argparse
 import os
 
 import mmengine
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis import add_peft, build_runner, load_config
+from iconformer_mm.apis import add_peft, build_runner, load_config, make_parser
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file, or library::path such as mmpretrain::vision_transformer/...')
+    parser = make_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--work-dir', help='folder for logs and metrics')
-    parser.add_argument('--peft', metavar='METHOD', help='adapt the model with this PEFT method, e.g. icon')
     parser.add_argument('--out', help='file (.pkl) for the predictions')
     parser.add_argument('--metrics', help='file (.json) for the metrics')
-    parser.add_argument('--amp', action='store_true', help='test in automatic mixed precision')
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument('--tta', action='store_true', help="test-time augmentation by the config's tta_model")
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override settings of the config: key=value, nested keys with dots, lists as key="[a,b]"',
-    )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args

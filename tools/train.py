@@ -5,37 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis import add_peft, build_runner, load_config
+from iconformer_mm.apis import add_peft, build_runner, load_config, make_parser
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file, or library::path such as mmpretrain::vision_transformer/...')
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints')
-    parser.add_argument('--peft', metavar='METHOD', help='adapt the model with this PEFT method, e.g. icon')
+    parser = make_parser(__doc__)
     parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
         help='checkpoint to resume from; without a value, the latest in the work directory',
     )
-    parser.add_argument('--amp', action='store_true', help='train in automatic mixed precision')
     parser.add_argument('--no-validate', action='store_true', help='do not validate while training')
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help="scale the learning rate to the batch size by the config's rule"
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override settings of the config: key=value, nested keys with dots, lists as key="[a,b]"',
-    )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args

@@ -1,4 +1,3 @@
 _base_ = ['./vit-quickstart_icon_digits.py']
 
 custom_hooks = [dict(type='PEFTHook', method=dict(type='frozen'))]
-optim_wrapper = dict(optimizer=dict(lr=1e-2))

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from iconformer_mm.compat import map_config_packages
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The command line that all tools have in common."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file, or library::path such as mmpretrain::vision_transformer/...')
+    parser.add_argument('--work-dir', help='folder for logs, checkpoints and metrics')
+    parser.add_argument('--peft', metavar='METHOD', help='adapt the model with this PEFT method, e.g. icon')
+    parser.add_argument('--amp', action='store_true', help='run in automatic mixed precision')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings of the config: key=value, nested keys with dots, lists as key="[a,b]"',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    return parser
 
 
 def find_config(name: str) -> Path:
