@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +15,14 @@ VIT = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
 SWIN = dict(embed_dims=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8])
 
 
-def _mmpretrain(name: str, **arguments) -> Callable[[], nn.Module]:
+def _library(library: str, name: str, **arguments) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        import mmpretrain.models.backbones as backbones
-
-        return getattr(backbones, name)(**arguments)
+        return getattr(import_module(f'{library}.models.backbones'), name)(**copy.deepcopy(arguments))
 
     return build
+
+
+_mmpretrain = partial(_library, 'mmpretrain')
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Family:
         build: Makes it.
         num_blocks: Its number of blocks.
         sizes: Input sizes (height, width) it takes, the first a square.
-        takes_with_cp: Whether ``build`` has a checkpointing twin.
+        build_with_cp: Makes its twin with gradient checkpointing, if there is one.
     """
 
     name: str
@@ -122,6 +126,55 @@ FAMILIES = [
         5,
         ((64, 64),),
     ),
+]
+
+_MM_SWIN = dict(embed_dims=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8])
+_SEG_VIT = dict(img_size=64, embed_dims=32, num_layers=2, num_heads=2, mlp_ratio=2, out_indices=(0, 1))
+_MIT = dict(embed_dims=8, num_layers=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
+_PVT = dict(embed_dims=8, num_layers=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], init_cfg=None)
+_TWINS = dict(
+    embed_dims=[16, 32, 64, 128],
+    num_heads=[1, 2, 4, 8],
+    mlp_ratios=[2, 2, 2, 2],
+    depths=[1, 1, 1, 1],
+    sr_ratios=[8, 4, 2, 1],
+    norm_after_stage=False,
+)
+_SEG_TIMM = dict(model_name='swin_tiny_patch4_window7_224', features_only=True, pretrained=False, **_TIMM_SWIN)
+_ODD = ((64, 64), (61, 90))
+
+FAMILIES += [
+    Family(
+        f'{library} Swin',
+        _library(library, 'SwinTransformer', **_MM_SWIN),
+        5,
+        _ODD,
+        _library(library, 'SwinTransformer', with_cp=True, **_MM_SWIN),
+    )
+    for library in ('mmdet', 'mmseg')
+] + [
+    Family('mmdet PVT', _library('mmdet', 'PyramidVisionTransformer', pretrain_img_size=64, **_PVT), 4, _ODD),
+    Family('mmdet PVTv2', _library('mmdet', 'PyramidVisionTransformerV2', **_PVT), 4, _ODD),
+    Family(
+        'mmseg ViT',
+        _library('mmseg', 'VisionTransformer', **_SEG_VIT),
+        2,
+        ((64, 64), (61, 90)),
+        _library('mmseg', 'VisionTransformer', with_cp=True, **_SEG_VIT),
+    ),
+    Family('mmseg ViT no class token', _library('mmseg', 'VisionTransformer', with_cls_token=False, **_SEG_VIT), 2),
+    Family('mmseg BEiT', _library('mmseg', 'BEiT', init_values=0.5, **_SEG_VIT), 2, ((64, 64),)),
+    Family('mmseg MAE', _library('mmseg', 'MAE', init_values=0.5, **_SEG_VIT), 2, ((64, 64),)),
+    Family(
+        'mmseg MiT',
+        _library('mmseg', 'MixVisionTransformer', **_MIT),
+        4,
+        _ODD,
+        _library('mmseg', 'MixVisionTransformer', with_cp=True, **_MIT),
+    ),
+    Family('mmseg Twins', _library('mmseg', 'SVT', windiow_sizes=[4, 4, 2, 2], **_TWINS), 4, ((64, 64), (96, 64))),
+    Family('mmseg Twins PCPVT', _library('mmseg', 'PCPVT', **_TWINS), 4, ((64, 64), (96, 64))),
+    Family('mmseg timm Swin', _library('mmseg', 'TIMMBackbone', **_SEG_TIMM), 5, ((64, 64),)),
 ]
 
 

@@ -2,24 +2,31 @@
 
 import pytest
 from conftest import ROOT
-from mmengine.registry import init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 
 import iconformer_mm  # noqa: F401
 from iconformer_mm import inject, summarize
 from iconformer_mm.apis import load_config
 
 CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*/*.py'))
-ADAPTERS = {
-    ('vit-base-p16', 'icon'): (1_645_824, 85_798_656),
-    ('vit-base-p16', 'adaptformer'): (1_189_632, 85_798_656),
-    ('swin-base', 'icon'): (2_466_048, 86_743_224),
-    ('swin-base', 'adaptformer'): (1_553_664, 86_743_224),
+COUNTS = {'cifar100': 8, 'svhn': 8, 'food101': 8, 'quickstart': 5, 'coco': 32, 'ade20k': 24, 'nyu': 8}
+METHODS = ('icon', 'adaptformer', 'frozen', 'full')
+
+# Adapters of iCoN and AdaptFormer, and the share of iCoN in percent, for the published backbones.
+BUDGETS = {
+    'vit-base-p16': (1_645_824, 1_189_632, 1.918),
+    'swin-base': (2_466_048, 1_553_664, 2.84),
+    'swin-b-': (2_466_048, 1_553_664, 2.84),
+    'swin-large': (3_242_112, 2_329_728, 1.66),
+    'swinv2-base': (2_466_048, 1_553_664, 2.84),
 }
 
 
-def build_model(name):
-    from mmpretrain.registry import MODELS
+def method_of(name):
+    return next((m for m in METHODS if f'_{m}_' in name), 'full')
 
+
+def build_model(name):
     cfg = load_config(str(ROOT / name))
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
@@ -30,42 +37,58 @@ def build_model(name):
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) == 24 + 5
+    folders = [name.split('/')[1] for name in CONFIGS]
+    assert {folder: folders.count(folder) for folder in set(folders) - {'_base_'}} == COUNTS
 
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_builds_and_trains_what_it_says(name):
     cfg, model = build_model(name)
     summary = summarize(model)
-    method = next(m for m in ('icon', 'adaptformer', 'frozen', 'full', 'pretrain') if f'_{m}' in name)
-    assert (summary.method or 'full') == ('full' if method == 'pretrain' else method)
-    for (backbone, peft), (adapters, base) in ADAPTERS.items():
-        if backbone in name and peft == method:
-            assert (summary.adapters, summary.backbone) == (adapters, base)
-    if method in ('full', 'pretrain'):
-        assert summary.frozen == 0
-    # The head's size is the data set's.
-    classes = {'cifar100': 100, 'svhn': 10, 'food101': 101, 'digits': 10, 'strokes': 50}
-    expected = next(n for key, n in classes.items() if f'{key}.py' in name)
-    assert cfg.model.head.num_classes == model.head.num_classes == expected
-    assert cfg.train_dataloader.dataset.type and cfg.val_evaluator.type == 'Accuracy'
-    if 'Digits' not in cfg.train_dataloader.dataset.type and 'Strokes' not in cfg.train_dataloader.dataset.type:
-        assert cfg.model.backbone.init_cfg.checkpoint.endswith('.pth')
+    method = method_of(name)
+    assert (summary.method or 'full') == method
+    assert cfg.custom_imports.imports == ['iconformer_mm']
+    if method == 'full':
+        assert summary.backbone_share == 1
+    else:
+        assert summary.parts['backbone'] == (0, summary.backbone)
+        assert summary.trainable > summary.adapters  # a head is trained, too
+    for key, (icon, adaptformer, share) in BUDGETS.items():
+        if key in name and method in ('icon', 'adaptformer'):
+            assert summary.adapters == (icon if method == 'icon' else adaptformer)
+            if method == 'icon':
+                assert abs(100 * summary.backbone_share - share) < 0.006
+    assert cfg.train_dataloader.dataset and cfg.val_evaluator
+    if 'quickstart' not in name:
+        backbone = cfg.model.backbone
+        weights = (backbone.get('init_cfg') or {}).get('checkpoint') or cfg.model.get('pretrained')
+        assert weights.endswith('.pth')
 
 
-@pytest.mark.parametrize('dataset', ['cifar100', 'svhn', 'food101'])
-def test_methods_of_a_benchmark_share_one_recipe(dataset):
-    """But for the method (and, stated, the learning rate of full fine-tuning on Swin)."""
-    for backbone in ('vit-base-p16-mae', 'swin-base-in21k'):
-        recipes = []
-        for name in CONFIGS:
-            if f'/{dataset}/' in name and backbone in name:
-                cfg = load_config(str(ROOT / name)).to_dict()
-                for key in ('custom_hooks', 'work_dir'):
-                    cfg.pop(key, None)
-                if '_full_' in name and backbone.startswith('swin'):
-                    assert cfg['optim_wrapper']['optimizer'].pop('lr') == 5e-5
-                    cfg['optim_wrapper']['optimizer']['lr'] = 1e-3
-                recipes.append(cfg)
-        assert len(recipes) == 4
-        assert all(recipe == recipes[0] for recipe in recipes)
+CLASSES = {'cifar100': 100, 'svhn': 10, 'food101': 101, 'digits': 10, 'strokes': 50}
+
+
+@pytest.mark.parametrize('name', [n for n in CONFIGS if any(f'{key}.py' in n for key in CLASSES)])
+def test_heads_have_the_classes_of_their_data(name):
+    expected = next(count for key, count in CLASSES.items() if f'{key}.py' in name)
+    assert load_config(str(ROOT / name)).model.head.num_classes == expected
+
+
+def benchmark_of(name):
+    return name.replace(f'_{method_of(name)}_', '_METHOD_')
+
+
+@pytest.mark.parametrize('benchmark', sorted({benchmark_of(n) for n in CONFIGS if 'quickstart' not in n}))
+def test_methods_of_a_benchmark_share_one_recipe(benchmark):
+    """But for the method (and, stated, the learning rate of full fine-tuning in classification with Swin)."""
+    recipes = []
+    for method in METHODS:
+        name = benchmark.replace('_METHOD_', f'_{method}_')
+        cfg = load_config(str(ROOT / name)).to_dict()
+        for key in ('custom_hooks', 'work_dir'):
+            cfg.pop(key, None)
+        if method == 'full' and 'swin-base-in21k' in name:
+            assert cfg['optim_wrapper']['optimizer']['lr'] == 5e-5
+            cfg['optim_wrapper']['optimizer']['lr'] = 1e-3
+        recipes.append(cfg)
+    assert all(recipe == recipes[0] for recipe in recipes)

@@ -148,13 +148,10 @@ def rows_of(results: list[Result]) -> list[list[str]]:
 
 def report(results: list[Result], seeds: int, folder: Path, console: Console) -> None:
     """Print the table, and write it with the plot."""
-    table = Table(
-        title=f'Strokes to digits, 20 images a class, mean ± std over {seeds} seeds',
-        title_justify='left',
-        box=SIMPLE_HEAD,
-    )
-    for index, title in enumerate(TITLES):
-        table.add_column('\n'.join(title), justify='right' if index else 'left', no_wrap=True)
+    title = f'Strokes to digits, 20 images a class, mean ± std over {seeds} seeds'
+    table = Table(title=title, title_justify='left', box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for index, words in enumerate(TITLES):
+        table.add_column('\n'.join(words), justify='right' if index else 'left', no_wrap=True)
     for row in rows_of(results):
         table.add_row(*row)
     console.print(table)

@@ -3,3 +3,6 @@
 from iconformer_mm.registry import register_with
 
 register_with('mmpretrain', 'MODELS', 'iconformer_mm.models.mmpretrain_backbones')
+register_with('mmdet', 'MODELS', 'iconformer_mm.models.mmdet_backbones')
+register_with('mmseg', 'MODELS', 'iconformer_mm.models.mmseg_backbones')
+register_with('mmseg', 'MODELS', 'iconformer_mm.models.mmseg_depth_head')

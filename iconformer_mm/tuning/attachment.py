@@ -49,7 +49,7 @@ class GridTracker:
         prefix = self.source.num_prefix_tokens
         if isinstance(prefix, str):
             prefix = getattr(self.host, prefix)
-        return TokenGrid(*self.size, num_prefix_tokens=prefix)
+        return TokenGrid(*self.size, num_prefix_tokens=int(prefix))
 
     def detach(self) -> None:
         """Stop listening, hand gradient checkpointing back."""

@@ -45,8 +45,8 @@ class FromPatchEmbed:
 
     Attributes:
         read: ``(patch_embed, inputs, output) -> (height, width)``.
-        num_prefix_tokens: Name of the host's attribute, or the number itself
-            where the host has no such attribute.
+        num_prefix_tokens: Name of the host's attribute (a number or a flag), or
+            the number itself where the host has no such attribute.
     """
 
     read: Callable[[nn.Module, tuple, Any], Size]
@@ -90,7 +90,11 @@ def _read_timm(patch_embed: nn.Module, inputs: tuple, output: Tensor) -> Size:
 
 
 _MM_VIT = FromPatchEmbed(_read_resolution, 'num_extra_tokens')
+_SEG_VIT = FromPatchEmbed(_read_resolution, 'with_cls_token')
+_SEG_BEIT = FromPatchEmbed(_read_resolution, 1)
 _MMPRETRAIN = 'mmpretrain.models.backbones.'
+_MMDET = 'mmdet.models.backbones.'
+_MMSEG = 'mmseg.models.backbones.'
 _TIMM = 'timm.models.'
 
 FAMILIES: list[BlockFamily] = [
@@ -102,6 +106,17 @@ FAMILIES: list[BlockFamily] = [
     BlockFamily('mmpretrain ViT-SAM', _MMPRETRAIN + 'vit_sam.TransformerEncoderLayer', FromShape(), 'ln2'),
     BlockFamily('mmpretrain Swin', _MMPRETRAIN + 'swin_transformer.SwinBlock', Argument('hw_shape'), 'norm2'),
     BlockFamily('mmpretrain SwinV2', _MMPRETRAIN + 'swin_transformer_v2.SwinBlockV2', Argument('hw_shape'), None),
+    BlockFamily('mmdet Swin', _MMDET + 'swin.SwinBlock', Argument('hw_shape'), 'norm2'),
+    BlockFamily('mmdet PVT', _MMDET + 'pvt.PVTEncoderLayer', Argument('hw_shape'), 'norm2'),
+    BlockFamily('mmseg Swin', _MMSEG + 'swin.SwinBlock', Argument('hw_shape'), 'norm2'),
+    BlockFamily('mmseg ViT', _MMSEG + 'vit.TransformerEncoderLayer', _SEG_VIT, 'norm2'),
+    # MAE's block is a BEiT block.
+    BlockFamily(
+        'mmseg BEiT', _MMSEG + 'beit.BEiTTransformerEncoderLayer', FromPatchEmbed(_read_resolution, 1), 'norm2'
+    ),
+    BlockFamily('mmseg MiT', _MMSEG + 'mit.TransformerEncoderLayer', Argument('hw_shape'), 'norm2'),
+    BlockFamily('mmseg Twins', _MMSEG + 'twins.LSAEncoderLayer', Argument('hw_shape'), 'norm2'),
+    BlockFamily('mmseg Twins global', _MMSEG + 'twins.GSAEncoderLayer', Argument('hw_shape'), 'norm2'),
     BlockFamily(
         'timm ViT',
         _TIMM + 'vision_transformer.Block',
@@ -151,7 +166,7 @@ def family_of(block: nn.Module) -> BlockFamily | None:
 def _width(block: nn.Module, family: BlockFamily) -> int:
     """Token width: what the FFN's first layer reads."""
     ffn = getattr(block, family.ffn)
-    return next(m.in_features for m in ffn.modules() if isinstance(m, nn.Linear))
+    return next(m.weight.shape[1] for m in ffn.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
 
 
 def _owner_of_patch_embed(backbone: nn.Module, name: str) -> nn.Module:

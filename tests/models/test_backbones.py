@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 from families import SWIN, VIT, flatten, image
@@ -60,3 +62,21 @@ def test_old_checkpoints_are_renamed_as_for_the_parent():
     assert all('adapter' in name for name in result.missing_keys)
     assert torch.equal(model.norm3.weight, state['norm3.weight'] + 1)
     assert type(model).__name__ == 'ICoNSwinTransformer'
+
+
+@pytest.mark.parametrize(
+    ('library', 'name', 'arguments'),
+    [
+        ('mmdet', 'SwinTransformer', dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])),
+        ('mmseg', 'SwinTransformer', dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])),
+        ('mmseg', 'VisionTransformer', dict(img_size=64, embed_dims=32, num_layers=2, num_heads=2, mlp_ratio=2)),
+        ('mmseg', 'TIMMBackbone', dict(CASES[3][1], features_only=False, pretrained=False)),
+    ],
+)
+def test_each_scope_has_its_own_class(library, name, arguments):
+    registry = import_module(f'{library}.registry').MODELS
+    parent = registry.get(name)
+    model = registry.build(dict(type=f'ICoN{name}', **arguments))
+    assert isinstance(model, parent) and parent.__module__.startswith(library)
+    assert type(model) is registry.get(f'ICoN{name}')
+    assert summarize(model).method == 'icon'

@@ -1,0 +1,3 @@
+_base_ = ['mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py']
+
+custom_imports = dict(imports=['iconformer_mm'], allow_failed_imports=False)

@@ -1,0 +1,1 @@
+_base_ = ['./mae-base_upernet_full_8xb2-160k_ade20k-512x512.py', '../_base_/peft/icon.py']

@@ -1,0 +1,1 @@
+_base_ = ['./cascade-mask-rcnn_swin-b-in22k_fpn_full_1x_coco.py', '../_base_/peft/adaptformer.py']

@@ -1,0 +1,8 @@
+_base_ = [
+    '../_base_/models/cascade-mask-rcnn_swin-t_fpn.py',
+    '../_base_/datasets/coco_instance_ms-crop.py',
+    '../_base_/schedules/coco_swin_3x.py',
+    'mmdet::_base_/default_runtime.py',
+]
+
+custom_imports = dict(imports=['iconformer_mm'], allow_failed_imports=False)

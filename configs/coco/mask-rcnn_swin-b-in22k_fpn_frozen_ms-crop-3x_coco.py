@@ -1,0 +1,1 @@
+_base_ = ['./mask-rcnn_swin-b-in22k_fpn_full_ms-crop-3x_coco.py', '../_base_/peft/frozen.py']

@@ -1,0 +1,3 @@
+_base_ = ['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py']
+
+custom_imports = dict(imports=['iconformer_mm'], allow_failed_imports=False)

@@ -1,0 +1,1 @@
+_base_ = ['./depth_swin-base_full_8xb3-25k_nyu.py', '../_base_/peft/icon.py']

@@ -1,0 +1,16 @@
+"""MMDetection's backbones, born adapted."""
+
+from __future__ import annotations
+
+from mmdet.models.backbones import SwinTransformer
+from mmdet.registry import MODELS
+
+from .peft_backbone import PEFTBackbone
+
+
+@MODELS.register_module()
+class ICoNSwinTransformer(PEFTBackbone, SwinTransformer):
+    """Swin Transformer with iCoN adapters.
+
+    Takes all arguments of ``mmdet.SwinTransformer``, and ``peft``.
+    """

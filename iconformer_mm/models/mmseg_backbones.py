@@ -1,0 +1,32 @@
+"""MMSegmentation's backbones, born adapted."""
+
+from __future__ import annotations
+
+from mmseg.models.backbones import SwinTransformer, TIMMBackbone, VisionTransformer
+from mmseg.registry import MODELS
+
+from .peft_backbone import PEFTBackbone
+
+
+@MODELS.register_module()
+class ICoNSwinTransformer(PEFTBackbone, SwinTransformer):
+    """Swin Transformer with iCoN adapters.
+
+    Takes all arguments of ``mmseg.SwinTransformer``, and ``peft``.
+    """
+
+
+@MODELS.register_module()
+class ICoNVisionTransformer(PEFTBackbone, VisionTransformer):
+    """Vision Transformer with iCoN adapters.
+
+    Takes all arguments of ``mmseg.VisionTransformer``, and ``peft``.
+    """
+
+
+@MODELS.register_module()
+class ICoNTIMMBackbone(PEFTBackbone, TIMMBackbone):
+    """A timm ViT, Swin or Swin V2 with iCoN adapters.
+
+    Takes all arguments of ``mmseg.TIMMBackbone``, and ``peft``.
+    """

@@ -1,0 +1,106 @@
+"""A depth head for MMSegmentation's DepthEstimator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import ConvModule
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+
+@MODELS.register_module()
+class DepthDeconvHead(BaseDecodeHead):
+    """Deconvolution head for monocular depth.
+
+    In the manner of MIM-Depth (Xie et al., CVPR 2023) and GLPDepth (Kim et al.,
+    2022): the last feature map of the backbone goes through 2x deconvolutions
+    and two convolutions, and a sigmoid bounds the depth by ``max_depth``. The
+    exact layers are ours.
+
+    Args:
+        in_channels: Channels of the backbone's map at ``in_index``.
+        num_filters: Output channels of the deconvolutions, one each. Defaults
+            to ``(32, 32, 32)``.
+        max_depth: Largest depth, in metres. Defaults to 10.
+        norm_cfg: Norm after each deconvolution. Defaults to
+            ``dict(type='BN')``.
+        loss_decode: Config of the loss. Defaults to
+            ``dict(type='SiLogLoss')``.
+        in_index: Which of the backbone's maps to take. Defaults to -1.
+        **kwargs: Further arguments of mmseg's ``BaseDecodeHead``.
+
+    Raises:
+        ValueError: ``max_depth`` or ``num_filters`` is out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_filters: Sequence[int] = (32, 32, 32),
+        max_depth: float = 10.0,
+        norm_cfg: dict | None = None,
+        loss_decode: dict | None = None,
+        in_index: int = -1,
+        **kwargs,
+    ) -> None:
+        if max_depth <= 0:
+            raise ValueError(f'max_depth must be positive (metres), got {max_depth}')
+        if len(num_filters) == 0 or min(num_filters) < 1:
+            raise ValueError(f'num_filters must name at least one positive width, got {num_filters}')
+        super().__init__(
+            in_channels=in_channels,
+            channels=num_filters[-1],
+            num_classes=1,
+            out_channels=1,
+            threshold=0.5,  # unused; mmseg wants one for a single channel
+            dropout_ratio=0.0,
+            norm_cfg=norm_cfg or dict(type='BN'),
+            loss_decode=loss_decode or dict(type='SiLogLoss'),
+            in_index=in_index,
+            init_cfg=dict(type='Normal', layer=['Conv2d', 'ConvTranspose2d'], std=0.001),
+            **kwargs,
+        )
+        self.max_depth = max_depth
+        widths = [in_channels, *num_filters]
+        self.deconvs = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.ConvTranspose2d(narrow, wide, 4, stride=2, padding=1, bias=False),
+                    ConvModule(wide, wide, 3, padding=1, norm_cfg=self.norm_cfg),
+                )
+                for narrow, wide in zip(widths, widths[1:])
+            )
+        )
+        self.conv = ConvModule(self.channels, self.channels, 3, padding=1, norm_cfg=None)
+        self.conv_seg = nn.Conv2d(self.channels, 1, 3, padding=1)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Predict depth in metres, (B, 1, H, W), at ``2 ** len(num_filters)`` times the map's size."""
+        x = self.conv(self.deconvs(self._transform_inputs(inputs)))
+        # In float32: half precision is too coarse near the ends of a sigmoid.
+        return self.conv_seg(x).float().sigmoid() * self.max_depth
+
+    def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: list) -> dict[str, Tensor]:
+        """Compare the prediction with the true depth at full size.
+
+        Args:
+            seg_logits: Predicted depth, (B, 1, h, w).
+            batch_data_samples: Samples with ``gt_depth_map`` (1, H, W) in
+                metres; 0 where it is unknown.
+
+        Returns:
+            The losses by name.
+        """
+        target = torch.stack([sample.gt_depth_map.data for sample in batch_data_samples]).to(seg_logits)
+        depth = F.interpolate(seg_logits, size=target.shape[2:], mode='bilinear', align_corners=self.align_corners)
+        # Of an image without any known depth SiLogLoss has no gradient but NaN.
+        known = (target > 0).flatten(1).any(dim=1)
+        losses: dict[str, Tensor] = {}
+        for loss in [self.loss_decode] if not isinstance(self.loss_decode, nn.ModuleList) else self.loss_decode:
+            value = loss(depth[known], target[known]) if known.any() else depth.sum() * 0
+            losses[loss.loss_name] = losses.get(loss.loss_name, 0) + value
+        return losses
