@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.registry import init_default_scope
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ['PIP_NO_INDEX'] = '1'  # nothing may be installed by a test
@@ -12,8 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _fresh_state():
+    """No test sees the seed or the default scope that another left."""
     torch.manual_seed(0)
+    init_default_scope('mmpretrain')
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 import mmpretrain.models.backbones as backbones
 import pytest
+import torch
+from families import image
 
-from iconformer_mm import inject, remove
+from iconformer_mm import inject, remove, summarize
 
 
 @pytest.mark.parametrize(
@@ -27,3 +29,25 @@ def test_budget(cls, arch, backbone, adapters, without_norm, share):
 def test_adaptformer_budget():
     """The published count of AdaptFormer-64 on ViT-B/16."""
     assert inject(backbones.VisionTransformer(arch='base'), 'adaptformer').adapters == 1_189_632
+
+
+def test_swin_base_itself_stays_exact():
+    """Before training, after ``init_weights()`` and after ``remove``, to the last bit."""
+    model, original = (backbones.SwinTransformer(arch='base') for _ in range(2))
+    for m in (model, original):
+        m.requires_grad_(False)
+        m.eval()
+    x = image((224, 224), batch=1)
+
+    def equal():
+        return torch.equal(model(x)[0], original(x)[0])
+
+    original.load_state_dict(model.state_dict())
+    assert inject(model).num_sites == 24
+    assert equal()
+    for m in (model, original):
+        torch.manual_seed(1)
+        m.init_weights()
+    assert equal()
+    remove(model)
+    assert equal() and summarize(model).adapters == 0
