@@ -43,6 +43,13 @@ class Family:
     sizes: tuple[tuple[int, int], ...] = ((64, 64), (48, 80))
     build_with_cp: Callable[[], nn.Module] | None = None
 
+    @property
+    def stride(self) -> int | None:
+        """Pixels a token; None for a pyramid."""
+        if any(word in self.name for word in ('Swin', 'PVT', 'MiT', 'Twins')):
+            return None
+        return 14 if 'DINOv2' in self.name else 16
+
     def __str__(self) -> str:
         return self.name
 

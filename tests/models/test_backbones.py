@@ -3,6 +3,7 @@ from importlib import import_module
 import pytest
 import torch
 from families import SWIN, VIT, flatten, image
+from mmengine.registry import init_default_scope
 from mmpretrain.models.backbones import SwinTransformer, SwinTransformerV2, TIMMBackbone, VisionTransformer
 from mmpretrain.registry import MODELS
 
@@ -74,6 +75,7 @@ def test_old_checkpoints_are_renamed_as_for_the_parent():
     ],
 )
 def test_each_scope_has_its_own_class(library, name, arguments):
+    init_default_scope(library)
     registry = import_module(f'{library}.registry').MODELS
     parent = registry.get(name)
     model = registry.build(dict(type=f'ICoN{name}', **arguments))

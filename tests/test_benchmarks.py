@@ -1,0 +1,145 @@
+"""The benchmarks' own pipelines, data sets, losses and metrics, fed from scenes, on small models."""
+
+import copy
+import uuid
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.runner import Runner
+
+from iconformer_mm import summarize
+from iconformer_mm.apis import load_config
+from iconformer_mm.datasets.scenes import SHAPES, WRITERS, scenes
+
+SWIN = dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
+PYRAMID = [16, 32, 64, 128]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp('scenes')
+    for name in ('coco', 'ade20k'):
+        for split in ('train', 'val'):
+            WRITERS[name](root / name, split, scenes(4, 0, size=(96, 128)))
+    for split in ('train', 'val'):
+        WRITERS['nyu'](root / 'nyu', split, scenes(2, 0, size=(480, 640)))
+    return root
+
+
+def shrink_model(cfg):
+    """The same architecture, narrow."""
+    model = cfg.model
+    backbone = model.backbone
+    backbone.pop('init_cfg', None)
+    model.pop('pretrained', None)
+    kind = backbone.type
+    if kind == 'SwinTransformer':
+        backbone.update(SWIN)
+    elif kind == 'mmpretrain.SwinTransformerV2':
+        backbone.update(arch={**SWIN, 'extra_norm_every_n_blocks': 0}, window_size=[5, 5, 5, 5])
+    elif kind == 'MixVisionTransformer':
+        backbone.update(embed_dims=8, num_layers=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
+        model.decode_head.update(in_channels=[8, 16, 32, 64], channels=16)
+    else:  # BEiT, MAE
+        backbone.update(embed_dims=32, num_layers=4, num_heads=2, mlp_ratio=2, out_indices=[0, 1, 2, 3])
+        model.neck.embed_dim = 32
+        model.decode_head.update(in_channels=[32] * 4, channels=16)
+        model.auxiliary_head.update(in_channels=32, channels=16)
+    if kind == 'SwinTransformer' and model.type == 'EncoderDecoder':
+        model.decode_head.update(in_channels=PYRAMID, channels=16)
+        model.auxiliary_head.update(in_channels=PYRAMID[2], channels=16)
+    if model.type == 'DepthEstimator':
+        model.decode_head.in_channels = PYRAMID[3]
+    if 'neck' in model and model.neck.type == 'FPN':
+        model.neck.in_channels = PYRAMID
+        heads = model.roi_head.bbox_head
+        for head in heads if isinstance(heads, list) else [heads]:
+            head.update(fc_out_channels=32, num_classes=len(SHAPES))
+        model.roi_head.mask_head.update(conv_out_channels=32, num_classes=len(SHAPES))
+        stages = model.train_cfg.rcnn
+        for stage in stages if isinstance(stages, list) else [stages]:
+            stage.sampler.num = 32
+        model.test_cfg.rpn.update(nms_pre=50, max_per_img=20)
+        model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=20)  # untrained scores are low
+
+
+def shrink_images(pipeline):
+    """Detection trains on 800 x 1333: take a fifth of all sizes."""
+    for step in pipeline:
+        for key in ('scale', 'crop_size'):
+            if key in step and step['type'] != 'RandomFlip':
+                step[key] = tuple(n // 5 for n in step[key])
+        if 'scales' in step:
+            step['scales'] = [tuple(n // 5 for n in scale) for scale in step['scales']]
+        for branch in step.get('transforms', []):
+            shrink_images(branch)
+
+
+def feed(cfg, data):
+    """Point the data sets at the scenes; nothing else of the pipeline changes but, for detection, sizes."""
+    folder = {'mmdet': 'coco', 'mmseg': 'ade20k'}[cfg.default_scope]
+    if cfg.model.type == 'DepthEstimator':
+        folder = 'nyu'
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg[name]
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = f'{data / folder}/'
+        if folder == 'coco':
+            loader.dataset.metainfo = dict(classes=SHAPES)
+            shrink_images(loader.dataset.pipeline)
+    cfg.train_dataloader.batch_size = 2
+    for name in ('val_evaluator', 'test_evaluator'):
+        if folder == 'coco':
+            cfg[name].ann_file = f'{data / "coco" / "annotations" / "instances_val2017.json"}'
+
+
+CASES = [
+    ('coco/mask-rcnn_swin-t_fpn_icon_1x_coco.py', 'coco/segm_mAP'),
+    ('coco/mask-rcnn_swin-b-in22k_fpn_adaptformer_ms-crop-3x_coco.py', 'coco/segm_mAP'),
+    ('coco/cascade-mask-rcnn_swin-b-in22k_fpn_icon_ms-crop-3x_coco.py', 'coco/segm_mAP'),
+    ('coco/cascade-mask-rcnn_swin-t_fpn_frozen_1x_coco.py', 'coco/segm_mAP'),
+    ('ade20k/swin-large-in22k_upernet_icon_8xb2-160k_ade20k-512x512.py', 'mIoU'),
+    ('ade20k/segformer_mit-b5_icon_8xb2-160k_ade20k-640x640.py', 'mIoU'),
+    ('ade20k/beit-base_upernet_adaptformer_8xb2-160k_ade20k-640x640.py', 'mIoU'),
+    ('ade20k/mae-base_upernet_icon_8xb2-160k_ade20k-512x512.py', 'mIoU'),
+    ('nyu/depth_swin-base_icon_8xb3-25k_nyu.py', 'rmse'),
+    ('nyu/depth_swinv2-base_icon_8xb3-25k_nyu.py', 'rmse'),
+]
+
+
+@pytest.mark.parametrize(('name', 'metric'), CASES, ids=[name for name, _ in CASES])
+@pytest.mark.filterwarnings('ignore')
+def test_trains_two_iterations_and_tests(name, metric, data, tmp_path):
+    cfg = load_config(str(ROOT / 'configs' / name))
+    shrink_model(cfg)
+    feed(cfg, data)
+    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2)
+    cfg.param_scheduler = []
+    cfg.default_hooks.checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=2)
+    cfg.log_processor = dict(by_epoch=False)
+    cfg.update(work_dir=str(tmp_path), experiment_name=uuid.uuid4().hex, log_level='WARNING', randomness=dict(seed=0))
+    cfg.visualizer = None
+
+    runner = Runner.from_cfg(copy.deepcopy(cfg))
+    before = {n: p.detach().clone() for n, p in runner.model.backbone.named_parameters()}
+    init = runner.model.init_weights
+
+    def init_and_remember():
+        init()
+        before.update((n, p.detach().clone()) for n, p in runner.model.backbone.named_parameters())
+
+    runner.model.init_weights = init_and_remember
+    runner.train()
+    assert summarize(runner.model).method in name
+    for parameter_name, parameter in runner.model.backbone.named_parameters():
+        if 'adapter' not in parameter_name:
+            assert torch.equal(parameter, before[parameter_name]), parameter_name
+    if '_frozen_' not in name:
+        assert any(p.abs().sum() > 0 for n, p in runner.model.backbone.named_parameters() if 'adapter.up' in n)
+
+    cfg.load_from = str(tmp_path / 'iter_2.pth')
+    cfg.experiment_name = uuid.uuid4().hex
+    results = Runner.from_cfg(cfg).test()
+    assert metric in results and np.isfinite(results[metric])
