@@ -34,8 +34,8 @@ class PEFTHook(Hook):
             Defaults to True.
 
     Raises:
-        ValueError: The model is adapted already, or the runner has no config
-            to rebuild its parts from.
+        ValueError: The model is adapted already, the runner has no config to
+            rebuild its parts from, or is a FlexibleRunner.
 
     Example:
         >>> custom_imports = dict(imports=['iconformer_mm'])
@@ -53,6 +53,11 @@ class PEFTHook(Hook):
         """Adapt the model, and rebuild what knew its old parameters."""
         if self._injection is not None and get_injection(runner.model) is self._injection:
             return  # train(), val() and test() of one runner each come here
+        if hasattr(runner, 'strategy'):
+            raise ValueError(
+                'PEFTHook works with mmengine.Runner; with FlexibleRunner use a backbone that is born adapted, such as '
+                'ICoNSwinTransformer'
+            )
         wrapped = is_model_wrapper(runner.model)
         model = runner.model.module if wrapped else runner.model
         summary = inject(model, self.method)
