@@ -1,7 +1,11 @@
 """The benchmarks' own pipelines, data sets, losses and metrics, fed from scenes, on small models."""
 
 import copy
+import os
+import subprocess
+import sys
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,9 +113,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'metric'), CASES, ids=[name for name, _ in CASES])
-@pytest.mark.filterwarnings('ignore')
-def test_trains_two_iterations_and_tests(name, metric, data, tmp_path):
+def small_config(name, data, work_dir):
+    """A benchmark config, narrowed, for two iterations on scenes."""
     cfg = load_config(str(ROOT / 'configs' / name))
     shrink_model(cfg)
     feed(cfg, data)
@@ -119,7 +122,14 @@ def test_trains_two_iterations_and_tests(name, metric, data, tmp_path):
     cfg.param_scheduler = []
     cfg.default_hooks.checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=2)
     cfg.log_processor = dict(by_epoch=False)
-    cfg.update(work_dir=str(tmp_path), experiment_name=uuid.uuid4().hex, log_level='WARNING', randomness=dict(seed=0))
+    cfg.update(work_dir=str(work_dir), experiment_name=uuid.uuid4().hex, log_level='WARNING', randomness=dict(seed=0))
+    return cfg
+
+
+@pytest.mark.parametrize(('name', 'metric'), CASES, ids=[name for name, _ in CASES])
+@pytest.mark.filterwarnings('ignore')
+def test_trains_two_iterations_and_tests(name, metric, data, tmp_path):
+    cfg = small_config(name, data, tmp_path)
     cfg.visualizer = None
 
     runner = Runner.from_cfg(copy.deepcopy(cfg))
@@ -143,3 +153,25 @@ def test_trains_two_iterations_and_tests(name, metric, data, tmp_path):
     cfg.experiment_name = uuid.uuid4().hex
     results = Runner.from_cfg(cfg).test()
     assert metric in results and np.isfinite(results[metric])
+
+
+@pytest.mark.parametrize('name', [CASES[0][0], CASES[4][0]])
+def test_two_processes_with_gradient_checkpointing(name, data, tmp_path):
+    """dist_train.sh on the CPU: one checkpoint, adapters trained, frozen weights equal to those of another run."""
+    states = []
+    for run, port in (('first', 29521), ('second', 29522)):
+        cfg = small_config(name, data, tmp_path / run)
+        cfg.model.backbone.with_cp = True
+        cfg.optim_wrapper.optimizer.lr = 1e-3 if run == 'first' else 1e-2
+        cfg.dump(tmp_path / f'{run}.py')
+        environment = {**os.environ, 'PORT': str(port), 'OMP_NUM_THREADS': '1'}
+        environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
+        command = ['bash', ROOT / 'tools' / 'dist_train.sh', tmp_path / f'{run}.py', '2']
+        result = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+        states.append(torch.load(tmp_path / run / 'iter_2.pth', map_location='cpu', weights_only=False)['state_dict'])
+    for key, value in states[0].items():
+        if key.startswith('backbone.') and 'adapter' not in key:
+            assert torch.equal(value, states[1][key]), key  # the same seed, however much was trained
+        elif key.endswith('adapter.up.weight'):
+            assert not torch.equal(value, states[1][key]), key

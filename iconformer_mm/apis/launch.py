@@ -6,6 +6,7 @@ import argparse
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -96,6 +97,17 @@ def _complete_mmpretrain_dataloaders(cfg: Config) -> None:
             loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
 
 
+def _replace_sync_bn(node: Any) -> None:
+    """SyncBN runs on GPUs only; within one process MMEngine makes it BN, too."""
+    if isinstance(node, dict):
+        if node.get('type') == 'SyncBN':
+            node['type'] = 'BN'
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            _replace_sync_bn(child)
+
+
 def build_runner(cfg: Config) -> Runner:
     """Build the config's runner; on machines without a GPU also a distributed one."""
     if cfg.get('default_scope') == 'mmpretrain':
@@ -105,6 +117,7 @@ def build_runner(cfg: Config) -> Runner:
         # process group is there already.
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group('gloo')
+        _replace_sync_bn(cfg.model)
         if cfg.get('model_wrapper_cfg') is None:
             cfg.model_wrapper_cfg = dict(
                 type='MMDistributedDataParallel',
