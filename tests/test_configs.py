@@ -1,6 +1,7 @@
 """Every config builds, trains what its name says, and inherits a whole pipeline."""
 
 import pytest
+import yaml
 from conftest import ROOT
 from mmengine.registry import MODELS, init_default_scope
 
@@ -38,9 +39,26 @@ def build_model(name):
     return cfg, model
 
 
+def metafile_entries():
+    """What model-index.yml leads to, by config."""
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    collections = {collection['Name'] for collection in index['Collections']}
+    entries = {}
+    for path in index['Import']:
+        for model in yaml.safe_load((ROOT / path).read_text())['Models']:
+            assert model['In Collection'] in collections and model['Config'] not in entries
+            assert model['Config'].startswith(path.rpartition('/')[0]) and model['Name'] in model['Config']
+            entries[model['Config']] = model['Metadata']
+    return entries
+
+
+ENTRIES = metafile_entries()
+
+
 def test_there_are_configs():
     folders = [name.split('/')[1] for name in CONFIGS]
     assert {folder: folders.count(folder) for folder in set(folders) - {'_base_'}} == COUNTS
+    assert set(ENTRIES) == {name for name in CONFIGS if 'pretrain-' not in name}
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -63,6 +81,10 @@ def test_builds_and_trains_what_it_says(name):
     for key, share in SHARES.items():
         if key in name and method == 'icon':
             assert round(100 * summary.backbone_share, 3) == share
+    if name in ENTRIES:
+        assert ENTRIES[name]['PEFT Method'] == method
+        assert ENTRIES[name]['Backbone Parameters'] == summary.backbone
+        assert ENTRIES[name]['Trained Share of the Backbone'] == f'{summary.backbone_share:.4%}'
     assert cfg.train_dataloader.dataset and cfg.val_evaluator
     if 'quickstart' not in name:
         backbone = cfg.model.backbone
