@@ -200,3 +200,22 @@ def test_missing_data(tmp_path):
     options += ['optim_wrapper.type=OptimWrapper', 'optim_wrapper.loss_scale=None']
     output = tool('train.py', config, '--work-dir', tmp_path, '--cfg-options', *options, ok=False)
     assert f'SVHN file {tmp_path}/train_32x32.mat is missing' in output
+
+
+def test_slurm(tmp_path):
+    """What slurm_train.sh hands to srun."""
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    srun.chmod(0o755)
+    command = ['tools/slurm_train.sh', 'gpu', 'job', 'config.py', 'out', '--amp']
+    environment = {
+        **os.environ,
+        'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+        'GPUS': '16',
+        'SRUN_ARGS': '--quiet --exclusive',
+    }
+    result = subprocess.run(['bash', *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    words = result.stdout.split()
+    assert words[:3] == ['--partition=gpu', '--job-name=job', '--gres=gpu:8']
+    assert '--ntasks=16' in words and '--quiet' in words and '--exclusive' in words
+    assert words[-6:] == ['-u', 'tools/train.py', 'config.py', '--work-dir=out', '--launcher=slurm', '--amp']

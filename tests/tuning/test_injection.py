@@ -236,7 +236,8 @@ def test_torch_compile(name):
 
 
 @pytest.mark.parametrize('name', ['ViT', 'Swin'])
-def test_onnx_export(name, tmp_path):
+@pytest.mark.parametrize('dynamo', [False, True])
+def test_onnx_export(name, dynamo, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     family = next(f for f in FAMILIES if f.name == name)
     model = family.build()
@@ -244,7 +245,8 @@ def test_onnx_export(name, tmp_path):
     stir(model).eval()
     x = image(family.sizes[0], batch=2)
     path = tmp_path / 'model.onnx'
-    torch.onnx.export(model, (x,), path, dynamo=False, opset_version=17, input_names=['x'])
+    options = dict(dynamo=True, verbose=False) if dynamo else dict(dynamo=False, opset_version=17)
+    torch.onnx.export(model, (x,), path, input_names=['x'], **options)
     session = onnxruntime.InferenceSession(path)
     for a, b in zip(session.run(None, {'x': x.numpy()}), run(model, x)):
         torch.testing.assert_close(torch.from_numpy(a), b, atol=2e-5, rtol=1e-4)
