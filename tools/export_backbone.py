@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from mmengine.runner.checkpoint import _load_checkpoint_with_prefix
-from safetensors.torch import save_file
+
+from iconformer_mm.checkpoint import save_safetensors
 
 
 def main() -> None:
@@ -20,9 +20,7 @@ def main() -> None:
     if not Path(args.checkpoint).is_file():
         raise SystemExit(f'checkpoint {args.checkpoint} does not exist')
     state = _load_checkpoint_with_prefix('backbone.', args.checkpoint, map_location='cpu')
-    temporary = args.out.with_name(f'.{args.out.name}.tmp')
-    save_file({name: value.contiguous() for name, value in state.items()}, temporary)
-    os.replace(temporary, args.out)
+    save_safetensors(state, args.out)
     count = sum(value.numel() for value in state.values())
     print(f'{args.out}: {len(state)} tensors, {count:,} values, {args.out.stat().st_size / 2**20:.2f} MiB')
 

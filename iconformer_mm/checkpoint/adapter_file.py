@@ -12,19 +12,19 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from mmengine.logging import print_log
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import find_backbone, get_injection, inject, remove, unwrap
 from iconformer_mm.version import __version__
+
+from .safetensors_io import save_safetensors
 
 FORMAT_VERSION = 1
 _KEY = 'iconformer_mm'
@@ -91,20 +91,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, metadata: dict[str, 
     content = dict(
         format_version=FORMAT_VERSION,
         package_version=__version__,
-        method=dict(type=injection.method.name, **injection.method.options),
+        method=injection.method.config,
         sites=[attachment.name for attachment in injection.attachments],
         base_fingerprint=fingerprint(model),
         notes=metadata or {},
     )
-    tensors = {name: value.detach().cpu().contiguous() for name, value in _tuned_state(model).items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
-        temporary = Path(folder) / path.name
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(content)})
-        with open(temporary, 'rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    save_safetensors(_tuned_state(model), path, metadata={_KEY: json.dumps(content)})
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -180,10 +172,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, strict: bool = True)
     injection = get_injection(model)
     if injection is None:
         inject(model, content['method'])
-    else:
-        current = dict(type=injection.method.name, **injection.method.options)
-        if current != content['method']:
-            raise AdapterFileError(f'{path} holds {content["method"]}, the model is adapted by {current}')
+    elif injection.method.config != content['method']:
+        raise AdapterFileError(f'{path} holds {content["method"]}, the model is adapted by {injection.method.config}')
 
     own = _tuned_state(model)
     if find_backbone(model) is model:

@@ -20,7 +20,6 @@ SHAPES = ('disc', 'box', 'cone', 'diamond', 'cross')
 SURFACES = ('wall', 'floor')
 CLASSES = SURFACES + SHAPES
 STYLES = ('source', 'target')
-PALETTE = [[120, 120, 120], [80, 50, 50], [220, 60, 60], [60, 160, 220], [240, 180, 40], [120, 200, 80], [170, 90, 200]]
 
 CAMERA_HEIGHT = 1.4  # metres
 NEAREST = 1.8  # metres, of an object

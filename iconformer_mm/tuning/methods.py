@@ -38,6 +38,11 @@ class PEFTMethod:
         """The options that make this method again."""
         return {}
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config that makes this method again, for :func:`build_method`."""
+        return dict(type=self.name, **self.options)
+
 
 @PEFT_METHODS.register_module(name='full')
 class FullFineTuning(PEFTMethod):

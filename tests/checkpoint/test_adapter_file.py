@@ -212,7 +212,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError('no space left on device')
 
-    monkeypatch.setattr('iconformer_mm.checkpoint.adapter_file.save_file', fail)
+    monkeypatch.setattr('iconformer_mm.checkpoint.safetensors_io.save_file', fail)
     with pytest.raises(OSError, match='no space left'):
         save_adapter(model, path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['a.safetensors']
