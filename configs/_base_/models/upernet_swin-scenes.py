@@ -1,0 +1,35 @@
+# A Swin of 0.86 M parameters with a narrow UPerNet; the scene models share the backbone.
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(
+        type='SegDataPreProcessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_val=0,
+        seg_pad_val=255,
+        size=(96, 128),
+    ),
+    backbone=dict(
+        type='SwinTransformer',
+        embed_dims=24,
+        depths=[2, 2, 2, 1],
+        num_heads=[1, 2, 4, 8],
+        window_size=4,
+        drop_path_rate=0.0,
+    ),
+    decode_head=dict(
+        type='UPerHead',
+        in_channels=[24, 48, 96, 192],
+        in_index=[0, 1, 2, 3],
+        pool_scales=(1, 2, 3),
+        channels=48,
+        dropout_ratio=0.1,
+        num_classes=7,
+        norm_cfg=dict(type='BN'),
+        align_corners=False,
+        loss_decode=dict(type='CrossEntropyLoss'),
+    ),
+    train_cfg=dict(),
+    test_cfg=dict(mode='whole'),
+)

@@ -1,0 +1,17 @@
+_base_ = [
+    '../_base_/models/depth_swin-scenes.py',
+    '../_base_/datasets/scenes_depth.py',
+    '../_base_/schedules/scenes_400i.py',
+    'mmseg::_base_/default_runtime.py',
+]
+custom_imports = dict(imports=['iconformer_mm'], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='{{ fileDirname }}/swin-scenes_source.safetensors')),
+)
+custom_hooks = [dict(type='PEFTHook', method=dict(type='full'))]
+default_hooks = dict(
+    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=400, max_keep_ckpts=1),
+)
+randomness = dict(seed=0)

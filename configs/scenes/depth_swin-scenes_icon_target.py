@@ -1,0 +1,3 @@
+_base_ = ['./depth_swin-scenes_full_target.py']
+
+custom_hooks = [dict(type='PEFTHook', method=dict(type='icon', bottleneck=16))]
