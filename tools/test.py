@@ -11,6 +11,7 @@ from mmengine.evaluator import DumpResults
 
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis import add_peft, build_runner, load_config, make_parser
+from iconformer_mm.datasets.checks import DataError
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,7 +67,10 @@ def main() -> None:
     runner = build_runner(cfg)
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-    metrics = runner.test()
+    try:
+        metrics = runner.test()
+    except DataError as error:
+        raise SystemExit(f'error in the data: {error}') from None
     if args.metrics:
         mmengine.dump(metrics, args.metrics)
 

@@ -9,6 +9,7 @@ from mmengine.config import Config
 
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis import add_peft, build_runner, load_config, make_parser
+from iconformer_mm.datasets.checks import DataError
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,7 +58,10 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args.config)
     merge_args(cfg, args)
-    build_runner(cfg).train()
+    try:
+        build_runner(cfg).train()
+    except DataError as error:
+        raise SystemExit(f'error in the data: {error}') from None
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from iconformer_mm.compat import map_config_packages
+from iconformer_mm.engine import CheckedRunner
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -125,4 +126,4 @@ def build_runner(cfg: Config) -> Runner:
                 broadcast_buffers=False,
                 find_unused_parameters=cfg.get('find_unused_parameters', False),
             )
-    return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    return CheckedRunner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)

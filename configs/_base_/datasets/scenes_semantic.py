@@ -5,7 +5,15 @@ dataset = dict(
     data_root=data_root,
     metainfo=dict(
         classes=('wall', 'floor', 'disc', 'box', 'cone', 'diamond', 'cross'),
-        palette=[[120, 120, 120], [80, 50, 50], [230, 60, 60], [60, 120, 230], [240, 170, 40], [60, 180, 90], [170, 80, 200]],
+        palette=[
+            [120, 120, 120],
+            [80, 50, 50],
+            [230, 60, 60],
+            [60, 120, 230],
+            [240, 170, 40],
+            [60, 180, 90],
+            [170, 80, 200],
+        ],
     ),
     reduce_zero_label=True,
 )
@@ -18,7 +26,7 @@ train_dataloader = dict(
         data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
         pipeline=[
             dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations', reduce_zero_label=True),
+            dict(type='LoadAnnotations'),
             dict(type='RandomFlip', prob=0.5),
             dict(type='PhotoMetricDistortion'),
             dict(type='PackSegInputs'),
@@ -34,7 +42,7 @@ val_dataloader = dict(
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
         pipeline=[
             dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations', reduce_zero_label=True),
+            dict(type='LoadAnnotations'),
             dict(type='PackSegInputs'),
         ],
     ),

@@ -1,0 +1,156 @@
+"""Errors in data that name the file (ours).
+
+The mm libraries' loaders leave the file's name out of many errors (a truncated
+annotation file, a label without a class), or wait for ever on an empty data
+set. What is checked here is cheap: nothing is read twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from mmengine.dataset import Compose
+
+IGNORED_LABEL = 255
+# Depth in metres beyond which the unit must be wrong.
+PLAUSIBLE_DEPTH = (0.1, 1000.0)
+FILE_KEYS = ('img_path', 'seg_map_path', 'depth_map_path')
+SOURCE_KEYS = ('data_root', 'ann_file', 'data_prefix', 'split', 'indices')
+
+
+class DataError(ValueError):
+    """Something is wrong with the data, not with the program."""
+
+
+def describe(dataset: Any) -> str:
+    """Name a data set by its class and where it comes from.
+
+    Args:
+        dataset: A data set, or its config.
+    """
+    if isinstance(dataset, dict):
+        kind, read = dataset.get('type'), dataset.get
+        kind = kind if isinstance(kind, str) else getattr(kind, '__name__', str(kind))
+    else:
+        kind, read = type(dataset).__name__, lambda key: getattr(dataset, key, None)
+    inner = read('dataset') if read('dataset') is not None else read('datasets')
+    if inner is not None:
+        inner = inner if isinstance(inner, (list, tuple)) else [inner]
+        return f'{kind} of {", ".join(describe(part) for part in inner)}'
+    sources = [f'{key}={read(key)!r}' for key in SOURCE_KEYS if read(key)]
+    return f'{kind}({", ".join(sources)})'
+
+
+class CheckedPipeline(Compose):
+    """A pipeline whose errors name the files, and that checks labels as they are loaded.
+
+    - A label map has one channel, the image's size, and no label but those of
+      the classes and 255 (ignored).
+    - A depth map has one channel, the image's size, and plausible metres.
+
+    Args:
+        pipeline: The data set's pipeline. Its list of transforms is shared, so
+            that hooks that change it change this one's.
+        num_classes: Number of classes of the data set, if it has any.
+    """
+
+    def __init__(self, pipeline: Compose, num_classes: int | None) -> None:
+        self.transforms = pipeline.transforms
+        self.num_classes = num_classes
+
+    def __call__(self, data: dict) -> dict | None:
+        """Apply the transforms.
+
+        Raises:
+            DataError: A transform failed or a label is wrong; the message names
+                the files of the sample.
+        """
+        files = [str(data[key]) for key in FILE_KEYS if data.get(key)]
+        name = ', '.join(files) or f'sample {data.get("sample_idx", "without a file")}'
+        checks: dict[str, Callable[[np.ndarray, tuple[int, int]], str | None]] = {
+            'gt_seg_map': self._find_label_fault,
+            'gt_depth_map': self._find_depth_fault,
+        }
+        for transform in self.transforms:
+            try:
+                data = transform(data)
+            except Exception as error:
+                kind = type(transform).__name__
+                raise DataError(f'{name}: {kind} failed with {type(error).__name__}: {error}') from error
+            if data is None:
+                return None
+            for key in [key for key in checks if key in data]:
+                check = checks.pop(key)  # once, as loaded
+                fault = check(data[key], tuple(data.get('ori_shape', data[key].shape))[:2])
+                if fault:
+                    raise DataError(f'{name}: {fault}')
+        return data
+
+    @staticmethod
+    def _find_shape_fault(array: np.ndarray, size: tuple[int, int], what: str) -> str | None:
+        if array.ndim != 2:
+            return f'the {what} must have one channel, but its shape is {array.shape}'
+        if array.shape != size:
+            return f'the {what} is {array.shape[0]} x {array.shape[1]}, but the image is {size[0]} x {size[1]}'
+        return None
+
+    def _find_label_fault(self, labels: np.ndarray, size: tuple[int, int]) -> str | None:
+        fault = self._find_shape_fault(labels, size, 'label map')
+        if fault or self.num_classes is None:
+            return fault
+        wrong = np.unique(labels[(labels < 0) | ((labels >= self.num_classes) & (labels != IGNORED_LABEL))])
+        if len(wrong) == 0:
+            return None
+        return (
+            f'the label map holds {", ".join(map(str, wrong[:5]))}, but the data set has {self.num_classes} classes, '
+            f'0 to {self.num_classes - 1}, and {IGNORED_LABEL} for what is ignored (counted after reduce_zero_label)'
+        )
+
+    def _find_depth_fault(self, depth: np.ndarray, size: tuple[int, int]) -> str | None:
+        fault = self._find_shape_fault(depth, size, 'depth map')
+        if fault:
+            return fault
+        if not np.isfinite(depth).all() or depth.min() < 0:
+            return 'the depth map holds values that are negative or not finite'
+        deepest = depth.max()
+        lowest, highest = PLAUSIBLE_DEPTH
+        if deepest == 0 or lowest <= deepest <= highest:  # 0: nothing is known
+            return None
+        return (
+            f'the largest depth is {deepest:g} after scaling, which cannot be metres: set depth_rescale_factor of '
+            'LoadDepthAnnotation to the metres of one unit in the file (1e-3 for millimetres)'
+        )
+
+
+def _innermost(dataset: Any) -> Iterator[Any]:
+    """The data sets inside wrappers such as ConcatDataset and RepeatDataset."""
+    inner = getattr(dataset, 'dataset', getattr(dataset, 'datasets', None))
+    if inner is None:
+        yield dataset
+        return
+    for part in inner if isinstance(inner, (list, tuple)) else [inner]:
+        yield from _innermost(part)
+
+
+def empty_error(dataset: Any) -> DataError:
+    """The error of a data set, or its config, without samples."""
+    return DataError(
+        f'{describe(dataset)} has no samples: its annotation file lists none, none of its classes occurs, or its '
+        'filter leaves none'
+    )
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuse an empty data set, and have the pipelines of others name files in their errors.
+
+    Raises:
+        DataError: The data set has no samples.
+    """
+    if len(dataset) == 0:
+        raise empty_error(dataset)
+    for part in _innermost(dataset):
+        if isinstance(getattr(part, 'pipeline', None), Compose):
+            classes = (getattr(part, 'metainfo', None) or {}).get('classes')
+            part.pipeline = CheckedPipeline(part.pipeline, len(classes) if classes else None)
