@@ -9,6 +9,8 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
+from iconformer_mm.adapters import Adapter
+
 
 @contextmanager
 def only_trainable(model: nn.Module) -> Iterator[None]:
@@ -32,11 +34,18 @@ class PEFTOptimWrapperConstructor:
     from another constructor, whose rules (``custom_keys``, layer decay, ...)
     then apply to what is trained.
 
+    One thing is otherwise: a smaller learning rate for the backbone, as many
+    configs have it by ``custom_keys`` or layer decay, is meant for pre-trained
+    weights. Adapters are new and train at the base learning rate.
+
     Args:
         optim_wrapper_cfg: Config of the optimizer wrapper, with ``optimizer``.
-        paramwise_cfg: Rules for the inner constructor. Its key
-            ``constructor`` names that constructor. Defaults to None and
-            ``'DefaultOptimWrapperConstructor'``.
+        paramwise_cfg: Rules for the inner constructor, and two keys of ours.
+            ``constructor`` names that constructor, by default
+            ``'DefaultOptimWrapperConstructor'``. ``adapter_lr_mult`` is the
+            adapters' learning rate over the base one, by default 1; with None,
+            or if a custom key contains ``'adapter'``, the inner constructor's
+            rules hold for adapters, too. Defaults to None.
 
     Raises:
         ValueError: Nothing in the model is trainable.
@@ -48,6 +57,10 @@ class PEFTOptimWrapperConstructor:
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         paramwise_cfg = dict(paramwise_cfg or {})
+        self.base_lr = optim_wrapper_cfg['optimizer'].get('lr')
+        self.adapter_lr_mult = paramwise_cfg.pop('adapter_lr_mult', 1.0)
+        if any('adapter' in key for key in paramwise_cfg.get('custom_keys') or {}):
+            self.adapter_lr_mult = None
         constructor = paramwise_cfg.pop('constructor', 'DefaultOptimWrapperConstructor')
         self.inner = OPTIM_WRAPPER_CONSTRUCTORS.build(
             dict(type=constructor, optim_wrapper_cfg=optim_wrapper_cfg, paramwise_cfg=paramwise_cfg or None)
@@ -61,4 +74,10 @@ class PEFTOptimWrapperConstructor:
                 "head, or should the PEFT method be other than 'frozen'?"
             )
         with only_trainable(model):
-            return self.inner(model)
+            optim_wrapper = self.inner(model)
+        if self.base_lr is not None and self.adapter_lr_mult is not None:
+            adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
+            for group in optim_wrapper.param_groups:
+                if all(id(p) in adapters for p in group['params']):
+                    group['lr'] = self.base_lr * self.adapter_lr_mult
+        return optim_wrapper

@@ -148,18 +148,39 @@ def test_paramwise_rules_and_other_constructors(tmp_path, caplog):
         assert group['weight_decay'] == (0 if name.endswith('.bias') and 'head' not in name else 0.1)
     assert 'is skipped since its requires_grad' not in caplog.text
 
-    changes = {
-        'optim_wrapper.constructor': 'LearningRateDecayOptimWrapperConstructor',
-        'optim_wrapper.paramwise_cfg': dict(layer_decay_rate=0.5),
-    }
-    runner = build(tmp_path / 'b', **changes)
-    runner.train()
+
+def learning_rates(runner):
     names = {id(p): n for n, p in runner.model.named_parameters()}
-    rates = {names[id(p)]: g['initial_lr'] for g in runner.optim_wrapper.optimizer.param_groups for p in g['params']}
-    assert rates['head.fc.weight'] == pytest.approx(2 * rates['backbone.layers.1.adapter.up.weight'])
-    assert rates['backbone.layers.1.adapter.up.weight'] == pytest.approx(
-        2 * rates['backbone.layers.0.adapter.up.weight']
-    )
+    groups = runner.optim_wrapper.optimizer.param_groups
+    return {names[id(p)]: group['initial_lr'] for group in groups for p in group['params']}
+
+
+UP = 'backbone.layers.{}.adapter.up.weight'
+LAYER_DECAY = {
+    'optim_wrapper.constructor': 'LearningRateDecayOptimWrapperConstructor',
+    'optim_wrapper.paramwise_cfg.layer_decay_rate': 0.5,
+}
+SMALL_BACKBONE = {'optim_wrapper.paramwise_cfg.custom_keys': {'backbone': dict(lr_mult=0.1)}}
+
+
+@pytest.mark.parametrize(
+    ('rules', 'rates'),
+    [
+        (SMALL_BACKBONE, (1e-2, 1e-2)),
+        (LAYER_DECAY, (1e-2, 1e-2)),
+        ({**SMALL_BACKBONE, 'optim_wrapper.paramwise_cfg.adapter_lr_mult': 3.0}, (3e-2, 3e-2)),
+        ({**SMALL_BACKBONE, 'optim_wrapper.paramwise_cfg.adapter_lr_mult': None}, (1e-3, 1e-3)),
+        ({**LAYER_DECAY, 'optim_wrapper.paramwise_cfg.adapter_lr_mult': None}, (2.5e-3, 5e-3)),
+        ({'optim_wrapper.paramwise_cfg.custom_keys': {'adapter.up': dict(lr_mult=2.0)}}, (2e-2, 2e-2)),
+    ],
+)
+def test_learning_rate_of_adapters(tmp_path, rules, rates):
+    """That of the config, whatever a smaller one it gives pre-trained weights, unless adapters are spoken of."""
+    runner = build(tmp_path, **rules)
+    runner.train()
+    found = learning_rates(runner)
+    assert found[UP.format(0)] == pytest.approx(rates[0]) and found[UP.format(1)] == pytest.approx(rates[1])
+    assert found['head.fc.weight'] == pytest.approx(1e-2)
 
 
 def test_auto_scale_lr_acts_once(tmp_path):
