@@ -14,7 +14,7 @@ from conftest import ROOT
 from mmengine.runner import Runner
 
 from iconformer_mm import summarize
-from iconformer_mm.apis import load_config
+from iconformer_mm.apis import add_peft, load_config
 from iconformer_mm.datasets.scenes import SHAPES, WRITERS, scenes
 
 SWIN = dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
@@ -113,10 +113,19 @@ CASES = [
 ]
 
 
+def method_of(name):
+    return next(method for method in ('icon', 'adaptformer', 'frozen') if f'_{method}_' in name)
+
+
 def small_config(name, data, work_dir):
     """A benchmark config, narrowed, for two iterations on scenes."""
     cfg = load_config(str(ROOT / 'configs' / name))
     shrink_model(cfg)
+    return two_iterations(cfg, data, work_dir)
+
+
+def two_iterations(cfg, data, work_dir):
+    """Feed a config from scenes, and cut it short."""
     feed(cfg, data)
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2)
     cfg.param_scheduler = []
@@ -126,14 +135,11 @@ def small_config(name, data, work_dir):
     return cfg
 
 
-@pytest.mark.parametrize(('name', 'metric'), CASES, ids=[name for name, _ in CASES])
-@pytest.mark.filterwarnings('ignore')
-def test_trains_two_iterations_and_tests(name, metric, data, tmp_path):
-    cfg = small_config(name, data, tmp_path)
+def check_training_and_test(cfg, method, metric):
+    """Train and test; what is frozen stays, what is trained moves, and there is a finite score."""
     cfg.visualizer = None
-
     runner = Runner.from_cfg(copy.deepcopy(cfg))
-    before = {n: p.detach().clone() for n, p in runner.model.backbone.named_parameters()}
+    before = {}
     init = runner.model.init_weights
 
     def init_and_remember():
@@ -142,17 +148,91 @@ def test_trains_two_iterations_and_tests(name, metric, data, tmp_path):
 
     runner.model.init_weights = init_and_remember
     runner.train()
-    assert summarize(runner.model).method in name
-    for parameter_name, parameter in runner.model.backbone.named_parameters():
-        if 'adapter' not in parameter_name:
-            assert torch.equal(parameter, before[parameter_name]), parameter_name
-    if '_frozen_' not in name:
+    assert summarize(runner.model).method == method
+    for name, parameter in runner.model.backbone.named_parameters():
+        if 'adapter' not in name:
+            assert torch.equal(parameter, before[name]), name
+    if method != 'frozen':
         assert any(p.abs().sum() > 0 for n, p in runner.model.backbone.named_parameters() if 'adapter.up' in n)
 
-    cfg.load_from = str(tmp_path / 'iter_2.pth')
+    cfg.load_from = f'{cfg.work_dir}/iter_2.pth'
     cfg.experiment_name = uuid.uuid4().hex
     results = Runner.from_cfg(cfg).test()
     assert metric in results and np.isfinite(results[metric])
+
+
+@pytest.mark.parametrize(('name', 'metric'), CASES, ids=[name for name, _ in CASES])
+@pytest.mark.filterwarnings('ignore')
+def test_trains_two_iterations_and_tests(name, metric, data, tmp_path):
+    cfg = small_config(name, data, tmp_path)
+    check_training_and_test(cfg, method_of(name), metric)
+
+
+def narrow_mask2former(head):
+    """The same head with 32 channels, one layer each and ten queries."""
+    attention = dict(embed_dims=32, num_heads=4)
+    ffn = dict(embed_dims=32, feedforward_channels=64)
+    head.update(in_channels=PYRAMID, feat_channels=32, out_channels=32, num_queries=10)
+    head.positional_encoding.num_feats = 16
+    head.pixel_decoder.positional_encoding.num_feats = 16
+    encoder, decoder = head.pixel_decoder.encoder, head.transformer_decoder
+    encoder.num_layers = decoder.num_layers = 1
+    encoder.layer_cfg.self_attn_cfg.update(attention)
+    decoder.layer_cfg.self_attn_cfg.update(attention)
+    decoder.layer_cfg.cross_attn_cfg.update(attention)
+    encoder.layer_cfg.ffn_cfg.update(ffn)
+    decoder.layer_cfg.ffn_cfg.update(ffn)
+
+
+@pytest.mark.parametrize('library', ['mmdet', 'mmseg'])
+@pytest.mark.filterwarnings('ignore')
+def test_stock_mask2former_adapts_by_the_flag(library, data, tmp_path):
+    """MMDetection's and MMSegmentation's own Swin Mask2Former configs, with the hook alone."""
+    name = {'mmdet': 'mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco', 'mmseg': 'mask2former_swin-t_8xb2-160k_ade20k'}
+    cfg = load_config(f'{library}::mask2former/{name[library]}{"" if library == "mmdet" else "-512x512"}')
+    add_peft(cfg, 'icon')
+    cfg.model.backbone.pop('init_cfg')
+    cfg.model.backbone.update(SWIN)
+    if library == 'mmdet':
+        narrow_mask2former(cfg.model.panoptic_head)
+        classes = dict(num_things_classes=len(SHAPES))
+        cfg.model.panoptic_head.update(**classes, loss_cls=dict(class_weight=[1.0] * len(SHAPES) + [0.1]))
+        cfg.model.panoptic_fusion_head.update(classes)
+        cfg.model.data_preprocessor.batch_augments[0].size = (204, 204)
+        cfg.model.train_cfg.num_points = 128
+        cfg.model.test_cfg.max_per_image = 20
+    else:
+        narrow_mask2former(cfg.model.decode_head)
+        cfg.model.decode_head.train_cfg.num_points = 128
+    cfg = two_iterations(cfg, data, tmp_path)
+    check_training_and_test(cfg, 'icon', 'coco/segm_mAP' if library == 'mmdet' else 'mIoU')
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_vitdet_adapts_by_the_flag(data, tmp_path):
+    """A plain ViT with windowed and global attention under Mask R-CNN, in the manner of ViTDet."""
+    cfg = load_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
+    add_peft(cfg, 'icon')
+    cfg.model.backbone = dict(
+        type='mmpretrain.ViTSAM',
+        arch=dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=64, global_attn_indexes=[1, 3]),
+        img_size=192,
+        patch_size=16,
+        out_channels=32,
+        out_indices=-1,
+        use_abs_pos=True,
+        use_rel_pos=True,
+        window_size=5,  # does not divide the map
+    )
+    cfg.model.neck = dict(type='FPN', in_channels=[32], out_channels=256, num_outs=5)
+    heads = cfg.model.roi_head
+    cfg.model.rpn_head.anchor_generator.strides = [16, 32, 64, 128, 256]
+    heads.bbox_roi_extractor.featmap_strides = heads.mask_roi_extractor.featmap_strides = [16, 32, 64, 128]
+    heads.bbox_head.update(fc_out_channels=32, num_classes=len(SHAPES))
+    heads.mask_head.update(conv_out_channels=32, num_classes=len(SHAPES))
+    cfg.model.test_cfg.rcnn.score_thr = 0.0
+    cfg = two_iterations(cfg, data, tmp_path)
+    check_training_and_test(cfg, 'icon', 'coco/segm_mAP')
 
 
 @pytest.mark.parametrize('name', [CASES[0][0], CASES[4][0]])
