@@ -98,17 +98,22 @@ def execute_all(runs: Sequence[Run], workers: int, console: Console, describe: C
 
 
 def check_frozen(runs: Iterable[Run], base: Path) -> None:
-    """Compare every backbone weight of the runs' checkpoints with the base's, bit by bit.
+    """Compare the backbone weights in the runs' checkpoints with the base's, bit by bit.
 
     Raises:
-        RuntimeError: A tensor changed.
+        RuntimeError: A tensor changed, or a checkpoint has none of the base's.
     """
-    weights = load_file(base)
+    weights = {name.removeprefix('backbone.'): value for name, value in load_file(base).items()}
     for run in runs:
-        state = torch.load(run.checkpoint(), map_location='cpu', weights_only=False)['state_dict']
-        for name, value in weights.items():
-            if not torch.equal(value, state[f'backbone.{name}']):
-                raise RuntimeError(f'{run.checkpoint()}: the frozen tensor backbone.{name} changed in training')
+        path = run.checkpoint()
+        state = torch.load(path, map_location='cpu', weights_only=False)['state_dict']
+        # A backbone may lack some: the norms of stages that its head does not read.
+        names = [name for name in weights if f'backbone.{name}' in state]
+        if not names:
+            raise RuntimeError(f'{path} holds none of the weights of {base}')
+        for name in names:
+            if not torch.equal(weights[name], state[f'backbone.{name}']):
+                raise RuntimeError(f'{path}: the frozen tensor backbone.{name} changed in training')
 
 
 def to_markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

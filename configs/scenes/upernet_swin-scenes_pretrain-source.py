@@ -2,7 +2,7 @@
 #   python tools/dataset_converters/make_scenes.py --out data/scenes_pretrain --styles source \
 #       --formats ade20k --train 8000 --val 200 --seed 1
 #   python tools/train.py configs/scenes/upernet_swin-scenes_pretrain-source.py
-#   python tools/export_backbone.py CHECKPOINT configs/scenes/swin-scenes_source.safetensors
+#   python tools/export_backbone.py CHECKPOINT configs/scenes/swin-scenes_source.safetensors --prefix backbone.
 _base_ = [
     '../_base_/models/upernet_swin-scenes.py',
     '../_base_/datasets/scenes_semantic.py',

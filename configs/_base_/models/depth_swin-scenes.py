@@ -17,6 +17,7 @@ model = dict(
         num_heads=[1, 2, 4, 8],
         window_size=4,
         drop_path_rate=0.0,
+        out_indices=(3,),
     ),
     decode_head=dict(type='DepthDeconvHead', in_channels=192, max_depth=10.0),
     train_cfg=dict(),
