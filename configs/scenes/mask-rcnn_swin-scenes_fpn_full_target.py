@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/mask-rcnn_swin-scenes_fpn.py',
     '../_base_/datasets/scenes_instance.py',
-    '../_base_/schedules/scenes_400i.py',
+    '../_base_/schedules/scenes_600i.py',
     'mmdet::_base_/default_runtime.py',
 ]
 custom_imports = dict(imports=['iconformer_mm'], allow_failed_imports=False)
@@ -12,7 +12,7 @@ model = dict(
 custom_hooks = [dict(type='PEFTHook', method=dict(type='full'))]
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=400, max_keep_ckpts=1),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=600, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False)
 randomness = dict(seed=0)

@@ -6,7 +6,7 @@
 _base_ = [
     '../_base_/models/upernet_swin-scenes.py',
     '../_base_/datasets/scenes_semantic.py',
-    '../_base_/schedules/scenes_400i.py',
+    '../_base_/schedules/scenes_600i.py',
     'mmseg::_base_/default_runtime.py',
 ]
 custom_imports = dict(imports=['iconformer_mm'], allow_failed_imports=False)
