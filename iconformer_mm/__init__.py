@@ -6,17 +6,33 @@ dict(imports=['iconformer_mm'])`` is all that a config needs.
 
 from . import datasets, engine, models
 from .checkpoint import load_adapter, save_adapter
-from .tuning import inject, remove, summarize
+from .tuning import (
+    active_adapter,
+    add_adapter,
+    delete_adapter,
+    disabled,
+    inject,
+    list_adapters,
+    remove,
+    set_adapter,
+    summarize,
+)
 from .version import __version__
 
 __all__ = [
     '__version__',
+    'active_adapter',
+    'add_adapter',
     'datasets',
+    'delete_adapter',
+    'disabled',
     'engine',
     'inject',
+    'list_adapters',
     'load_adapter',
     'models',
     'remove',
     'save_adapter',
+    'set_adapter',
     'summarize',
 ]

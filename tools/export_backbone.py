@@ -16,7 +16,9 @@ def main() -> None:
     parser.add_argument('checkpoint', help='checkpoint of a whole model, as mmengine writes it')
     parser.add_argument('out', type=Path, help='safetensors file to write')
     parser.add_argument(
-        '--prefix', default='', help="what to put before each name; MMDetection's Swin wants 'backbone.' (default: nothing)"
+        '--prefix',
+        default='',
+        help="put before each name; MMDetection's Swin wants 'backbone.'",
     )
     args = parser.parse_args()
 

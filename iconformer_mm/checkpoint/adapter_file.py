@@ -12,19 +12,21 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from iconformer_mm.tuning.freezing import is_adapter
-from iconformer_mm.tuning.injection import find_backbone, get_injection, inject, remove, unwrap
+from iconformer_mm.tuning.injection import adapter_shapes, find_backbone, get_injection, inject, remove, unwrap
+from iconformer_mm.tuning.switching import active_adapter, add_adapter, delete_adapter, set_adapter
 from iconformer_mm.version import __version__
 
-from .safetensors_io import save_safetensors
+from .safetensors_io import DamagedFileError, read_safetensors, save_safetensors
+from .training_checkpoint import is_checkpoint
 
 FORMAT_VERSION = 1
 _KEY = 'iconformer_mm'
@@ -38,22 +40,32 @@ class AdapterFileError(ValueError):
 def fingerprint(model: nn.Module) -> str:
     """Identify the base weights: the backbone's own parameters, without adapters.
 
-    The same for any device, any order of parameters, and for float32 weights
-    and their bfloat16 copy: names and values rounded to bfloat16 are hashed.
+    Names and values are hashed, the values once rounded to bfloat16 and once
+    to float16, so that a copy in half precision can be told, too. Any device
+    and any order of parameters give the same.
 
     Args:
         model: A model, or a backbone alone.
 
     Returns:
-        SHA-256, in hexadecimal.
+        Two halves of 32 hexadecimal digits: start of the SHA-256 with
+        bfloat16, and with float16. :func:`same_base` compares.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(find_backbone(model).named_parameters()):
-        if not is_adapter(name):
-            value = parameter.detach().to(device='cpu', dtype=torch.bfloat16).contiguous().view(torch.int16)
-            digest.update(f'{name} {tuple(value.shape)}\n'.encode())
-            digest.update(value.numpy().data)
-    return digest.hexdigest()
+    halves = []
+    parameters = sorted((n, p) for n, p in find_backbone(model).named_parameters() if not is_adapter(n))
+    for dtype in (torch.bfloat16, torch.float16):
+        digest = hashlib.sha256()
+        for name, parameter in parameters:
+            digest.update(f'{name} {tuple(parameter.shape)}\n'.encode())
+            value = parameter.detach().to(device='cpu', dtype=dtype).contiguous()
+            digest.update(value.view(torch.int16).numpy().data)
+        halves.append(digest.hexdigest()[:32])
+    return ''.join(halves)
+
+
+def same_base(first: str, second: str) -> bool:
+    """Whether two fingerprints are of the same weights, be it that one copy is in half precision."""
+    return len(first) == len(second) == 64 and (first[:32] == second[:32] or first[32:] == second[32:])
 
 
 def _tuned_state(model: nn.Module) -> dict[str, Tensor]:
@@ -66,15 +78,24 @@ def _tuned_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike, metadata: dict[str, Any] | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike,
+    metadata: dict[str, Any] | None = None,
+    task: str | None = None,
+    classes: Sequence[str] | None = None,
+) -> None:
     """Write what was trained to a file: adapters, neck and head.
 
     The file appears at once and complete, or not at all.
 
     Args:
-        model: An adapted model, or an adapted backbone alone.
+        model: An adapted model, or an adapted backbone alone (then without
+            neck and head). Of several adapters the active one is written.
         path: Where to write; ``.safetensors`` by custom.
         metadata: Notes of your own to keep with it (JSON).
+        task: What it was trained for, in a word or two.
+        classes: Names of the classes that its head tells apart.
 
     Raises:
         ValueError: The model is not adapted, or by a method that changes the
@@ -94,6 +115,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, metadata: dict[str, 
         method=injection.method.config,
         sites=[attachment.name for attachment in injection.attachments],
         base_fingerprint=fingerprint(model),
+        task=task,
+        classes=None if classes is None else [str(name) for name in classes],
         notes=metadata or {},
     )
     save_safetensors(_tuned_state(model), path, metadata={_KEY: json.dumps(content)})
@@ -112,17 +135,20 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
         AdapterFileError: It is damaged, of another format or too new.
         FileNotFoundError: There is none.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f'adapter file {path} does not exist')
     try:
-        with safetensors.safe_open(path, framework='pt') as file:
-            content = json.loads((file.metadata() or {})[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        metadata, tensors = read_safetensors(path)
+    except DamagedFileError as error:
+        raise AdapterFileError(str(error)) from error
+    if is_checkpoint(metadata):
+        raise AdapterFileError(
+            f'{path} is a training checkpoint, no adapter file; make one of it with `tools/adapter.py extract {path}`'
+        )
+    try:
+        content = json.loads(metadata[_KEY])
         version = content['format_version']
-    except (safetensors.SafetensorError, OSError) as error:
-        raise AdapterFileError(f'{path} is no intact safetensors file: {error}') from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise AdapterFileError(
             f'{path} is a safetensors file, but no adapter file of iconformer_mm: its metadata lacks the key '
             f"'{_KEY}' with a method and a base"
@@ -132,10 +158,37 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
             f'{path} has format version {version}, this iconformer_mm {__version__} reads version {FORMAT_VERSION}; '
             'install the release that wrote it or a newer one'
         )
+    for key, kind in {'method': dict, 'sites': list, 'base_fingerprint': str}.items():
+        if not isinstance(content.get(key), kind):
+            raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{key}`')
     return content, tensors
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> dict[str, Any]:
+def _check_adapters(model: nn.Module, method: dict, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Compare a file's adapters with those its method would make, before memory is taken for them."""
+    try:
+        expected = adapter_shapes(model, method)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise AdapterFileError(f'{path} does not fit: its method {method} cannot be carried out: {error}') from error
+    expected = {_BACKBONE + name: shape for name, shape in expected.items()}
+    found = {name: value.shape for name, value in tensors.items() if name.startswith(_BACKBONE)}
+    if found != expected:
+        name = min(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+        have, want = (
+            f'of shape {tuple(shapes[name])}' if name in shapes else 'missing' for shapes in (found, expected)
+        )
+        raise AdapterFileError(
+            f'{path} does not fit: by its method {method}, {name} would be {want}, but in the file it is {have}'
+        )
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike,
+    strict: bool = True,
+    name: str | None = None,
+    parts: dict[str, nn.Module | dict] | None = None,
+) -> dict[str, Any]:
     """Load an adapter file into a model.
 
     An unadapted model is adapted with the file's method first. A backbone
@@ -148,6 +201,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, strict: bool = True)
         strict: Whether another base, or tensors that are missing, left over or
             of another shape, are errors. Otherwise what fits is loaded, and
             the rest logged. Defaults to True.
+        name: Adds an adapter of this name, beside those that are there, and
+            loads the file into it. It stays inactive unless it is the first.
+            Defaults to None: the active adapter takes the file.
+        parts: With a name, neck and head for it where they differ from the
+            model's present ones; see :func:`iconformer_mm.add_adapter`.
 
     Returns:
         The file's metadata.
@@ -155,13 +213,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, strict: bool = True)
     Raises:
         AdapterFileError: The file cannot be read or does not fit.
         FileNotFoundError: There is no such file.
+        ValueError: The name is taken.
     """
     content, tensors = read_adapter(path)
     model = unwrap(model)
-
     problems = []
     actual = fingerprint(model)
-    if content['base_fingerprint'] != actual:
+    if not same_base(content['base_fingerprint'], actual):
         problems.append(
             f'it was trained on another base: the base weights have fingerprint {actual[:12]}, the adapter needs '
             f'{content["base_fingerprint"][:12]}. Load the weights it was trained on first'
@@ -170,11 +228,50 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, strict: bool = True)
             raise AdapterFileError(f'{path} does not fit: {problems[0]}')
 
     injection = get_injection(model)
-    if injection is None:
-        inject(model, content['method'])
-    elif injection.method.config != content['method']:
-        raise AdapterFileError(f'{path} holds {content["method"]}, the model is adapted by {injection.method.config}')
+    if name is None:
+        if injection is not None and injection.current is None:
+            raise ValueError('no adapter is active: set_adapter first, or give a name to load the file under')
+        if injection is not None and injection.method.config != content['method']:
+            raise AdapterFileError(
+                f'{path} holds {content["method"]}, the model is adapted by {injection.method.config}; to have both, '
+                'give a name to load the file under'
+            )
+    if injection is None or name is not None:
+        _check_adapters(model, content['method'], tensors, path)
 
+    before = active_adapter(model)
+    parts_before = {part: getattr(model, part) for part in parts or {}}
+    if name is not None:
+        add_adapter(model, name, content['method'], parts)
+        set_adapter(model, name)
+    elif injection is None:
+        inject(model, content['method'])
+    try:
+        _fill(model, tensors, problems, strict, path)
+    except AdapterFileError:
+        if injection is None:
+            remove(model)
+            for part, module in parts_before.items():
+                setattr(model, part, module)
+        elif name is not None:
+            _switch_back(model, before)
+            delete_adapter(model, name)
+        raise
+    if injection is not None and name is not None:
+        _switch_back(model, before)
+    return content
+
+
+def _switch_back(model: nn.Module, name: str | None) -> None:
+    """Make the adapter active that was, or none."""
+    if name is None:
+        get_injection(model).activate(None)
+    else:
+        set_adapter(model, name)
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], problems: list[str], strict: bool, path: Any) -> None:
+    """Copy a file's tensors into the active adapter and what stands beside the backbone."""
     own = _tuned_state(model)
     if find_backbone(model) is model:
         tensors = {name: value for name, value in tensors.items() if name.startswith(_BACKBONE)}
@@ -187,13 +284,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, strict: bool = True)
         if names:
             problems.append(f'{len(names)} tensors are {what}, such as {min(names)}')
     if problems and strict:
-        if injection is None:
-            remove(model)
-        raise AdapterFileError(f'{path} does not fit: {"; ".join(problems)}')
+        hint = '. A head of other classes can be given as `parts`' if 'of another shape' in problems[-1] else ''
+        raise AdapterFileError(f'{path} does not fit: {"; ".join(problems)}{hint}')
     if problems:
         print_log(f'{path} fits in part: {"; ".join(problems)}', logger='current', level=logging.WARNING)
-
     with torch.no_grad():
         for name, value in fitting.items():
             own[name].copy_(value)
-    return content

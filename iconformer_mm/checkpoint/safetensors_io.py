@@ -1,39 +1,68 @@
-"""Safetensors files: written whole or not at all, and read by MMEngine wherever it reads checkpoints."""
+"""Safetensors files: written whole or not at all, checked when read, known to MMEngine's loader."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import safetensors
+import torch
 from mmengine.runner import CheckpointLoader
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+CHECKSUM = 'checksum'
+# Begins the names of folders in which files are written; what a killed process leaves can be told by it.
+TEMPORARY = '.writing-'
 
-@CheckpointLoader.register_scheme(prefixes=r'(?!\w+://).*\.safetensors$', force=True)
-def load_safetensors(filename: str, map_location: str | None = None) -> dict[str, Tensor]:
-    """Read a local safetensors file, for ``init_cfg``, ``load_from`` and the like.
+
+class DamagedFileError(RuntimeError):
+    """A file is truncated, altered or of another format."""
+
+
+def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 over metadata and tensors, names, types and shapes included, in hexadecimal."""
+    digest = hashlib.sha256()
+    for key, text in sorted(metadata.items()):
+        if key != CHECKSUM:
+            digest.update(f'{key}={text}\n'.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)}\n'.encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read a safetensors file, and compare it with its checksum if it has one.
 
     Args:
-        filename: Path of the file.
-        map_location: Device for the tensors. Defaults to None, the CPU.
+        path: The file.
 
     Returns:
-        The state dict.
+        Its metadata and its tensors, on the CPU.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        RuntimeError: The file is damaged or of another format.
+        DamagedFileError: It is truncated, altered or of another format.
+        FileNotFoundError: There is none.
     """
-    path = Path(filename).expanduser()
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'{path} cannot be found')
     try:
-        return load_file(path, device=str(map_location or 'cpu'))
-    except safetensors.SafetensorError as error:
-        raise RuntimeError(f'{path} is no intact safetensors file: {error}') from error
+        with safetensors.safe_open(path, framework='pt') as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DamagedFileError(f'{path} is no intact safetensors file: {error}') from error
+    if CHECKSUM in metadata and checksum(tensors, metadata) != metadata[CHECKSUM]:
+        raise DamagedFileError(
+            f'{path} is no intact safetensors file: its content does not match its checksum, so it was altered or '
+            'damaged after it was written. Take another copy of it'
+        )
+    return metadata, tensors
 
 
 def save_safetensors(
@@ -42,15 +71,48 @@ def save_safetensors(
     """Write a safetensors file, which appears at once and complete, or not at all.
 
     Args:
-        tensors: What to write, by name; on any device.
+        tensors: What to write, by name; on any device. Tensors that share
+            memory are written one by one.
         path: The file. Missing folders are made.
-        metadata: Text to keep in the file's header.
+        metadata: Text to keep in the file's header; a checksum joins it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
+    seen: set[int] = set()
+    content = {}
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        content[name] = value.clone() if storage in seen else value
+        seen.add(storage)
+    metadata = dict(metadata or {})
+    metadata[CHECKSUM] = checksum(content, metadata)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'{TEMPORARY}{path.name}.') as folder:
         temporary = Path(folder) / path.name
-        save_file({n: v.detach().cpu().contiguous() for n, v in tensors.items()}, temporary, metadata=metadata)
+        save_file(content, temporary, metadata=metadata)
         with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+@CheckpointLoader.register_scheme(prefixes=r'(?!\w+://).*\.safetensors$', force=True)
+def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Read a local safetensors file for MMEngine: ``init_cfg``, ``load_from``, ``resume`` and the like.
+
+    Args:
+        filename: Path of the file.
+        map_location: Device for the tensors. Defaults to None, the CPU.
+
+    Returns:
+        The state dict; of a training checkpoint all that MMEngine's own hold.
+
+    Raises:
+        DamagedFileError: The file is damaged or of another format.
+        FileNotFoundError: There is no such file.
+    """
+    from .training_checkpoint import decode_checkpoint, is_checkpoint
+
+    metadata, tensors = read_safetensors(filename)
+    if isinstance(map_location, (str, torch.device)):
+        tensors = {name: value.to(map_location) for name, value in tensors.items()}
+    return decode_checkpoint(metadata, tensors, filename) if is_checkpoint(metadata) else tensors

@@ -2,15 +2,22 @@ from .injection import get_injection, inject, remove, summarize
 from .methods import PEFTMethod, build_method
 from .sites import FAMILIES, BlockFamily
 from .summary import Summary
+from .switching import active_adapter, add_adapter, delete_adapter, disabled, list_adapters, set_adapter
 
 __all__ = [
     'FAMILIES',
     'BlockFamily',
     'PEFTMethod',
     'Summary',
+    'active_adapter',
+    'add_adapter',
     'build_method',
+    'delete_adapter',
+    'disabled',
     'get_injection',
     'inject',
+    'list_adapters',
     'remove',
+    'set_adapter',
     'summarize',
 ]

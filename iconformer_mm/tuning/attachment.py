@@ -67,6 +67,8 @@ class Attachment:
     recomputed with the token grid of its own forward pass, whatever sizes came
     in between.
 
+    It is made detached; :meth:`attach` and :meth:`detach` may be called in turn.
+
     Args:
         site: The block.
         adapter: The adapter.
@@ -76,23 +78,38 @@ class Attachment:
     """
 
     def __init__(self, site: Site, adapter: Adapter, reads_residual: bool, tracker: GridTracker | None) -> None:
-        block, family = site.block, site.family
         self.name = site.name
-        self.block = block
-        self.family = family
+        self.block = site.block
+        self.family = site.family
+        self.adapter = adapter
         self.tracker = tracker
+        self._source = self.family.norm if reads_residual and self.family.norm else self.family.ffn
         self._tokens: Tensor | None = None
-        source = family.norm if reads_residual and family.norm else family.ffn
-        self._handle = getattr(block, source).register_forward_pre_hook(self._capture)
 
+    def attach(self) -> None:
+        """Put the adapter into the block, on the block's device and in its dtype."""
+        block = self.block
+        parameter = next(block.parameters())
+        self.adapter.to(device=parameter.device, dtype=parameter.dtype)
+        self._handle = getattr(block, self._source).register_forward_pre_hook(self._capture)
         self._replaced = block.__dict__.get('forward')
         self._host_forward = block.forward
         self._with_cp = getattr(block, 'with_cp', False)
         if self._with_cp:
             block.with_cp = False
         block.forward = self.forward
-        parameter = next(block.parameters())
-        block.adapter = adapter.to(device=parameter.device, dtype=parameter.dtype)
+        block.adapter = self.adapter
+
+    def detach(self) -> None:
+        """Give the block back as it was."""
+        self._handle.remove()
+        del self.block.adapter
+        if self._replaced is None:
+            del self.block.forward
+        else:
+            self.block.forward = self._replaced
+        if self._with_cp:
+            self.block.with_cp = True
 
     def _capture(self, module: nn.Module, inputs: tuple) -> None:
         self._tokens = inputs[0]
@@ -119,14 +136,3 @@ class Attachment:
         tokens, self._tokens = self._tokens, None
         delta = self.block.adapter(tokens.flatten(1, -2), grid)
         return out + delta.reshape(out.shape)
-
-    def detach(self) -> None:
-        """Give the block back as it was."""
-        self._handle.remove()
-        del self.block.adapter
-        if self._replaced is None:
-            del self.block.forward
-        else:
-            self.block.forward = self._replaced
-        if self._with_cp:
-            self.block.with_cp = True

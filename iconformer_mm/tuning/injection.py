@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
 
 from .attachment import Attachment, GridTracker
 from .freezing import ADAPTER, Freezing, is_adapter
-from .methods import ParallelAdapterMethod, PEFTMethod, build_method
+from .methods import PEFTMethod, build_method
 from .pretrained import PretrainedCheck
 from .sites import FromPatchEmbed, Site, find_sites, no_site_error
 from .summary import Summary
 
 _KEY = '_peft_injection'
+DEFAULT_NAME = 'default'
+
+
+@dataclass
+class NamedAdapter:
+    """One of the adapters of a backbone: what its method put together for it.
+
+    Attributes:
+        method: The method.
+        attachments: Its joints with the blocks.
+        parts: What stands beside the backbone for it (neck, head), by name;
+            None while the model has this adapter only.
+    """
+
+    method: PEFTMethod
+    attachments: list[Attachment]
+    parts: dict[str, nn.Module] | None = None
 
 
 class Injection:
@@ -22,45 +41,87 @@ class Injection:
 
     Args:
         backbone: The backbone to adapt.
-        method: The method to carry out.
+        method: The method of the first adapter.
+        name: The name of the first adapter.
 
     Raises:
         ValueError: No block is known, or the host uses the adapters' name.
     """
 
-    def __init__(self, backbone: nn.Module, method: PEFTMethod) -> None:
+    def __init__(self, backbone: nn.Module, method: PEFTMethod, name: str = DEFAULT_NAME) -> None:
         # All that can fail comes first: a refused model is an untouched model.
-        taken = [name for name, _ in backbone.named_parameters() if is_adapter(name)]
+        taken = [n for n, _ in backbone.named_parameters() if is_adapter(n)]
         if taken:
             raise ValueError(
                 f"parameters of {type(backbone).__name__} have '{ADAPTER}' in their names ('{taken[0]}'), which "
                 'marks the parameters that iconformer_mm adds; rename them'
             )
-        sites = find_sites(backbone) if method.freezes else []
-        if method.adapts and not sites:
-            raise no_site_error(backbone)
-        adapters = [(site, method.build_adapter(site)) for site in sites if method.adapts]
-
         self.backbone = backbone
-        self.method = method
         self.trackers: dict[nn.Module, GridTracker] = {}
+        self.adapters: dict[str, NamedAdapter] = {}
+        self.active: str | None = None
+        self.freezing: Freezing | None = None
+        sites = find_sites(backbone) if method.freezes else []
+        first = self._make(method)
         self.check = PretrainedCheck(backbone, [site.name for site in sites]) if sites else None
-        self.attachments = [self._attach(site, adapter) for site, adapter in adapters]
+        self.adapters[name] = first
+        self.activate(name)
         self.freezing = Freezing(backbone) if method.freezes else None
         setattr(backbone, _KEY, self)
 
-    def _attach(self, site: Site, adapter: nn.Module) -> Attachment:
-        assert isinstance(self.method, ParallelAdapterMethod)
-        tracker = None
-        if isinstance(site.family.grid, FromPatchEmbed):
-            tracker = self.trackers.get(site.host) or GridTracker(site.host, site.family.grid)
-            self.trackers[site.host] = tracker
-        return Attachment(site, adapter, self.method.input == 'residual', tracker)
+    @property
+    def current(self) -> NamedAdapter | None:
+        """The active adapter, None while there is none."""
+        return None if self.active is None else self.adapters[self.active]
+
+    @property
+    def method(self) -> PEFTMethod:
+        """The method of the active adapter; while none is active, of the first."""
+        return (self.current or next(iter(self.adapters.values()))).method
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        """The attachments of the active adapter."""
+        return self.current.attachments if self.current else []
+
+    def _make(self, method: PEFTMethod) -> NamedAdapter:
+        sites = find_sites(self.backbone) if method.adapts else []
+        if method.adapts and not sites:
+            raise no_site_error(self.backbone)
+        adapters = [(site, method.build_adapter(site)) for site in sites]
+        reads_residual = method.adapts and method.input == 'residual'
+        return NamedAdapter(
+            method, [Attachment(site, adapter, reads_residual, self._tracker(site)) for site, adapter in adapters]
+        )
+
+    def _tracker(self, site: Site) -> GridTracker | None:
+        if not isinstance(site.family.grid, FromPatchEmbed):
+            return None
+        if site.host not in self.trackers:
+            self.trackers[site.host] = GridTracker(site.host, site.family.grid)
+        return self.trackers[site.host]
+
+    def add(self, name: str, method: PEFTMethod) -> None:
+        """Make another adapter, which stays inactive."""
+        self.adapters[name] = self._make(method)
+
+    def activate(self, name: str | None) -> None:
+        """Make one adapter the active one, or none."""
+        if name == self.active:
+            return
+        for attachment in self.attachments:
+            attachment.detach()
+        self.active = name
+        for attachment in self.attachments:
+            attachment.attach()
+        if self.freezing is not None:
+            self.freezing.train(self.backbone.training)
 
     def undo(self) -> None:
         """Give the backbone back as it was."""
-        for part in (*self.attachments, *self.trackers.values()):
-            part.detach()
+        self.activate(None)
+        for tracker in self.trackers.values():
+            tracker.detach()
         if self.check is not None:
             self.check.release()
         if self.freezing is not None:
@@ -85,6 +146,28 @@ def find_backbone(model: nn.Module) -> nn.Module:
 def get_injection(model: nn.Module) -> Injection | None:
     """What was injected into a model, None for an unadapted one."""
     return getattr(find_backbone(model), _KEY, None)
+
+
+def adapter_shapes(model: nn.Module, method: str | dict) -> dict[str, torch.Size]:
+    """Shapes of the adapter parameters a method would add, without memory taken for them.
+
+    Args:
+        model: A model, or a backbone alone.
+        method: Name or config of the method.
+
+    Returns:
+        Shapes by the names in the backbone.
+
+    Raises:
+        ValueError: The method or an option is unknown or out of range.
+    """
+    built = build_method(method)
+    shapes = {}
+    for site in find_sites(find_backbone(model)) if built.adapts else []:
+        with torch.device('meta'):
+            adapter = built.build_adapter(site)
+        shapes.update((f'{site.name}.{ADAPTER}.{name}', p.shape) for name, p in adapter.named_parameters())
+    return shapes
 
 
 def inject(model: nn.Module, method: str | dict = 'icon', **options: Any) -> Summary:
@@ -175,7 +258,7 @@ def summarize(model: nn.Module) -> Summary:
     for attachment in injection.attachments if injection else ():
         sites.setdefault(attachment.family.name, []).append(attachment.name)
     return Summary(
-        method=injection.method.name if injection else None,
+        method=injection.current.method.name if injection and injection.current else None,
         trainable=trainable,
         frozen=sum(total for _, total in parts.values()) - trainable,
         adapters=adapters,

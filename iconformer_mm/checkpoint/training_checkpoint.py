@@ -1,0 +1,169 @@
+"""Training checkpoints of what is trained, as safetensors: nothing in them is unpickled.
+
+A checkpoint as MMEngine's Runner makes it is a nest of dictionaries. Here its
+tensors become the file's tensors, named by their place (``state_dict/head.fc.weight``,
+``optimizer/state/0/exp_avg``), and the nest itself becomes JSON in the metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer, print_log
+from torch import Tensor
+
+from iconformer_mm.version import __version__
+
+from .safetensors_io import DamagedFileError, save_safetensors
+
+CHECKPOINT_VERSION = 1
+_KEY = 'iconformer_mm.checkpoint'
+_TAG = '$'
+# Dtypes that NumPy and safetensors share in every supported version of torch.
+_ARRAY_TYPES = ('float64', 'float32', 'float16', 'int64', 'int32', 'int16', 'int8', 'uint8', 'bool')
+
+
+class _Encoder:
+    """Turns a nest into JSON values, and collects its tensors."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def encode(self, value: Any, place: str) -> Any:
+        if isinstance(value, np.generic):
+            value = value.item()
+        if value is None or isinstance(value, (bool, int, str)):
+            return value
+        if isinstance(value, float):
+            return value if np.isfinite(value) else self._tagged('float', value=str(value))
+        if isinstance(value, Tensor):
+            self.tensors[place] = value
+            return self._tagged('tensor', place=place)
+        if isinstance(value, np.ndarray):
+            if value.dtype.name in _ARRAY_TYPES:
+                self.tensors[place] = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape).copy())
+                return self._tagged('array', place=place)
+            return self._tagged('list_array', dtype=value.dtype.str, items=self.encode(value.tolist(), place))
+        if isinstance(value, HistoryBuffer):
+            values, counts = value.data
+            return self._tagged(
+                'history',
+                values=self.encode(np.asarray(values), f'{place}/values'),
+                counts=self.encode(np.asarray(counts), f'{place}/counts'),
+                max_length=value.max_length,
+            )
+        if isinstance(value, Mapping):
+            if all(isinstance(key, str) for key in value) and _TAG not in value:
+                return {key: self.encode(item, f'{place}/{key}' if place else key) for key, item in value.items()}
+            items = [[self.encode(key, place), self.encode(item, f'{place}/{key}')] for key, item in value.items()]
+            return self._tagged('dict', items=items)
+        if isinstance(value, (list, tuple, set, frozenset)):
+            items = [self.encode(item, f'{place}/{index}') for index, item in enumerate(value)]
+            return items if isinstance(value, list) else self._tagged(type(value).__name__, items=items)
+        raise TypeError(f'{place}: a {type(value).__name__} cannot be kept')
+
+    @staticmethod
+    def _tagged(kind: str, **content: Any) -> dict[str, Any]:
+        return {_TAG: kind, **content}
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(_TAG)
+    if kind is None:
+        return {key: _decode(item, tensors) for key, item in value.items()}
+    if kind == 'float':
+        return float(value['value'])
+    if kind == 'tensor':
+        return tensors[value['place']]
+    if kind == 'array':
+        return tensors[value['place']].cpu().numpy()
+    if kind == 'history':
+        return HistoryBuffer(
+            _decode(value['values'], tensors), _decode(value['counts'], tensors), int(value['max_length'])
+        )
+    items = _decode(value['items'], tensors)
+    if kind == 'list_array':
+        return np.array(items, dtype=np.dtype(value['dtype']))
+    if kind == 'dict':
+        return dict(items)
+    return {'tuple': tuple, 'set': set, 'frozenset': frozenset}[kind](items)
+
+
+def _keepable(mapping: Mapping, place: str) -> dict:
+    """The items that can be kept; the others are named in the log."""
+    kept = {}
+    for key, value in mapping.items():
+        try:
+            _Encoder().encode(value, f'{place}/{key}')
+        except TypeError as error:
+            print_log(f'left out of the checkpoint: {error}', logger='current', level=logging.WARNING)
+        else:
+            kept[key] = value
+    return kept
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
+    """Write a checkpoint of MMEngine's Runner as safetensors, at once and complete or not at all.
+
+    Notes that are no plain data (in ``meta`` and in the message hub) are left
+    out, and the log says which.
+
+    Args:
+        checkpoint: The nest of dictionaries, lists, tensors, arrays, numbers,
+            texts and history buffers.
+        path: Where to write.
+
+    Raises:
+        TypeError: It holds something else, apart from those notes.
+        OSError: The file cannot be written.
+    """
+    checkpoint = dict(checkpoint, meta=_keepable(checkpoint['meta'], 'meta'))
+    hub = checkpoint['message_hub']
+    checkpoint['message_hub'] = {**hub, 'runtime_info': _keepable(hub['runtime_info'], 'message_hub/runtime_info')}
+    encoder = _Encoder()
+    tree = encoder.encode(checkpoint, '')
+    content = dict(version=CHECKPOINT_VERSION, package_version=__version__, tree=tree)
+    save_safetensors(encoder.tensors, path, metadata={_KEY: json.dumps(content, allow_nan=False)})
+
+
+def is_checkpoint(metadata: dict[str, str]) -> bool:
+    """Whether a safetensors file's metadata is that of a training checkpoint."""
+    return _KEY in metadata
+
+
+def decode_checkpoint(metadata: dict[str, str], tensors: dict[str, Tensor], path: str = 'the file') -> dict[str, Any]:
+    """Build the checkpoint of a safetensors file's content.
+
+    Args:
+        metadata: The file's metadata.
+        tensors: The file's tensors.
+        path: The file's name, for errors.
+
+    Raises:
+        DamagedFileError: The content makes no checkpoint.
+    """
+    try:
+        content = json.loads(metadata[_KEY])
+        version = content['version']
+        if version == CHECKPOINT_VERSION:
+            checkpoint = _decode(content['tree'], tensors)
+            if isinstance(checkpoint['meta'], dict) and isinstance(checkpoint['state_dict'], dict):
+                return checkpoint
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, AssertionError) as error:
+        raise DamagedFileError(f'{path} is no intact training checkpoint: {type(error).__name__}: {error}') from error
+    if version != CHECKPOINT_VERSION:
+        raise DamagedFileError(
+            f'{path} has checkpoint version {version}, this iconformer_mm {__version__} reads version '
+            f'{CHECKPOINT_VERSION}; install the release that wrote it or a newer one'
+        )
+    raise DamagedFileError(f'{path} is no intact training checkpoint: it lacks `meta` or `state_dict`')
