@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.distributed
 from mmengine.config import Config, DictAction
-from mmengine.registry import RUNNERS
+from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 
+from iconformer_mm.checkpoint import load_safetensors
 from iconformer_mm.compat import map_config_packages
 from iconformer_mm.engine import CheckedRunner
+from iconformer_mm.engine.hooks.adapter_checkpoint_hook import newest_intact
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -109,8 +111,23 @@ def _replace_sync_bn(node: Any) -> None:
             _replace_sync_bn(child)
 
 
+def _take_seed_of_resumed(cfg: Config) -> None:
+    """A run whose seed was drawn by lot goes on with it; MMEngine would read it after the data loaders are built."""
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    randomness = cfg.get('randomness') or {}
+    if not cfg.get('resume') or hook.get('type') != 'AdapterCheckpointHook' or randomness.get('seed') is not None:
+        return
+    path = cfg.get('load_from')
+    if path is None:
+        folder = Path(hook['out_dir']) / Path(cfg.work_dir).name if hook.get('out_dir') else Path(cfg.work_dir)
+        path, _ = newest_intact(folder, HOOKS.build(hook).filename_tmpl)
+    if path is not None and str(path).endswith('.safetensors'):
+        cfg.randomness = dict(randomness, seed=load_safetensors(str(path))['meta'].get('seed'))
+
+
 def build_runner(cfg: Config) -> Runner:
     """Build the config's runner; on machines without a GPU also a distributed one."""
+    _take_seed_of_resumed(cfg)
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_mmpretrain_dataloaders(cfg)
     if cfg.get('launcher', 'none') == 'pytorch' and not torch.cuda.is_available():

@@ -1,5 +1,5 @@
-from .hooks import PEFTHook
+from .hooks import AdapterCheckpointHook, PEFTHook
 from .optim_wrapper_constructor import PEFTOptimWrapperConstructor
 from .runner import CheckedRunner
 
-__all__ = ['CheckedRunner', 'PEFTHook', 'PEFTOptimWrapperConstructor']
+__all__ = ['AdapterCheckpointHook', 'CheckedRunner', 'PEFTHook', 'PEFTOptimWrapperConstructor']

@@ -1,0 +1,361 @@
+"""Checkpoints of what is trained, from which a run goes on exactly."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop, Runner, load_checkpoint
+from mmengine.runner import runner as runner_module
+from torch import nn
+
+from iconformer_mm.checkpoint import DamagedFileError, fingerprint, load_safetensors, same_base
+from iconformer_mm.checkpoint.safetensors_io import TEMPORARY
+from iconformer_mm.checkpoint.training_checkpoint import save_checkpoint
+from iconformer_mm.tuning import get_injection
+from iconformer_mm.tuning.freezing import is_adapter
+from iconformer_mm.tuning.injection import find_backbone, unwrap
+
+NOTE = 'iconformer_mm'  # what this hook keeps beside MMEngine's own content
+
+
+@HOOKS.register_module()
+class AdapterCheckpointHook(CheckpointHook):
+    """MMEngine's CheckpointHook for adapted models: a few MB a checkpoint instead of the whole model.
+
+    A checkpoint holds adapters, neck and head, their optimizer state, the
+    schedulers, the position in the loop, the random states of all processes,
+    gradients that wait for accumulation, and EMA weights if there are any; not
+    the frozen base, of which it has the fingerprint. It is a safetensors file, written to a
+    temporary file first; an outdated checkpoint is removed after the new one
+    is complete. Reading one executes nothing.
+
+    A resumed run goes on to the last bit as if it had not been interrupted, on
+    a CPU and as far as the data loader allows: worker processes begin anew,
+    which shows where they outlive an epoch (``persistent_workers``, iteration-based
+    loops): the order of the samples is kept, their augmentation is not. So that
+    this holds, validation leaves the random state of training as it was.
+
+    With ``resume=True`` and no file named, the newest intact checkpoint is
+    taken; damaged ones are passed over with a warning.
+
+    Args:
+        *args: Arguments of MMEngine's hook (``interval``, ``by_epoch``,
+            ``max_keep_ckpts``, ``save_best``, ``rule``, ...).
+        filename_tmpl: Name with a place for the epoch or iteration. Defaults
+            to ``'epoch_{}.safetensors'`` or ``'iter_{}.safetensors'``.
+        **kwargs: Arguments of MMEngine's hook.
+
+    Raises:
+        ValueError: The file name does not end in ``.safetensors``, the folder
+            is not local, or ``published_keys`` are given (make an adapter file
+            instead).
+
+    Example:
+        >>> default_hooks = dict(checkpoint=dict(type='AdapterCheckpointHook', interval=1, max_keep_ckpts=2))
+    """
+
+    def __init__(self, *args: Any, filename_tmpl: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, filename_tmpl=filename_tmpl, **kwargs)
+        if filename_tmpl is None:
+            self.filename_tmpl = 'epoch_{}.safetensors' if self.by_epoch else 'iter_{}.safetensors'
+        if not self.filename_tmpl.endswith('.safetensors'):
+            raise ValueError(f"filename_tmpl must end in '.safetensors', got '{self.filename_tmpl}'")
+        if '://' in str(self.out_dir or ''):
+            raise ValueError(f'AdapterCheckpointHook writes to local folders only, got out_dir={self.out_dir}')
+        if self.published_keys is not None:
+            raise ValueError(
+                'published_keys: a checkpoint is published as an adapter file, `tools/adapter.py extract CHECKPOINT`'
+            )
+        self._loader: _BaseFiller | None = None
+        self._resumed: dict | None = None
+        self._source: str | None = None  # of base weights that `load_from` gave
+        self._base_fingerprint: str | None = None
+        self._before_val: dict | None = None
+        self._rank_states: list[dict] = []
+        self._written: list[Path] = []
+
+    # Loading
+
+    def before_run(self, runner: Runner) -> None:
+        """Check the model, and choose the checkpoint to resume from."""
+        if self._loader is not None:
+            return
+        injection = get_injection(runner.model)
+        if injection is None or not injection.method.freezes:
+            raise ValueError(
+                'AdapterCheckpointHook saves what is trained beside a frozen backbone, but the backbone is '
+                f"{'not adapted' if injection is None else 'trained itself'}; use MMEngine's CheckpointHook, or a PEFT "
+                'method that freezes it'
+            )
+        # It must act before EMAHook does. Put in front of the list that the
+        # runner is walking along, it makes the runner come here once more.
+        self._loader = _BaseFiller(self)
+        runner.register_hook(self._loader, priority='HIGHEST')
+        if runner._resume and runner._load_from is None:
+            self._choose(runner)
+
+    def _folder(self, runner: Runner) -> Path:
+        """Where the checkpoints of this run are."""
+        work_dir = Path(runner.work_dir)
+        return work_dir if self.out_dir in (None, runner.work_dir) else Path(self.out_dir) / work_dir.name
+
+    def _choose(self, runner: Runner) -> None:
+        """Take the newest intact checkpoint to resume from; without any, the run begins at its beginning."""
+        folder = self._folder(runner)
+        path, damaged = newest_intact(folder, self.filename_tmpl)
+        for error in damaged:
+            runner.logger.warning(f'passed over in resuming: {error}')
+        if path is not None:
+            if damaged:
+                runner.logger.warning(f'resuming from {path.name}, the newest intact checkpoint')
+            runner._load_from = str(path)
+        elif damaged:
+            raise DamagedFileError(
+                f'none of the checkpoints in {folder} is intact; take other copies of them, or remove them to begin '
+                f'anew. The newest: {damaged[0]}'
+            )
+        else:
+            runner.logger.info(f'no checkpoint to resume from in {folder}: training begins at its beginning')
+            runner._resume = False
+
+    def complete(self, runner: Runner, checkpoint: dict) -> None:
+        """Put the base's weights, which the model has, beside those of an adapter checkpoint.
+
+        Raises:
+            ValueError: The model's base is not the one it was trained on.
+        """
+        note = checkpoint.get(NOTE)
+        if note is None:
+            return  # an ordinary checkpoint
+        model = unwrap(runner.model)
+        needed, actual = note['base_fingerprint'], fingerprint(model)
+        if not same_base(needed, actual) and not getattr(model, 'is_init', True):
+            model.init_weights()  # in tests MMEngine leaves out what `init_cfg` says
+            actual = fingerprint(model)
+        if not same_base(needed, actual) and note['load_from']:
+            runner.logger.info(f'loading the base that the run began with, {note["load_from"]}')
+            load_checkpoint(model, note['load_from'], map_location='cpu')
+            actual = fingerprint(model)
+        if not same_base(needed, actual):
+            raise ValueError(
+                f'the checkpoint was trained on another base: the base weights have fingerprint {actual[:12]}, it '
+                f'needs {needed[:12]}. Give the pre-trained weights of its run in `init_cfg` (or, '
+                'for a backbone that was not pre-trained, the same `randomness.seed`)'
+            )
+        frozen = frozen_state(model)
+        checkpoint['state_dict'].update(frozen)
+        if 'ema_state_dict' in checkpoint:
+            checkpoint['ema_state_dict'].update({f'module.{name}': value.clone() for name, value in frozen.items()})
+        if runner._resume:
+            self._resumed = note
+            self._source = note['load_from']
+
+    # Going on exactly
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Restore what a resumed run had in memory, where the interrupted one would go on."""
+        note, self._resumed = self._resumed, None
+        if note is None:
+            return
+        if len(note['rank_states']) != get_world_size():
+            runner.logger.warning(
+                f'the checkpoint was written by {len(note["rank_states"])} processes, this run has {get_world_size()}: '
+                'random states are not restored'
+            )
+            return
+        state = note['rank_states'][get_rank()]
+        for name, parameter in unwrap(runner.model).named_parameters():
+            if name in state['gradients']:
+                parameter.grad = state['gradients'][name].to(parameter)
+        if isinstance(runner.train_loop, IterBasedTrainLoop):
+            # The loop first draws the batches that it has trained on.
+            loop = runner.train_loop
+            loop.dataloader_iterator = _AfterSkipping(loop.dataloader_iterator, loop.iter, state['random'])
+        else:
+            set_random_state(state['random'])
+
+    def before_val(self, runner: Runner) -> None:
+        """Remember the random state, which validation is to leave alone."""
+        self._before_val = random_state()
+
+    def after_val(self, runner: Runner) -> None:
+        """Restore it."""
+        set_random_state(self._before_val)
+        self._before_val = None
+
+    # Saving
+
+    def before_train(self, runner: Runner) -> None:
+        """Prepare the folder, and remove what a killed process left there half-written."""
+        super().before_train(runner)
+        if not runner._resume:
+            self._source = runner._load_from
+        if is_main_process():
+            for path in Path(self.out_dir).glob(f'{TEMPORARY}*'):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _save_checkpoint(self, runner: Runner) -> None:
+        with self._writing_adapters(runner):
+            super()._save_checkpoint(runner)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        with self._writing_adapters(runner):
+            super()._save_best_checkpoint(runner, metrics)
+
+    @contextmanager
+    def _writing_adapters(self, runner: Runner) -> Iterator[None]:
+        """Within it MMEngine saves by our function, and removes files at the end."""
+        state = dict(random=self._before_val or random_state(), gradients=waiting_gradients(runner))
+        self._rank_states = all_gather_object(state)
+        self._written = []
+        removal = _LateRemoval(self.file_backend)
+        original, backend = runner_module.save_checkpoint, self.file_backend
+        runner_module.save_checkpoint = lambda checkpoint, path, *args, **kwargs: self._write(runner, checkpoint, path)
+        self.file_backend = removal
+        try:
+            yield
+        finally:
+            runner_module.save_checkpoint, self.file_backend = original, backend
+        for path in removal.late:
+            if Path(path) not in self._written:
+                Path(path).unlink(missing_ok=True)
+
+    def _write(self, runner: Runner, checkpoint: dict, path: str) -> None:
+        model = unwrap(runner.model)
+        if self._base_fingerprint is None:
+            self._base_fingerprint = fingerprint(model)
+        frozen = frozen_state(model).keys()
+        checkpoint = dict(checkpoint)
+        checkpoint['state_dict'] = {n: v for n, v in checkpoint['state_dict'].items() if n not in frozen}
+        if 'ema_state_dict' in checkpoint:
+            ema = checkpoint['ema_state_dict']
+            checkpoint['ema_state_dict'] = {n: v for n, v in ema.items() if n.removeprefix('module.') not in frozen}
+        injection = get_injection(model)
+        checkpoint[NOTE] = dict(
+            method=injection.method.config,
+            sites=[attachment.name for attachment in injection.attachments],
+            base_fingerprint=self._base_fingerprint,
+            load_from=self._source,
+            rank_states=self._rank_states,
+        )
+        save_checkpoint(checkpoint, path)
+        self._written.append(Path(path))
+
+
+class _BaseFiller(Hook):
+    """Completes checkpoints as they are loaded, before any other hook sees them."""
+
+    def __init__(self, owner: AdapterCheckpointHook) -> None:
+        self.owner = owner
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self.owner.complete(runner, checkpoint)
+
+
+class _LateRemoval:
+    """A file backend that notes what is to be removed."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.late: list[str] = []
+
+    def remove(self, path: str) -> None:
+        self.late.append(path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+
+class _AfterSkipping:
+    """An iterator over the batches of an iteration-based loop that sets the random state after those skipped."""
+
+    def __init__(self, iterator: Any, skip: int, state: dict) -> None:
+        self.iterator = iterator
+        self.skip = skip
+        self.state: dict | None = state
+
+    def __iter__(self) -> _AfterSkipping:
+        return self
+
+    def skip_iter(self, number: int) -> None:
+        """Skip as newer releases of MMEngine do, by the sampler; older ones draw the batches."""
+        self.iterator.skip_iter(number)
+        self.skip -= number
+
+    def __next__(self) -> Any:
+        if self.skip == 0 and self.state is not None:
+            if hasattr(self.iterator, '_ensure_iterator'):
+                self.iterator._ensure_iterator()  # which draws a random number
+            set_random_state(self.state)
+            self.state = None
+        self.skip -= 1
+        return next(self.iterator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.iterator, name)
+
+
+def newest_intact(folder: Path, filename_tmpl: str) -> tuple[Path | None, list[DamagedFileError]]:
+    """Find the newest checkpoint that can be read.
+
+    Args:
+        folder: Where to look.
+        filename_tmpl: Name of the checkpoints with a place for the step.
+
+    Returns:
+        Its path, if there is one, and what is wrong with newer ones.
+    """
+    pattern = '(\\d+)'.join(re.escape(part) for part in filename_tmpl.split('{}'))
+    steps = {path: re.fullmatch(pattern, path.name) for path in folder.glob('*')}
+    damaged = []
+    for path in sorted((p for p, step in steps.items() if step), key=lambda p: int(steps[p][1]), reverse=True):
+        try:
+            load_safetensors(str(path))
+        except DamagedFileError as error:
+            damaged.append(error)
+        else:
+            return path, damaged
+    return None, damaged
+
+
+def frozen_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The part of a model's state dict that its PEFT method keeps as it is."""
+    backbone = find_backbone(model)
+    prefix = '' if backbone is model else 'backbone.'
+    return {n: v for n, v in model.state_dict().items() if n.startswith(prefix) and not is_adapter(n)}
+
+
+def waiting_gradients(runner: Runner) -> dict[str, torch.Tensor]:
+    """Gradients of an accumulation that is not complete yet."""
+    if getattr(runner.optim_wrapper, '_accumulative_counts', 1) == 1:
+        return {}
+    named = unwrap(runner.model).named_parameters()
+    return {name: p.grad.detach().cpu() for name, p in named if p.grad is not None}
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all random generators of this process."""
+    state = dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state())
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what :func:`random_state` returned."""
+    random.setstate(state['python'])
+    np.random.set_state(state['numpy'])
+    torch.set_rng_state(state['torch'].cpu())
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'].cpu())

@@ -1,0 +1,251 @@
+import os
+import uuid
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from safetensors.torch import load_file
+from test_peft_hook import config
+
+from iconformer_mm.apis import build_runner
+from iconformer_mm.checkpoint import DamagedFileError, load_safetensors
+from iconformer_mm.engine import AdapterCheckpointHook
+
+
+class Interrupted(Exception):
+    pass
+
+
+@HOOKS.register_module()
+class InterruptHook(Hook):
+    """Ends the run after an iteration, as a signal would; checkpoints come before it."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, at):
+        self.at = at
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.iter + 1 == self.at:
+            raise Interrupted
+
+
+def make(work_dir, *, interrupt=None, resume=False, loop='epoch', custom_hooks=(), **changes):
+    """A run of 4 epochs of 4 iterations with all that is random: order, flips, dropout."""
+    cfg = config(work_dir)
+    cfg.model.backbone.drop_rate = 0.1
+    for name in ('train_dataloader', 'val_dataloader'):
+        cfg[name].dataset.pipeline = [dict(type='RandomFlip', prob=0.5), dict(type='PackInputs')]
+    hook = dict(type='AdapterCheckpointHook', interval=1, max_keep_ckpts=2, save_best='accuracy/top1')
+    if loop == 'epoch':
+        cfg.train_cfg = dict(by_epoch=True, max_epochs=4, val_interval=1)
+        cfg.param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=True, T_max=4)]
+    else:
+        cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=16, val_interval=3)
+        cfg.param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=False, T_max=16)]
+        cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
+        cfg.log_processor = dict(by_epoch=False)
+        hook.update(by_epoch=False, interval=4)
+    cfg.default_hooks = dict(checkpoint=hook)
+    cfg.custom_hooks = [*cfg.custom_hooks, *custom_hooks]
+    if interrupt is not None:
+        cfg.custom_hooks.append(dict(type='InterruptHook', at=interrupt))
+    cfg.resume = resume
+    cfg.merge_from_dict(changes)
+    cfg.experiment_name = uuid.uuid4().hex
+    return build_runner(cfg)
+
+
+def state(runner):
+    return {name: value.clone() for name, value in runner.model.state_dict().items()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+VARIANTS = {
+    'epochs': {},
+    'iterations': dict(loop='iter'),
+    'workers': {'train_dataloader.num_workers': 1, 'train_dataloader.persistent_workers': False},
+    'EMA': dict(custom_hooks=[dict(type='EMAHook', momentum=0.1)]),
+    'accumulation': {'optim_wrapper.accumulative_counts': 3},
+    'accumulation, iterations': {'optim_wrapper.accumulative_counts': 3, 'loop': 'iter'},
+    'clipping': {'optim_wrapper.clip_grad': dict(max_norm=0.1)},
+    'seed by lot': {'randomness': dict(seed=None)},
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.filterwarnings('ignore')
+def test_a_resumed_run_ends_as_the_uninterrupted_one(variant, tmp_path):
+    options = VARIANTS[variant]
+    if variant == 'seed by lot':  # and yet the same for both runs
+        drawn = {'randomness': dict(seed=7)}
+        whole = make(tmp_path / 'whole', **drawn)
+        whole.train()
+        with pytest.raises(Interrupted):
+            make(tmp_path / 'cut', interrupt=11, **drawn).train()
+    else:
+        whole = make(tmp_path / 'whole', **options)
+        whole.train()
+        with pytest.raises(Interrupted):
+            make(tmp_path / 'cut', interrupt=11, **options).train()
+    resumed = make(tmp_path / 'cut', resume=True, **options)
+    resumed.train()
+    assert equal(state(whole), state(resumed))
+    names = {n.replace('cut', 'whole') for n in os.listdir(tmp_path / 'cut') if n.endswith('.safetensors')}
+    assert names == {n for n in os.listdir(tmp_path / 'whole') if n.endswith('.safetensors')}
+    (last,) = [n for n in names if n.startswith(('epoch_4', 'iter_16'))]
+    first, second = (load_safetensors(str(tmp_path / run / last)) for run in ('whole', 'cut'))
+    assert equal(first['state_dict'], second['state_dict'])
+    if variant == 'EMA':
+        assert equal(first['ema_state_dict'], second['ema_state_dict'])
+        assert not equal(first['state_dict'], {k[7:]: v for k, v in first['ema_state_dict'].items()})
+
+
+def test_a_checkpoint_holds_what_is_trained(tmp_path):
+    runner = make(tmp_path)
+    runner.train()
+    checkpoint = load_safetensors(str(tmp_path / 'epoch_4.safetensors'))
+    own = state(runner)
+    trained = {n: v for n, v in own.items() if 'adapter' in n or not n.startswith('backbone.')}
+    assert equal(checkpoint['state_dict'], trained) and len(trained) < len(own)
+    assert len(checkpoint['optimizer']['state']) == sum(p.requires_grad for p in runner.model.parameters())
+    assert checkpoint['meta']['epoch'] == 4 and checkpoint['meta']['iter'] == 16
+    # By safetensors alone.
+    tensors = load_file(tmp_path / 'epoch_4.safetensors')
+    assert torch.equal(tensors['state_dict/head.fc.weight'], own['head.fc.weight'])
+    assert sorted(n for n in os.listdir(tmp_path) if 'epoch_' in n and 'best' not in n) == [
+        'epoch_3.safetensors',
+        'epoch_4.safetensors',
+    ]
+    assert sum(n.startswith('best_accuracy_top1_epoch_') for n in os.listdir(tmp_path)) == 1
+
+
+def test_testing_a_checkpoint_gives_the_score_of_validation(tmp_path):
+    plain = {'val_dataloader.dataset.pipeline': [dict(type='PackInputs')]}
+    runner = make(tmp_path, **plain)
+    runner.train()
+    score = runner.message_hub.get_scalar('val/accuracy/top1').current()
+    again = make(tmp_path / 'again', load_from=str(tmp_path / 'epoch_4.safetensors'))
+    assert again.test()['accuracy/top1'] == pytest.approx(score)
+    assert equal(state(runner), state(again))
+
+
+def corrupt(path, how):
+    content = bytearray(path.read_bytes())
+    if how == 'truncated':
+        content = content[: len(content) // 2]
+    elif how == 'flipped':
+        content[-100] ^= 1
+    else:
+        content = bytearray()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize('how', ['truncated', 'flipped', 'empty'])
+def test_resume_falls_back_to_the_newest_intact_checkpoint(how, tmp_path, caplog):
+    whole = make(tmp_path / 'whole')
+    whole.train()
+    with pytest.raises(Interrupted):
+        make(tmp_path / 'cut', interrupt=14).train()
+    corrupt(tmp_path / 'cut' / 'epoch_3.safetensors', how)
+    resumed = make(tmp_path / 'cut', resume=True)
+    with caplog.at_level('WARNING'):
+        resumed.train()
+    assert equal(state(whole), state(resumed))
+    log = next((tmp_path / 'cut').glob('*/*.log'))
+    text = ''.join(p.read_text() for p in log.parent.parent.glob('*/*.log'))
+    assert 'epoch_3.safetensors is no intact safetensors file' in text
+    assert 'resuming from epoch_2.safetensors, the newest intact checkpoint' in text
+
+
+def test_resume_with_nothing_intact_is_an_error(tmp_path):
+    with pytest.raises(Interrupted):
+        make(tmp_path, interrupt=6).train()
+    corrupt(tmp_path / 'epoch_1.safetensors', 'truncated')
+    with pytest.raises(DamagedFileError, match='none of the checkpoints in .* is intact.*epoch_1.safetensors'):
+        make(tmp_path, resume=True).train()
+
+
+def test_resume_without_checkpoints_begins_at_the_beginning(tmp_path):
+    whole = make(tmp_path / 'whole')
+    whole.train()
+    with pytest.raises(Interrupted):
+        make(tmp_path / 'cut', interrupt=3).train()
+    (tmp_path / 'cut' / 'last_checkpoint').write_text('')  # as a kill inside a write leaves it
+    resumed = make(tmp_path / 'cut', resume=True)
+    resumed.train()
+    assert equal(state(whole), state(resumed))
+
+
+def test_another_base_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        make(tmp_path, interrupt=6).train()
+    with pytest.raises(ValueError, match='the checkpoint was trained on another base'):
+        make(tmp_path, resume=True, **{'randomness.seed': 5}).train()
+
+
+def test_the_base_of_load_from_is_found_again(tmp_path):
+    """``--resume`` takes the place of ``load_from``, where the base came from."""
+    base = make(tmp_path / 'base', **{'randomness.seed': 3})
+    base.train()
+    weights = {n: v for n, v in base.model.state_dict().items() if 'adapter' not in n}
+    torch.save(dict(state_dict=weights), tmp_path / 'base.pth')
+    given = dict(load_from=str(tmp_path / 'base.pth'))
+    whole = make(tmp_path / 'whole', **given)
+    whole.train()
+    with pytest.raises(Interrupted):
+        make(tmp_path / 'cut', interrupt=6, **given).train()
+    with pytest.raises(Interrupted):
+        make(tmp_path / 'cut', interrupt=10, resume=True).train()
+    resumed = make(tmp_path / 'cut', resume=True)
+    resumed.train()
+    assert equal(state(whole), state(resumed))
+    assert torch.equal(resumed.model.backbone.cls_token, base.model.backbone.cls_token)
+
+
+def test_a_full_disk_keeps_the_old_checkpoints(tmp_path, monkeypatch):
+    runner = make(tmp_path, **{'default_hooks.checkpoint.max_keep_ckpts': 1})
+    from iconformer_mm.checkpoint import safetensors_io
+
+    original, calls = safetensors_io.save_file, []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 4:
+            with open(args[1], 'wb') as file:
+                file.write(b'half of it')
+            raise OSError(28, 'No space left on device')
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(safetensors_io, 'save_file', full)
+    with pytest.raises(OSError, match='No space left'):
+        runner.train()
+    kept = [n for n in os.listdir(tmp_path) if n.endswith('.safetensors')]
+    assert any(n.startswith('epoch_') for n in kept) and any(n.startswith('best_') for n in kept)
+    for name in kept:
+        load_safetensors(str(tmp_path / name))
+    assert not [n for n in os.listdir(tmp_path) if n.startswith('.writing-')]
+
+
+def test_the_hook_needs_a_frozen_backbone(tmp_path):
+    runner = make(tmp_path)
+    runner._hooks = [hook for hook in runner._hooks if type(hook).__name__ != 'PEFTHook']
+    with pytest.raises(ValueError, match="the backbone is not adapted; use MMEngine's CheckpointHook"):
+        runner.train()
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(filename_tmpl='x_{}.pth'), "must end in '.safetensors'"),
+        (dict(out_dir='s3://bucket'), 'local folders only'),
+        (dict(published_keys=['meta']), 'extract CHECKPOINT'),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterCheckpointHook(**options)
