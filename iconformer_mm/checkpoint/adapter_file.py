@@ -51,13 +51,22 @@ def fingerprint(model: nn.Module) -> str:
         Two halves of 32 hexadecimal digits: start of the SHA-256 with
         bfloat16, and with float16. :func:`same_base` compares.
     """
+    return hash_parameters(base_parameters(model))
+
+
+def base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The backbone's own parameters, without adapters, by their names in it."""
+    return {n: p.detach() for n, p in find_backbone(model).named_parameters() if not is_adapter(n)}
+
+
+def hash_parameters(parameters: dict[str, Tensor]) -> str:
+    """The fingerprint of parameters by name; see :func:`fingerprint`."""
     halves = []
-    parameters = sorted((n, p) for n, p in find_backbone(model).named_parameters() if not is_adapter(n))
     for dtype in (torch.bfloat16, torch.float16):
         digest = hashlib.sha256()
-        for name, parameter in parameters:
-            digest.update(f'{name} {tuple(parameter.shape)}\n'.encode())
-            value = parameter.detach().to(device='cpu', dtype=dtype).contiguous()
+        for name, value in sorted(parameters.items()):
+            digest.update(f'{name} {tuple(value.shape)}\n'.encode())
+            value = value.to(device='cpu', dtype=dtype).contiguous()
             digest.update(value.view(torch.int16).numpy().data)
         halves.append(digest.hexdigest()[:32])
     return ''.join(halves)
@@ -109,17 +118,52 @@ def save_adapter(
             f"method '{injection.method.name}' trains the backbone itself, so there is no adapter apart from it; "
             'save a checkpoint of the whole model'
         )
-    content = dict(
+    content = describe_adapter(
+        injection.method.config,
+        [attachment.name for attachment in injection.attachments],
+        base_parameters(model),
+        task=task,
+        classes=classes,
+        notes=metadata,
+    )
+    write_adapter(path, content, _tuned_state(model))
+
+
+def describe_adapter(
+    method: dict,
+    sites: Sequence[str],
+    base: dict[str, Tensor] | tuple[str, list[str]],
+    task: str | None = None,
+    classes: Sequence[str] | None = None,
+    notes: dict | None = None,
+) -> dict[str, Any]:
+    """The metadata of an adapter file.
+
+    Args:
+        method: Config of the PEFT method.
+        sites: Names of the adapted blocks.
+        base: The base's parameters by name, or their fingerprint and names.
+        task: What it was trained for.
+        classes: Names of the classes.
+        notes: Anything else (JSON).
+    """
+    base_fingerprint, names = base if isinstance(base, tuple) else (hash_parameters(base), sorted(base))
+    return dict(
         format_version=FORMAT_VERSION,
         package_version=__version__,
-        method=injection.method.config,
-        sites=[attachment.name for attachment in injection.attachments],
-        base_fingerprint=fingerprint(model),
+        method=method,
+        sites=list(sites),
+        base_fingerprint=base_fingerprint,
+        base_parameters=list(names),
         task=task,
         classes=None if classes is None else [str(name) for name in classes],
-        notes=metadata or {},
+        notes=notes or {},
     )
-    save_safetensors(_tuned_state(model), path, metadata={_KEY: json.dumps(content)})
+
+
+def write_adapter(path: str | os.PathLike, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write an adapter file of its metadata and its tensors."""
+    save_safetensors(tensors, path, metadata={_KEY: json.dumps(content)})
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -158,7 +202,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
             f'{path} has format version {version}, this iconformer_mm {__version__} reads version {FORMAT_VERSION}; '
             'install the release that wrote it or a newer one'
         )
-    for key, kind in {'method': dict, 'sites': list, 'base_fingerprint': str}.items():
+    for key, kind in {'method': dict, 'sites': list, 'base_fingerprint': str, 'base_parameters': list}.items():
         if not isinstance(content.get(key), kind):
             raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{key}`')
     return content, tensors
@@ -192,8 +236,9 @@ def load_adapter(
     """Load an adapter file into a model.
 
     An unadapted model is adapted with the file's method first. A backbone
-    alone takes the adapters and leaves what the file has for neck and head.
-    An error leaves the model as it was.
+    alone takes the adapters and leaves what the file has for neck and head; of
+    a file of a backbone alone a whole model takes the adapters and keeps its
+    neck and head. An error leaves the model as it was.
 
     Args:
         model: A model with the base weights the adapter was trained on.
@@ -275,6 +320,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], problems: list[str], str
     own = _tuned_state(model)
     if find_backbone(model) is model:
         tensors = {name: value for name, value in tensors.items() if name.startswith(_BACKBONE)}
+    elif all(name.startswith(_BACKBONE) for name in tensors):  # a file of a backbone alone
+        own = {name: value for name, value in own.items() if name.startswith(_BACKBONE)}
     fitting = {n: v for n, v in tensors.items() if n in own and own[n].shape == v.shape}
     for what, names in {
         'missing in the file': own.keys() - tensors.keys(),

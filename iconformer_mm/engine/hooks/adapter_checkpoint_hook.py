@@ -19,7 +19,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner, load_checkpoint
 from mmengine.runner import runner as runner_module
 from torch import nn
 
-from iconformer_mm.checkpoint import DamagedFileError, fingerprint, load_safetensors, same_base
+from iconformer_mm.checkpoint import DamagedFileError, base_parameters, fingerprint, load_safetensors, same_base
 from iconformer_mm.checkpoint.safetensors_io import TEMPORARY
 from iconformer_mm.checkpoint.training_checkpoint import save_checkpoint
 from iconformer_mm.tuning import get_injection
@@ -244,8 +244,10 @@ class AdapterCheckpointHook(CheckpointHook):
         injection = get_injection(model)
         checkpoint[NOTE] = dict(
             method=injection.method.config,
+            task=type(model).__name__,
             sites=[attachment.name for attachment in injection.attachments],
             base_fingerprint=self._base_fingerprint,
+            base_parameters=sorted(base_parameters(model)),
             load_from=self._source,
             rank_states=self._rank_states,
         )

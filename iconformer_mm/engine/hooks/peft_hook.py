@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint import save_adapter
 from iconformer_mm.tuning import get_injection, inject
+from iconformer_mm.tuning.injection import unwrap
 
 
 @HOOKS.register_module()
@@ -91,5 +92,6 @@ class PEFTHook(Hook):
         """Write the adapter file."""
         if self.save_adapter and self._injection.method.freezes:
             path = Path(runner.work_dir) / 'adapter.safetensors'
-            save_adapter(runner.model, path)
+            classes = (getattr(runner.train_dataloader.dataset, 'metainfo', None) or {}).get('classes')
+            save_adapter(runner.model, path, task=type(unwrap(runner.model)).__name__, classes=classes)
             runner.logger.info(f'Adapter file ({path.stat().st_size / 2**20:.2f} MiB) saved to {path}')

@@ -1,0 +1,181 @@
+"""The command line over adapter files."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import uuid
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / 'tests' / 'engine'))
+from mmengine.runner import Runner  # noqa: E402
+from test_peft_hook import config  # noqa: E402
+
+from iconformer_mm import load_adapter  # noqa: E402
+from iconformer_mm.adapter import main  # noqa: E402
+from iconformer_mm.apis import build_runner  # noqa: E402
+from iconformer_mm.checkpoint import read_adapter  # noqa: E402
+
+
+def call(capsys, *arguments):
+    status = main([*map(str, arguments), '--json'])
+    return status, json.loads(capsys.readouterr().out.splitlines()[-1])  # after loggers of the tests before
+
+
+def build(work_dir, **changes):
+    cfg = config(work_dir, **changes)
+    cfg.experiment_name = uuid.uuid4().hex
+    return build_runner(cfg)
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """A base, the adapter checkpoint, the whole checkpoint and the adapter file of one run."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('files')
+    base = build(folder / 'base', custom_hooks=[])
+    base.train()
+    weights = {n: v for n, v in base.model.state_dict().items() if n.startswith('backbone.')}
+    torch.save(dict(meta=dict(note='base'), state_dict=weights), folder / 'base.pth')
+    small = {
+        'default_hooks.checkpoint': dict(type='AdapterCheckpointHook', interval=1),
+        'load_from': str(folder / 'base.pth'),
+    }
+    runner = build(folder / 'run', **small)
+    runner.train()
+    whole = build(folder / 'whole', load_from=str(folder / 'base.pth'))
+    whole.train()
+    config(folder / 'unused').dump(folder / 'config.py')
+    folder.joinpath('state').mkdir()
+    torch.save(runner.model.state_dict(), folder / 'state' / 'final.pt')
+    return folder
+
+
+def final(files):
+    return torch.load(files / 'state' / 'final.pt')
+
+
+def test_info(files, capsys):
+    status, result = call(capsys, 'info', files / 'run' / 'adapter.safetensors')
+    _, tensors = read_adapter(files / 'run' / 'adapter.safetensors')
+    assert status == 0 and result['method']['type'] == 'icon' and result['method']['bottleneck'] == 8
+    assert result['adapter_parameters'] + result['other_parameters'] == sum(v.numel() for v in tensors.values())
+    assert result['sites'] == ['layers.0', 'layers.1'] and result['task'] == 'ImageClassifier'
+    status, result = call(capsys, 'info', files / 'run' / 'epoch_2.safetensors')
+    assert status == 0 and result['notes'] == dict(epoch=2, iter=8)
+    assert main(['info', str(files / 'run' / 'adapter.safetensors')]) == 0  # for people
+    assert 'bottleneck: 8' in capsys.readouterr().out
+
+
+def test_extract_from_both_kinds_of_checkpoint(files, capsys, tmp_path):
+    status, _ = call(capsys, 'extract', files / 'run' / 'epoch_2.safetensors', tmp_path / 'a.safetensors')
+    assert status == 0
+    arguments = [files / 'whole' / 'epoch_2.pth', tmp_path / 'b.safetensors', '--config', files / 'config.py']
+    status, _ = call(capsys, 'extract', *arguments, '--trust-base')
+    assert status == 0
+    for name in ('a', 'b'):
+        status, result = call(capsys, 'diff', tmp_path / f'{name}.safetensors', files / 'run' / 'adapter.safetensors')
+        assert not result['largest_difference'] and result['metadata'].keys() <= {
+            'classes',
+            'task',
+        }  # a checkpoint of MMEngine's does not say
+        model = build(tmp_path / name, custom_hooks=[], load_from=str(files / 'base.pth'))
+        model.load_or_resume()
+        load_adapter(model.model, tmp_path / f'{name}.safetensors')
+        assert all(torch.equal(v, model.model.state_dict()[n]) for n, v in final(files).items())
+
+
+def test_extract_of_the_backbone_alone(files, capsys, tmp_path):
+    out = tmp_path / 'a.safetensors'
+    call(capsys, 'extract', files / 'run' / 'epoch_2.safetensors', out, '--backbone-only')
+    assert all(name.startswith('backbone.') for name in read_adapter(out)[1])
+    model = build(tmp_path / 'run', custom_hooks=[], load_from=str(files / 'base.pth'))
+    model.load_or_resume()
+    head = model.model.head.fc.weight.clone()
+    load_adapter(model.model, out)
+    assert torch.equal(model.model.head.fc.weight, head)
+    assert torch.equal(
+        model.model.backbone.layers[0].adapter.up.weight, final(files)['backbone.layers.0.adapter.up.weight']
+    )
+
+
+def test_applied_checkpoint_is_what_stock_tools_take(files, capsys, tmp_path):
+    out = tmp_path / 'whole.pth'
+    status, _ = call(capsys, 'apply', files / 'base.pth', files / 'run' / 'adapter.safetensors', out)
+    assert status == 0
+    cfg = config(tmp_path / 'run', load_from=str(out))
+    cfg.experiment_name = uuid.uuid4().hex
+    runner = Runner.from_cfg(cfg)
+    score = runner.test()['accuracy/top1']
+    assert all(torch.equal(v, runner.model.state_dict()[n]) for n, v in final(files).items())
+    again = build(tmp_path / 'again', load_from=str(files / 'whole' / 'epoch_2.pth'))
+    assert score == pytest.approx(again.test()['accuracy/top1'])
+    torch.load(out, weights_only=True)
+    assert os.listdir(tmp_path).count('whole.pth') == 1
+
+
+def test_diff(files, capsys, tmp_path):
+    first, last = files / 'run' / 'epoch_1.safetensors', files / 'run' / 'epoch_2.safetensors'
+    assert call(capsys, 'diff', first, first) == (0, call(capsys, 'diff', first, first)[1])
+    status, result = call(capsys, 'diff', first, last)
+    assert status == 1 and not result['same'] and not result['metadata']
+    a, b = read_first(first), read_first(last)
+    name = 'head.fc.weight'
+    assert result['largest_difference'][name] == pytest.approx(float((a[name] - b[name]).abs().max()))
+
+
+def read_first(path):
+    from iconformer_mm.adapter import read_any
+
+    return read_any(path)[1]
+
+
+def test_verify(files, capsys, tmp_path):
+    file = files / 'run' / 'adapter.safetensors'
+    assert call(capsys, 'verify', file)[0] == 0
+    status, result = call(capsys, 'verify', file, '--base', files / 'base.pth')
+    assert status == 0 and result['fits_base']
+    other = torch.load(files / 'base.pth')['state_dict']
+    half = {n.removeprefix('backbone.'): v.half() for n, v in other.items()}  # bare names, half precision
+    torch.save(half, tmp_path / 'half.pth')
+    assert call(capsys, 'verify', file, '--base', tmp_path / 'half.pth')[0] == 0
+    half['cls_token'] = half['cls_token'] + 1
+    torch.save(half, tmp_path / 'other.pth')
+    status, result = call(capsys, 'verify', file, '--base', tmp_path / 'other.pth')
+    assert status == 1 and 'is not the base the adapter was trained on' in result['reason']
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, (f'touch {os.environ.get("EVIL_MARK", "/tmp/none")}',))
+
+
+def test_what_cannot_be_read_is_status_2(files, capsys, tmp_path, monkeypatch):
+    file = files / 'run' / 'adapter.safetensors'
+    monkeypatch.setenv('EVIL_MARK', str(tmp_path / 'executed'))
+    torch.save(dict(state_dict=dict(x=Evil())), tmp_path / 'evil.pth')
+    (tmp_path / 'half.safetensors').write_bytes(file.read_bytes()[:1000])
+    torch.save(dict(state_dict=dict(x=torch.ones(1))), tmp_path / 'foreign.pth')
+    for arguments, message in (
+        (('info', tmp_path / 'none.safetensors'), 'does not exist'),
+        (('info', tmp_path / 'half.safetensors'), 'no intact safetensors file'),
+        (('verify', file, '--base', tmp_path / 'evil.pth'), 'could execute code'),
+        (('extract', tmp_path / 'evil.pth', '--config', files / 'config.py'), 'could execute code'),
+        (('extract', tmp_path / 'foreign.pth'), 'its --config is needed'),
+        (('verify', file, '--base', tmp_path / 'foreign.pth'), 'lacks .* parameters of the base'),
+    ):
+        status, result = call(capsys, *arguments)
+        assert status == 2
+        assert re.search(message, result['error'])
+    assert not (tmp_path / 'executed').exists()
+
+
+def test_as_a_module_and_as_a_tool(files):
+    for start in (['-m', 'iconformer_mm.adapter'], [str(ROOT / 'tools' / 'adapter.py')]):
+        command = [sys.executable, *start, 'verify', str(files / 'run' / 'adapter.safetensors'), '--json']
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0 and json.loads(result.stdout)['intact']

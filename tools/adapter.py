@@ -1,0 +1,8 @@
+"""Adapter files on the command line; see ``python tools/adapter.py --help``."""
+
+import sys
+
+from iconformer_mm.adapter import main
+
+if __name__ == '__main__':
+    sys.exit(main())
