@@ -1,3 +1,4 @@
 _base_ = ['./depth_swin-scenes_full_target.py']
 
 custom_hooks = [dict(type='PEFTHook', method=dict(type='frozen'))]
+optim_wrapper = dict(optimizer=dict(lr=1e-3))

@@ -15,4 +15,5 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=600, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False)
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
 randomness = dict(seed=0)

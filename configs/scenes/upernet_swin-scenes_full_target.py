@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/upernet_swin-scenes.py',
     '../_base_/datasets/scenes_semantic.py',
-    '../_base_/schedules/scenes_600i.py',
+    '../_base_/schedules/scenes_800i.py',
     'mmseg::_base_/default_runtime.py',
 ]
 custom_imports = dict(imports=['iconformer_mm'], allow_failed_imports=False)
@@ -12,6 +12,11 @@ model = dict(
 custom_hooks = [dict(type='PEFTHook', method=dict(type='full'))]
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=600, max_keep_ckpts=1),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=800, max_keep_ckpts=1),
+)
+# Pre-trained weights at a tenth of the head's rate; adapters train at the head's.
+optim_wrapper = dict(
+    optimizer=dict(lr=1e-2),
+    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))),
 )
 randomness = dict(seed=0)

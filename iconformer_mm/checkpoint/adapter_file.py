@@ -322,11 +322,15 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], problems: list[str], str
         tensors = {name: value for name, value in tensors.items() if name.startswith(_BACKBONE)}
     elif all(name.startswith(_BACKBONE) for name in tensors):  # a file of a backbone alone
         own = {name: value for name, value in own.items() if name.startswith(_BACKBONE)}
-    fitting = {n: v for n, v in tensors.items() if n in own and own[n].shape == v.shape}
+    fitting = {
+        n: v
+        for n, v in tensors.items()
+        if n in own and own[n].shape == v.shape and own[n].is_floating_point() == v.is_floating_point()
+    }
     for what, names in {
         'missing in the file': own.keys() - tensors.keys(),
         'unknown to the model': tensors.keys() - own.keys(),
-        'of another shape': (tensors.keys() & own.keys()) - fitting.keys(),
+        'of another shape or kind': (tensors.keys() & own.keys()) - fitting.keys(),
     }.items():
         if names:
             problems.append(f'{len(names)} tensors are {what}, such as {min(names)}')
