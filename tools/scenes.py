@@ -125,7 +125,7 @@ def report(results: list[dict], args: argparse.Namespace, console: Console) -> N
     titles += [('seconds', 'a run')]
     rows = []
     for result in results:
-        cells = [result['method'], f'{result["backbone_share"]:.2%}']
+        cells = [result['method'], f'{result["backbone_share"]:.1%}']
         for task, numbers in result['tasks'].items():
             digits = TASKS[task].digits
             cells.append(f'{numbers["mean"]:.{digits}f} ± {numbers["std"]:.{digits}f}')

@@ -219,3 +219,18 @@ def test_slurm(tmp_path):
     assert words[:3] == ['--partition=gpu', '--job-name=job', '--gres=gpu:8']
     assert '--ntasks=16' in words and '--quiet' in words and '--exclusive' in words
     assert words[-6:] == ['-u', 'tools/train.py', 'config.py', '--work-dir=out', '--launcher=slurm', '--amp']
+
+
+def test_scenes(tmp_path):
+    """All three tasks by two methods for two iterations: a table and a picture."""
+    make = ['dataset_converters/make_scenes.py', '--out', 'data/scenes', '--styles', 'target', '--train', 8, '--val', 9]
+    tool(*make, cwd=tmp_path)
+    options = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.checkpoint.interval=2']
+    arguments = ['--methods', 'frozen', 'icon', '--seeds', 1, '--out', 'out', '--cfg-options', *options]
+    output = tool('scenes.py', *arguments, cwd=tmp_path)
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    assert [row['method'] for row in results] == ['frozen backbone', 'iCoN']
+    assert all(set(row['tasks']) == {'semantic', 'instance', 'depth'} for row in results)
+    assert 'mask AP (%)' in output and 'iCoN' in (tmp_path / 'out' / 'results.md').read_text()
+    picture = cv2.imread(str(tmp_path / 'out' / 'predictions.png'))
+    assert picture is not None and picture.std() > 10
