@@ -6,6 +6,7 @@ import argparse
 import os
 
 from mmengine.config import Config
+from mmengine.device import is_cuda_available
 
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis import add_peft, build_runner, load_config, make_parser
@@ -40,8 +41,11 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        if is_cuda_available():
+            cfg.optim_wrapper.type = 'AmpOptimWrapper'
+            cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        else:
+            cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise SystemExit('--auto-scale-lr: the config has no `auto_scale_lr.base_batch_size` to scale by')

@@ -26,7 +26,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('config', help='config file, or library::path such as mmpretrain::vision_transformer/...')
     parser.add_argument('--work-dir', help='folder for logs, checkpoints and metrics')
     parser.add_argument('--peft', metavar='METHOD', help='adapt the model with this PEFT method, e.g. icon')
-    parser.add_argument('--amp', action='store_true', help='run in automatic mixed precision')
+    parser.add_argument('--amp', action='store_true', help='run in mixed precision; bfloat16 on a CPU')
     parser.add_argument(
         '--cfg-options',
         nargs='+',

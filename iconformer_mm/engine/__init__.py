@@ -1,5 +1,12 @@
+from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 from .hooks import AdapterCheckpointHook, PEFTHook
 from .optim_wrapper_constructor import PEFTOptimWrapperConstructor
 from .runner import CheckedRunner
 
-__all__ = ['AdapterCheckpointHook', 'CheckedRunner', 'PEFTHook', 'PEFTOptimWrapperConstructor']
+__all__ = [
+    'AdapterCheckpointHook',
+    'BFloat16OptimWrapper',
+    'CheckedRunner',
+    'PEFTHook',
+    'PEFTOptimWrapperConstructor',
+]
