@@ -26,7 +26,9 @@ def test_bfloat16_on_the_cpu(tmp_path):
     exact = build(tmp_path / 'a')
     exact.train()
     half = build(tmp_path / 'b', **{'optim_wrapper.type': 'BFloat16OptimWrapper'})
-    half.model.backbone.layers[0].ffn.layers[1].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    half.model.backbone.layers[0].ffn.layers[1].register_forward_hook(
+        lambda module, inputs, output: seen.add(output.dtype)
+    )
     half.train()
     # Training in bfloat16, validation as MMEngine has it, in float32.
     assert seen == {torch.bfloat16, torch.float32}

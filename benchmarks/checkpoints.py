@@ -1,0 +1,143 @@
+"""Sizes of checkpoints and adapter files, and the seconds to write and read them, against MMEngine's.
+
+python benchmarks/checkpoints.py --out work_dirs/checkpoints
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import CheckpointLoader
+from mmengine.runner import save_checkpoint as save_whole
+from torch import nn
+
+from iconformer_mm import inject, load_adapter, save_adapter
+from iconformer_mm.apis import load_config
+from iconformer_mm.checkpoint import fingerprint
+from iconformer_mm.checkpoint.training_checkpoint import save_checkpoint
+from iconformer_mm.engine.hooks.adapter_checkpoint_hook import frozen_state
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = {
+    'ViT-B/16, CIFAR-100': 'cifar100/vit-base-p16-mae_full_8xb128-100e_cifar100.py',
+    'Swin-L UPerNet, ADE20K': 'ade20k/swin-large-in22k_upernet_full_8xb2-160k_ade20k-512x512.py',
+}
+TITLES = ('model', 'file', 'MiB', 'write (s)', 'read (s)')
+
+
+def build(config: str) -> nn.Module:
+    """The model of a config, with the same random weights each time."""
+    cfg = load_config(str(ROOT / 'configs' / config))
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(0)
+    return MODELS.build(cfg.model)
+
+
+def stepped_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over what is trained, with its state as after a step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def seconds(function: Callable[[], object], rounds: int) -> float:
+    """Median time of a call."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def checkpoint_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """What MMEngine's Runner would save."""
+    return dict(
+        meta=dict(epoch=1, iter=1),
+        state_dict=dict(model.state_dict()),
+        optimizer=optimizer.state_dict(),
+        message_hub=dict(log_scalars={}, runtime_info={}, resumed_keys={}),
+    )
+
+
+def measure(name: str, config: str, folder: Path, rounds: int) -> list[tuple]:
+    """The rows of a model."""
+    rows = []
+
+    def row(kind: str, path: Path, write: Callable[[], object], read: Callable[[], object]) -> None:
+        written = seconds(write, rounds)
+        rows.append((name, kind, path.stat().st_size / 2**20, written, seconds(read, rounds)))
+        path.unlink()
+
+    def read_into(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, frozen: dict) -> None:
+        checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
+        model.load_state_dict({**frozen, **checkpoint['state_dict']})
+        optimizer.load_state_dict(checkpoint['optimizer'])
+
+    model = build(config)
+    optimizer = stepped_optimizer(model)
+    whole = folder / 'whole.pth'
+    row(
+        "full fine-tuning, MMEngine's checkpoint",
+        whole,
+        lambda: save_whole(checkpoint_of(model, optimizer), str(whole)),
+        lambda: read_into(model, optimizer, whole, {}),
+    )
+    del model, optimizer
+
+    model = build(config)
+    inject(model, 'icon')
+    optimizer = stepped_optimizer(model)
+    row(
+        "iCoN, MMEngine's checkpoint",
+        whole,
+        lambda: save_whole(checkpoint_of(model, optimizer), str(whole)),
+        lambda: read_into(model, optimizer, whole, {}),
+    )
+    small, frozen = folder / 'small.safetensors', frozen_state(model)
+
+    def save_small() -> None:
+        checkpoint = checkpoint_of(model, optimizer)
+        checkpoint['state_dict'] = {n: v for n, v in checkpoint['state_dict'].items() if n not in frozen}
+        save_checkpoint(checkpoint, small)
+
+    row('iCoN, adapter checkpoint', small, save_small, lambda: read_into(model, optimizer, small, frozen))
+    for kind, part in (('iCoN, adapter file with head', model), ('iCoN, adapter file of the backbone', model.backbone)):
+        row(kind, small, lambda part=part: save_adapter(part, small), lambda part=part: load_adapter(part, small))
+    print(f'{name}: fingerprint of the base in {seconds(lambda: fingerprint(model), rounds):.2f} s', flush=True)
+    return rows
+
+
+def main() -> None:
+    """Run the tool."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/checkpoints'), help='folder for the results')
+    parser.add_argument('--rounds', type=int, default=3, help='times are medians of so many (3)')
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, config in CASES.items():
+        with tempfile.TemporaryDirectory(dir=args.out) as folder:
+            rows += measure(name, config, Path(folder), args.rounds)
+    lines = ['| ' + ' | '.join(TITLES) + ' |', '|---|---' + '|---:' * 3 + '|']
+    lines += [f'| {n} | {kind} | {size:,.1f} | {w:.2f} | {r:.2f} |' for n, kind, size, w, r in rows]
+    text = '\n'.join(lines) + '\n'
+    print(text)
+    (args.out / 'results.md').write_text(text, encoding='utf-8')
+    (args.out / 'results.json').write_text(json.dumps([dict(zip(TITLES, row)) for row in rows], indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()
