@@ -1,0 +1,59 @@
+"""Bytes of gradients that data-parallel training exchanges in a step, iCoN against full fine-tuning.
+
+    python benchmarks/communication.py
+
+Counted in the buckets that DistributedDataParallel hands to its communication hook.
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+import torch.distributed as dist
+from mmengine.registry import MODELS, init_default_scope
+from torch.nn.parallel import DistributedDataParallel
+
+from iconformer_mm import inject
+from iconformer_mm.apis import load_config
+
+CASES = {
+    'ViT-B/16 backbone': ('configs/cifar100/vit-base-p16-mae_full_8xb128-100e_cifar100.py', 224),
+    'Swin-L backbone': ('configs/ade20k/swin-large-in22k_upernet_full_8xb2-160k_ade20k-512x512.py', 128),
+}
+
+
+def exchanged_bytes(config: str, size: int, method: str) -> int:
+    """Bytes of one step of a config's backbone."""
+    cfg = load_config(config)
+    init_default_scope(cfg.default_scope)
+    backbone = MODELS.build(cfg.model).backbone.train()
+    inject(backbone, method)
+    wrapped = DistributedDataParallel(backbone)
+    total = 0
+
+    def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future:
+        nonlocal total
+        total += bucket.buffer().nbytes
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, count)
+    sum(out.square().mean() for out in wrapped(torch.randn(1, 3, size, size))).backward()
+    return total
+
+
+def main() -> None:
+    """Run the tool."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=0, world_size=1)
+        print('| model | full (MiB) | iCoN (MiB) | ratio |\n|---|---:|---:|---:|')
+        for name, (config, size) in CASES.items():
+            full, icon = (exchanged_bytes(config, size, method) / 2**20 for method in ('full', 'icon'))
+            print(f'| {name} | {full:,.1f} | {icon:,.1f} | {icon / full:.4f} |', flush=True)
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()

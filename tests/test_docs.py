@@ -1,0 +1,49 @@
+"""The guides' code runs, and their links lead somewhere."""
+
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / 'tests' / 'tuning'))
+from families import stir  # noqa: E402
+from mmengine.registry import HOOKS  # noqa: E402
+from test_switching import classifier  # noqa: E402
+
+from iconformer_mm import active_adapter, inject, list_adapters, save_adapter  # noqa: E402
+
+GUIDES = sorted((ROOT / 'docs').glob('*.md'))
+
+
+def blocks(path):
+    return re.findall(r'```python\n(.*?)```', path.read_text(encoding='utf-8'), re.DOTALL)
+
+
+@pytest.mark.parametrize('path', GUIDES, ids=lambda path: path.name)
+def test_links(path):
+    for link in re.findall(r'\]\(((?!http)[^)#]+)\)', path.read_text(encoding='utf-8')):
+        assert (path.parent / link).exists(), link
+    for name in re.findall(r'python ((?:tools|tests|examples|benchmarks)/\w+\.py)', path.read_text(encoding='utf-8')):
+        assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize('path', [ROOT / 'README.md', ROOT / 'docs' / 'adapters.md'], ids=lambda path: path.name)
+def test_adapters(path, tmp_path, monkeypatch):
+    """The blocks about adapter files, on a small model whose head reads 32 channels."""
+    monkeypatch.chdir(tmp_path)
+    for name, num_classes in (('birds', 10), ('cars', 196)):
+        source = classifier(num_classes)
+        inject(source)
+        save_adapter(stir(source), f'{name}.safetensors')
+    model = classifier()
+    inject(model, 'adaptformer')
+    scope = dict(model=model, fresh_model=classifier(), classes=('a', 'b'))
+    code = [
+        block for block in blocks(path) if 'Adapter' in block or 'load_adapter(' in block and 'get_model' not in block
+    ]
+    assert len(code) >= 2
+    for block in code:
+        exec(block.replace('in_channels=1024', 'in_channels=32'), scope)
+    assert HOOKS.build(scope['default_hooks']['checkpoint']).filename_tmpl == 'epoch_{}.safetensors'
+    assert active_adapter(model) == 'cars' and 'default' in list_adapters(model)
