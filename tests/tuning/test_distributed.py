@@ -1,9 +1,11 @@
 """Two processes give the gradients of one on the joint batch."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from families import FAMILIES, flatten, image, stir
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from iconformer_mm import inject
@@ -21,17 +23,26 @@ def gradients(model, x):
     return {n.removeprefix('module.'): p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: str, sharded: bool) -> None:
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    model = DistributedDataParallel(build())  # all adapters take part: no find_unused_parameters
-    found = gradients(model, image((64, 64), batch=4)[2 * rank : 2 * rank + 2])
+    part = image((64, 64), batch=4)[2 * rank : 2 * rank + 2]
+    if sharded:
+        model = FullyShardedDataParallel(build(), use_orig_params=True, device_id=torch.device('cpu'))
+        gradients(model, part)
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            named = ((n.removeprefix('_fsdp_wrapped_module.'), p.grad) for n, p in model.named_parameters())
+            found = {n: grad.clone() for n, grad in named if 'adapter' in n}
+    else:
+        model = DistributedDataParallel(build())  # all adapters take part: no find_unused_parameters
+        found = gradients(model, part)
     if rank == 0:
         torch.save(found, f'{folder}/gradients.pt')
     dist.destroy_process_group()
 
 
-def test_gradients_of_the_joint_batch(tmp_path):
-    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method='spawn')
+@pytest.mark.parametrize('sharded', [False, True], ids=['DDP', 'FSDP'])
+def test_gradients_of_the_joint_batch(sharded, tmp_path):
+    mp.start_processes(work, args=(str(tmp_path), sharded), nprocs=2, start_method='spawn')
     actual = torch.load(tmp_path / 'gradients.pt')
     expected = gradients(build(), image((64, 64), batch=4))
     assert actual.keys() == expected.keys() and all('adapter' in name for name in actual)
@@ -40,7 +51,6 @@ def test_gradients_of_the_joint_batch(tmp_path):
 
 
 def test_a_wrapped_model_is_refused(tmp_path):
-    import pytest
     from mmengine.model import MMDistributedDataParallel
 
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
