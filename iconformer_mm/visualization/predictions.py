@@ -56,7 +56,7 @@ def draw_instances(
     Returns:
         (H, W, 3), uint8.
     """
-    drawn = image // 3 + 40
+    drawn = np.ascontiguousarray(image // 3 + 40)
     for mask, label in zip(masks, labels):
         colour = np.array(palette[label])
         drawn[mask] = (drawn[mask] * 0.35 + colour * 0.65).astype(np.uint8)
