@@ -181,6 +181,17 @@ def test_resume_without_checkpoints_begins_at_the_beginning(tmp_path):
     assert equal(state(whole), state(resumed))
 
 
+def test_files_of_an_earlier_run_are_not_taken(tmp_path):
+    whole = make(tmp_path / 'whole')
+    whole.train()
+    make(tmp_path / 'cut', **{'randomness.seed': 9}).train()  # leaves epochs 3 and 4
+    with pytest.raises(Interrupted):
+        make(tmp_path / 'cut', interrupt=6).train()
+    resumed = make(tmp_path / 'cut', resume=True)
+    resumed.train()
+    assert equal(state(whole), state(resumed))
+
+
 def test_another_base_is_refused(tmp_path):
     with pytest.raises(Interrupted):
         make(tmp_path, interrupt=6).train()

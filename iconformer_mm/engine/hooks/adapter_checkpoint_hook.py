@@ -309,7 +309,10 @@ class _AfterSkipping:
 
 
 def newest_intact(folder: Path, filename_tmpl: str) -> tuple[Path | None, list[DamagedFileError]]:
-    """Find the newest checkpoint that can be read.
+    """Find the checkpoint written last of those that can be read.
+
+    An earlier run in the same folder may have left some of later steps, so
+    the time of writing decides.
 
     Args:
         folder: Where to look.
@@ -318,10 +321,10 @@ def newest_intact(folder: Path, filename_tmpl: str) -> tuple[Path | None, list[D
     Returns:
         Its path, if there is one, and what is wrong with newer ones.
     """
-    pattern = '(\\d+)'.join(re.escape(part) for part in filename_tmpl.split('{}'))
-    steps = {path: re.fullmatch(pattern, path.name) for path in folder.glob('*')}
+    pattern = '\\d+'.join(re.escape(part) for part in filename_tmpl.split('{}'))
+    found = [path for path in folder.glob('*') if re.fullmatch(pattern, path.name)]
     damaged = []
-    for path in sorted((p for p, step in steps.items() if step), key=lambda p: int(steps[p][1]), reverse=True):
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             load_safetensors(str(path))
         except DamagedFileError as error:
