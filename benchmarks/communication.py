@@ -27,12 +27,13 @@ def exchanged_bytes(config: str, size: int, method: str) -> int:
     """Bytes of one step of a config's backbone."""
     cfg = load_config(config)
     init_default_scope(cfg.default_scope)
-    backbone = MODELS.build(cfg.model).backbone.train()
+    backbone = MODELS.build(cfg.model).backbone
+    backbone.train()  # which of mmpretrain returns nothing
     inject(backbone, method)
     wrapped = DistributedDataParallel(backbone)
     total = 0
 
-    def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future:
+    def count(state, bucket):  # torch checks annotations as objects, not as the texts they would be here
         nonlocal total
         total += bucket.buffer().nbytes
         future = torch.futures.Future()

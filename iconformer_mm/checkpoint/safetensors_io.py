@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 CHECKSUM = 'checksum'
+OURS = 'iconformer_mm'  # begins the keys of our metadata
 # Begins the names of folders in which files are written; what a killed process leaves can be told by it.
 TEMPORARY = '.writing-'
 
@@ -57,7 +58,9 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str,
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamagedFileError(f'{path} is no intact safetensors file: {error}') from error
-    if CHECKSUM in metadata and checksum(tensors, metadata) != metadata[CHECKSUM]:
+    # Files of others have no checksum; ours always do.
+    ours = any(key.startswith(OURS) for key in metadata)
+    if (ours or CHECKSUM in metadata) and checksum(tensors, metadata) != metadata.get(CHECKSUM):
         raise DamagedFileError(
             f'{path} is no intact safetensors file: its content does not match its checksum, so it was altered or '
             'damaged after it was written. Take another copy of it'

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from iconformer_mm import inject, load_adapter, save_adapter, summarize
-from iconformer_mm.checkpoint import AdapterFileError, fingerprint, load_safetensors, same_base
+from iconformer_mm.checkpoint import AdapterFileError, fingerprint, load_safetensors, same_base, save_safetensors
 
 
 def classifier(num_classes=10, seed=0):
@@ -184,7 +184,7 @@ def test_bad_files_are_refused(damage, tmp_path):
         message = 'no adapter file of iconformer_mm'
     else:
         tensors = {'x': torch.zeros(1)}
-        save_file(tensors, path, metadata={'iconformer_mm': json.dumps(dict(format_version=99))})
+        save_safetensors(tensors, path, metadata={'iconformer_mm': json.dumps(dict(format_version=99))})
         message = 'has format version 99'
     assert_refused(classifier(), path, message)
 
