@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -26,12 +24,13 @@ from iconformer_mm.checkpoint import (
     DamagedFileError,
     describe_adapter,
     hash_parameters,
-    read_adapter,
+    parse_adapter,
     read_safetensors,
     same_base,
     save_adapter,
     write_adapter,
 )
+from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.checkpoint.training_checkpoint import decode_checkpoint, is_checkpoint
 from iconformer_mm.tuning import inject
 
@@ -50,7 +49,7 @@ def read_any(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f'{path} does not exist')
     metadata, tensors = read_safetensors(path)
     if not is_checkpoint(metadata):
-        return read_adapter(path)
+        return parse_adapter(metadata, path), tensors
     checkpoint = decode_checkpoint(metadata, tensors, str(path))
     note = checkpoint.get(NOTE)
     if note is None:
@@ -164,11 +163,8 @@ def apply(args: argparse.Namespace) -> tuple[int, dict]:
         raise UserError(_misfit(args.base, content, actual))
     state = {**{BACKBONE + name: value for name, value in backbone.items()}, **tensors}
     meta = dict(epoch=0, iter=0, iconformer_mm=content)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
-        temporary = Path(folder) / args.out.name
+    with written_whole(args.out) as temporary:
         torch.save(dict(meta=meta, state_dict=state), temporary)
-        os.replace(temporary, args.out)
     return FITS, dict(wrote=str(args.out), bytes=args.out.stat().st_size, method=content['method'])
 
 

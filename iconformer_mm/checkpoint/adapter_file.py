@@ -185,6 +185,19 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
         metadata, tensors = read_safetensors(path)
     except DamagedFileError as error:
         raise AdapterFileError(str(error)) from error
+    return parse_adapter(metadata, path), tensors
+
+
+def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str, Any]:
+    """The content of an adapter file's metadata.
+
+    Args:
+        metadata: The metadata, as read.
+        path: The file's name, for errors.
+
+    Raises:
+        AdapterFileError: It is that of another kind of file or too new.
+    """
     if is_checkpoint(metadata):
         raise AdapterFileError(
             f'{path} is a training checkpoint, no adapter file; make one of it with `tools/adapter.py extract {path}`'
@@ -205,7 +218,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
     for key, kind in {'method': dict, 'sites': list, 'base_fingerprint': str, 'base_parameters': list}.items():
         if not isinstance(content.get(key), kind):
             raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{key}`')
-    return content, tensors
+    return content
 
 
 def _check_adapters(model: nn.Module, method: dict, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +81,6 @@ def save_safetensors(
         path: The file. Missing folders are made.
         metadata: Text to keep in the file's header; a checksum joins it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     seen: set[int] = set()
     content = {}
     for name, value in tensors.items():
@@ -90,9 +90,17 @@ def save_safetensors(
         seen.add(storage)
     metadata = dict(metadata or {})
     metadata[CHECKSUM] = checksum(content, metadata)
+    with written_whole(Path(path)) as temporary:
+        save_file(content, temporary, metadata=metadata)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary file to write, which takes the path's place when it is complete, or vanishes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'{TEMPORARY}{path.name}.') as folder:
         temporary = Path(folder) / path.name
-        save_file(content, temporary, metadata=metadata)
+        yield temporary
         with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

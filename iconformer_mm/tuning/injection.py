@@ -62,7 +62,7 @@ class Injection:
         self.active: str | None = None
         self.freezing: Freezing | None = None
         sites = find_sites(backbone) if method.freezes else []
-        first = self._make(method)
+        first = self._make(method, sites)
         self.check = PretrainedCheck(backbone, [site.name for site in sites]) if sites else None
         self.adapters[name] = first
         self.activate(name)
@@ -84,11 +84,10 @@ class Injection:
         """The attachments of the active adapter."""
         return self.current.attachments if self.current else []
 
-    def _make(self, method: PEFTMethod) -> NamedAdapter:
-        sites = find_sites(self.backbone) if method.adapts else []
+    def _make(self, method: PEFTMethod, sites: list[Site]) -> NamedAdapter:
         if method.adapts and not sites:
             raise no_site_error(self.backbone)
-        adapters = [(site, method.build_adapter(site)) for site in sites]
+        adapters = [(site, method.build_adapter(site)) for site in sites if method.adapts]
         reads_residual = method.adapts and method.input == 'residual'
         return NamedAdapter(
             method, [Attachment(site, adapter, reads_residual, self._tracker(site)) for site, adapter in adapters]
@@ -103,7 +102,7 @@ class Injection:
 
     def add(self, name: str, method: PEFTMethod) -> None:
         """Make another adapter, which stays inactive."""
-        self.adapters[name] = self._make(method)
+        self.adapters[name] = self._make(method, find_sites(self.backbone))
 
     def activate(self, name: str | None) -> None:
         """Make one adapter the active one, or none."""
