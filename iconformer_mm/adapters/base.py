@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,15 @@ class TokenGrid:
     def num_tokens(self) -> int:
         """Length of the whole sequence."""
         return self.num_prefix_tokens + self.height * self.width
+
+    def check(self, tokens: Tensor) -> None:
+        """Raise a ValueError unless ``tokens`` (B, N, d) fill the grid."""
+        if tokens.shape[1] != self.num_tokens:
+            raise ValueError(
+                f'{tokens.shape[1]} tokens do not fit the grid of {self.height} x {self.width} patches and '
+                f'{self.num_prefix_tokens} prefix tokens ({self.num_tokens} in all): tokens were dropped, '
+                'added or merged between the patch embedding and this block'
+            )
 
 
 class Projection(nn.Module):
@@ -69,12 +79,50 @@ class Projection(nn.Module):
         return f'{in_features}, {out_features}, bias={self.bias is not None}'
 
 
+class MapConvolution(nn.Module):
+    """Convolution over maps with channels last, stride 1, zero padding; like :class:`Projection` no ``nn.Conv2d``.
+
+    Weight and bias are initialised as those of ``nn.Conv2d`` are.
+
+    Args:
+        channels: Channels of input and output.
+        kernel_size: Odd kernel size.
+        groups: ``channels`` for a depth-wise convolution. Defaults to 1.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, groups: int = 1) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(channels, channels // groups, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(channels))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Convolve, (B, H, W, c) to (B, H, W, c)."""
+        padding = self.weight.shape[-1] // 2
+        out = F.conv2d(maps.permute(0, 3, 1, 2), self.weight, self.bias, padding=padding, groups=self.groups)
+        return out.permute(0, 2, 3, 1)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f'{len(self.weight)}, kernel_size={self.weight.shape[-1]}, groups={self.groups}'
+
+
 class Adapter(nn.Module):
     """Contract: ``forward(tokens, grid)`` returns what is to be added, already scaled.
 
     An adapter knows nothing of its host. ``tokens`` are (B, N, d) with
     ``N == grid.num_tokens``; so is the result.
     """
+
+    @staticmethod
+    def on_maps(function: Callable[[Tensor], Tensor], z: Tensor, grid: TokenGrid) -> Tensor:
+        """Apply a function of maps (B, H, W, c) to the patch tokens of ``z`` (B, N, c); prefix tokens pass."""
+        prefix = grid.num_prefix_tokens
+        maps = function(z[:, prefix:].unflatten(1, (grid.height, grid.width))).flatten(1, 2)
+        return torch.cat((z[:, :prefix], maps), dim=1) if prefix else maps
 
     def forward(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
         """Compute the delta, (B, N, d)."""
@@ -144,11 +192,6 @@ class BottleneckAdapter(Adapter):
         Raises:
             ValueError: The number of tokens is not the grid's.
         """
-        if tokens.shape[1] != grid.num_tokens:
-            raise ValueError(
-                f'{tokens.shape[1]} tokens do not fit the grid of {grid.height} x {grid.width} patches and '
-                f'{grid.num_prefix_tokens} prefix tokens ({grid.num_tokens} in all): tokens were dropped, '
-                'added or merged between the patch embedding and this block'
-            )
+        grid.check(tokens)
         z = self.transform(self.down(tokens), grid)
         return self.up(self.dropout(self.activation(z))) * self.scale

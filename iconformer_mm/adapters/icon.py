@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iconformer_mm.ops import dynamic_depthwise_conv2d
@@ -18,56 +19,113 @@ class ICoN(nn.Module):
     channel-wise convolutional kernels for each feature". Ours: the generator is
     linear on the pooled map, and the kernels are normalised over their taps by
     the FilterNorm of decoupled dynamic filters (Zhou et al., CVPR 2021),
-    ``(k - mean(k)) / (std(k) + eps) * gamma + beta``.
+    ``(k - mean(k)) / (std(k) + eps) * gamma + beta``. The other settings are ours,
+    too, for finding out what input conditioning is worth.
 
     Args:
         channels: Channels c of the map.
         kernel_size: Odd kernel size K. Defaults to 3.
         kernel_norm: ``'filter'`` (default), or None for the generator's raw
             output with a bias.
+        kernel: ``'dynamic'`` (default), or ``'static'``: learned kernels, the same for
+            all inputs, under the same normalisation.
+        pooling: ``'mean'`` of the map (default), or ``'mean_std'`` for its standard
+            deviation beside it.
+        generator_layers: 1 (default) for a linear generator, 2 for a hidden
+            layer of c channels with GELU.
+        generator_bias: Whether the generator has a bias under
+            ``kernel_norm='filter'``, a kernel that the input only changes.
+            Defaults to False.
         eps: Added to the standard deviation. Defaults to 1e-5.
 
     Raises:
-        ValueError: ``kernel_size`` is not odd and positive, or ``kernel_norm``
-            is unknown.
+        ValueError: ``kernel_size`` is not odd and positive, or a word is unknown.
     """
 
     def __init__(
-        self, channels: int, kernel_size: int = 3, kernel_norm: str | None = 'filter', eps: float = 1e-5
+        self,
+        channels: int,
+        kernel_size: int = 3,
+        kernel_norm: str | None = 'filter',
+        kernel: str = 'dynamic',
+        pooling: str = 'mean',
+        generator_layers: int = 1,
+        generator_bias: bool = False,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd and at least 1, got {kernel_size!r}')
         if kernel_norm not in ('filter', None):
             raise ValueError(f"kernel_norm must be 'filter' or None, got {kernel_norm!r}")
+        if kernel not in ('dynamic', 'static'):
+            raise ValueError(f"kernel must be 'dynamic' or 'static', got {kernel!r}")
+        if pooling not in ('mean', 'mean_std'):
+            raise ValueError(f"pooling must be 'mean' or 'mean_std', got {pooling!r}")
+        if generator_layers not in (1, 2):
+            raise ValueError(f'generator_layers must be 1 or 2, got {generator_layers!r}')
         self.channels = channels
         self.kernel_size = kernel_size
         self.kernel_norm = kernel_norm
+        self.kernel = kernel
+        self.pooling = pooling
         self.eps = eps
-        self.generator = Projection(channels, channels * kernel_size**2, bias=kernel_norm is None)
         # Either way the first kernels pass the signal (centre tap 1) and stir it.
         identity = torch.zeros(channels, kernel_size, kernel_size)
         identity[:, kernel_size // 2, kernel_size // 2] = 1
-        if kernel_norm is None:
-            with torch.no_grad():
-                self.generator.bias.copy_(identity.flatten())
+        if kernel == 'static':
+            self.taps = nn.Parameter(identity.clone() if kernel_norm is None else torch.randn_like(identity))
         else:
+            context = channels * (2 if pooling == 'mean_std' else 1)
+            bias = kernel_norm is None or generator_bias
+            self.generator = Projection(channels if generator_layers == 2 else context, identity.numel(), bias=bias)
+            self.hidden = Projection(context, channels) if generator_layers == 2 else None
+            if kernel_norm is None:
+                with torch.no_grad():
+                    self.generator.bias.copy_(identity.flatten())
+        if kernel_norm is not None:
             self.gamma = nn.Parameter(torch.full_like(identity, 1 / kernel_size))
             self.beta = nn.Parameter(identity)
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def _pool(self, maps: Tensor, window: int | None) -> Tensor:
+        """Statistics of maps (B, H, W, c), or of their windows row by row: (B or B * windows, c or 2 c)."""
+
+        def mean(values: Tensor) -> Tensor:
+            if window is None:
+                return values.mean(dim=(1, 2))
+            # Windows that reach over the edge count what is in the map only.
+            pooled = F.avg_pool2d(values.permute(0, 3, 1, 2), window, ceil_mode=True, count_include_pad=False)
+            return pooled.permute(0, 2, 3, 1).flatten(0, 2)
+
+        first = mean(maps)
+        if self.pooling == 'mean':
+            return first
+        variance = mean(maps.square()) - first.square()
+        return torch.cat((first, variance.clamp_min(1e-12).sqrt()), dim=1)
+
+    def forward(self, maps: Tensor, window: int | None = None) -> Tensor:
         """Generate the kernels of a batch.
 
         Args:
             maps: Feature maps, (B, H, W, c).
+            window: Side of square windows that get kernels of their own, in
+                tokens; None (default) for one set of kernels a map.
 
         Returns:
-            Kernels, (B, c, K, K).
+            Kernels, (B, c, K, K), or (B * windows, c, K, K).
         """
-        kernels = self.generator(maps.mean(dim=(1, 2)))
-        kernels = kernels.view(-1, self.channels, self.kernel_size, self.kernel_size)
-        if self.kernel_norm is None:
-            return kernels
+        if self.kernel == 'static':
+            kernels = self.taps.unsqueeze(0)
+        else:
+            context = self._pool(maps, window)
+            if self.hidden is not None:
+                context = F.gelu(self.hidden(context))
+            kernels = self.generator(context).view(-1, self.channels, self.kernel_size, self.kernel_size)
+        if self.kernel_norm is not None:
+            kernels = self._normalise(kernels)
+        return kernels.expand(len(maps), -1, -1, -1) if self.kernel == 'static' else kernels
+
+    def _normalise(self, kernels: Tensor) -> Tensor:
         # In float32 also under autocast: a variance of nine small numbers.
         # Clamped, since the square root's gradient at zero is infinite.
         taps = kernels.double() if kernels.dtype == torch.float64 else kernels.float()
@@ -77,7 +135,36 @@ class ICoN(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings, for ``print(model)``."""
-        return f'channels={self.channels}, kernel_size={self.kernel_size}, kernel_norm={self.kernel_norm!r}'
+        return (
+            f'channels={self.channels}, kernel_size={self.kernel_size}, kernel_norm={self.kernel_norm!r}, '
+            f'kernel={self.kernel!r}, pooling={self.pooling!r}'
+        )
+
+
+def filter_windows(maps: Tensor, kernels: Tensor, window: int) -> Tensor:
+    """Convolve each window of the maps with kernels of its own, seeing its neighbours across the borders.
+
+    Args:
+        maps: Feature maps, (B, H, W, c).
+        kernels: Kernels of the windows, image by image and row by row,
+            (B * windows, c, K, K) with odd K.
+        window: Side of the windows; those at the right and the bottom may
+            reach over the edge.
+
+    Returns:
+        The filtered maps, (B, H, W, c).
+    """
+    batch, height, width, channels = maps.shape
+    halo = kernels.shape[-1] // 2
+    rows, columns = -(-height // window), -(-width // window)
+    right, bottom = columns * window - width, rows * window - height
+    padded = F.pad(maps, (0, 0, halo, halo + right, halo, halo + bottom))
+    side = window + 2 * halo
+    tiles = padded.unfold(1, side, window).unfold(2, side, window)  # (B, rows, columns, c, side, side)
+    tiles = tiles.permute(0, 1, 2, 4, 5, 3).flatten(0, 2)
+    out = dynamic_depthwise_conv2d(tiles, kernels)[:, halo : halo + window, halo : halo + window]
+    out = out.reshape(batch, rows, columns, window, window, channels).transpose(2, 3)
+    return out.reshape(batch, rows * window, columns * window, channels)[:, :height, :width]
 
 
 @ADAPTERS.register_module()
@@ -95,6 +182,15 @@ class ICoNAdapter(BottleneckAdapter):
         kernel_size: Odd kernel size K. Defaults to 3.
         kernel_norm: ``'filter'`` or None, see :class:`ICoN`. Defaults to
             ``'filter'``.
+        kernel: ``'dynamic'``, or ``'static'`` for the twin whose kernels are
+            learned and the same for all inputs. Defaults to ``'dynamic'``.
+        pooling: What the kernels are made from, ``'mean'`` or ``'mean_std'``.
+            Defaults to ``'mean'``.
+        window_size: Side of windows, in tokens, that are pooled and filtered
+            each with kernels of its own. Defaults to None, the whole map.
+        generator_layers: Layers of the generator, 1 or 2. Defaults to 1.
+        generator_bias: Whether a normalised generator has a bias. Defaults to
+            False.
         activation: ``'gelu'`` or ``'relu'``. Defaults to ``'gelu'``.
         dropout: Dropout probability after the activation. Defaults to 0.
         scale: Factor s of the result. Defaults to 1.
@@ -115,17 +211,32 @@ class ICoNAdapter(BottleneckAdapter):
         bottleneck: int = 64,
         kernel_size: int = 3,
         kernel_norm: str | None = 'filter',
+        kernel: str = 'dynamic',
+        pooling: str = 'mean',
+        window_size: int | None = None,
+        generator_layers: int = 1,
+        generator_bias: bool = False,
         activation: str = 'gelu',
         dropout: float = 0.0,
         scale: float = 1.0,
         learnable_scale: bool = False,
     ) -> None:
         super().__init__(embed_dims, bottleneck, activation, dropout, scale, learnable_scale)
-        self.icon = ICoN(bottleneck, kernel_size, kernel_norm)
+        if window_size is not None and (
+            isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1
+        ):
+            raise ValueError(f'window_size must be None or an integer of at least 1, got {window_size!r}')
+        if window_size is not None and kernel == 'static':
+            raise ValueError('a static kernel is the same for all windows: window_size must be None')
+        self.window_size = window_size
+        self.icon = ICoN(bottleneck, kernel_size, kernel_norm, kernel, pooling, generator_layers, generator_bias)
+
+    def _filter(self, maps: Tensor) -> Tensor:
+        kernels = self.icon(maps, self.window_size)
+        if self.window_size is None:
+            return dynamic_depthwise_conv2d(maps, kernels)
+        return filter_windows(maps, kernels, self.window_size)
 
     def transform(self, z: Tensor, grid: TokenGrid) -> Tensor:
         """Filter the patch tokens of ``z`` (B, N, c); prefix tokens pass."""
-        prefix = grid.num_prefix_tokens
-        maps = z[:, prefix:].unflatten(1, (grid.height, grid.width))
-        filtered = dynamic_depthwise_conv2d(maps, self.icon(maps)).flatten(1, 2)
-        return torch.cat((z[:, :prefix], filtered), dim=1) if prefix else filtered
+        return self.on_maps(self._filter, z, grid)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import adapter_shapes, find_backbone, get_injection, inject, remove, unwrap
+from iconformer_mm.tuning.methods import build_method
 from iconformer_mm.tuning.switching import active_adapter, add_adapter, delete_adapter, set_adapter
 from iconformer_mm.version import __version__
 
@@ -289,7 +290,7 @@ def load_adapter(
     if name is None:
         if injection is not None and injection.current is None:
             raise ValueError('no adapter is active: set_adapter first, or give a name to load the file under')
-        if injection is not None and injection.method.config != content['method']:
+        if injection is not None and injection.method.config != _complete(content['method'], path):
             raise AdapterFileError(
                 f'{path} holds {content["method"]}, the model is adapted by {injection.method.config}; to have both, '
                 'give a name to load the file under'
@@ -318,6 +319,14 @@ def load_adapter(
     if injection is not None and name is not None:
         _switch_back(model, before)
     return content
+
+
+def _complete(method: dict, path: str | os.PathLike) -> dict:
+    """The config of a file's method, with options that came after it was written."""
+    try:
+        return build_method(method).config
+    except (ValueError, TypeError) as error:
+        raise AdapterFileError(f'{path} does not fit: its method {method} cannot be carried out: {error}') from error
 
 
 def _switch_back(model: nn.Module, name: str | None) -> None:

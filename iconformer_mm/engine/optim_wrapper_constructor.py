@@ -9,7 +9,8 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from iconformer_mm.adapters import Adapter
+from iconformer_mm.tuning.freezing import is_adapter
+from iconformer_mm.tuning.injection import find_backbone
 
 
 @contextmanager
@@ -76,7 +77,7 @@ class PEFTOptimWrapperConstructor:
         with only_trainable(model):
             optim_wrapper = self.inner(model)
         if self.base_lr is not None and self.adapter_lr_mult is not None:
-            adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
+            adapters = {id(p) for n, p in find_backbone(model).named_parameters() if is_adapter(n)}
             for group in optim_wrapper.param_groups:
                 if all(id(p) in adapters for p in group['params']):
                     group['lr'] = self.base_lr * self.adapter_lr_mult

@@ -1,4 +1,4 @@
-from .injection import get_injection, inject, remove, summarize
+from .injection import get_injection, inject, merge, remove, summarize
 from .methods import PEFTMethod, build_method
 from .sites import FAMILIES, BlockFamily
 from .summary import Summary
@@ -17,6 +17,7 @@ __all__ = [
     'get_injection',
     'inject',
     'list_adapters',
+    'merge',
     'remove',
     'set_adapter',
     'summarize',

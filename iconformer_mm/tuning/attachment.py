@@ -1,14 +1,15 @@
-"""The joint between one block of a host and one adapter."""
+"""The joint between one module of a host and what a PEFT method puts there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iconformer_mm.adapters import Adapter, TokenGrid
+from iconformer_mm.adapters import TokenGrid
 
 from .sites import Argument, FromPatchEmbed, FromShape, Site, Size
 
@@ -59,60 +60,95 @@ class GridTracker:
 
 
 class Attachment:
-    """Adds an adapter's output to what a block returns.
+    """Replaces ``forward`` of one module, on the instance, and puts adapters into the module.
 
-    The adapter becomes ``block.adapter``; the block keeps its class, its
-    parameters and their names. ``block.forward`` is replaced on the instance.
-    Gradient checkpointing is taken over from the block, so that a block is
-    recomputed with the token grid of its own forward pass, whatever sizes came
-    in between.
+    The module keeps its class, its parameters and their names. Gradient
+    checkpointing is taken over from it, so that a block is recomputed as it
+    ran, adapters and token grid of its own forward pass included, whatever
+    came in between.
 
-    It is made detached; :meth:`attach` and :meth:`detach` may be called in turn.
+    It is made detached; :meth:`attach` and :meth:`detach` may be called in
+    turn. Subclasses say in :meth:`forward` what happens.
 
     Args:
-        site: The block.
-        adapter: The adapter.
-        reads_residual: Whether the adapter reads the residual stream x' rather
-            than LN2(x').
+        name: Name of the module in the backbone.
+        module: The module.
+        kind: What kind of module it is, for people.
+        adapters: What it is given, by the name it gets in the module; the
+            names contain ``'adapter'``.
         tracker: The host's tracker, for families that need one.
     """
 
-    def __init__(self, site: Site, adapter: Adapter, reads_residual: bool, tracker: GridTracker | None) -> None:
-        self.name = site.name
-        self.block = site.block
-        self.family = site.family
-        self.adapter = adapter
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        kind: str,
+        adapters: dict[str, nn.Module],
+        tracker: GridTracker | None = None,
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.kind = kind
+        self.adapters = adapters
         self.tracker = tracker
-        self._source = self.family.norm if reads_residual and self.family.norm else self.family.ffn
-        self._tokens: Tensor | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self) -> None:
-        """Put the adapter into the block, on the block's device and in its dtype."""
-        block = self.block
-        parameter = next(block.parameters())
-        self.adapter.to(device=parameter.device, dtype=parameter.dtype)
-        self._handle = getattr(block, self._source).register_forward_pre_hook(self._capture)
-        self._replaced = block.__dict__.get('forward')
-        self._host_forward = block.forward
-        self._with_cp = getattr(block, 'with_cp', False)
+        """Put the adapters into the module, on its device and in its dtype."""
+        module = self.module
+        parameter = next(module.parameters())
+        for name, adapter in self.adapters.items():
+            setattr(module, name, adapter.to(device=parameter.device, dtype=parameter.dtype))
+        self._handles = self._hooks()
+        self._replaced = module.__dict__.get('forward')
+        self._host_forward = module.forward
+        self._with_cp = getattr(module, 'with_cp', False)
         if self._with_cp:
-            block.with_cp = False
-        block.forward = self.forward
-        block.adapter = self.adapter
+            module.with_cp = False
+        module.forward = self.forward
 
     def detach(self) -> None:
-        """Give the block back as it was."""
-        self._handle.remove()
-        del self.block.adapter
+        """Give the module back as it was."""
+        for handle in self._handles:
+            handle.remove()
+        for name in self.adapters:
+            delattr(self.module, name)
         if self._replaced is None:
-            del self.block.forward
+            del self.module.forward
         else:
-            self.block.forward = self._replaced
+            self.module.forward = self._replaced
         if self._with_cp:
-            self.block.with_cp = True
+            self.module.with_cp = True
 
-    def _capture(self, module: nn.Module, inputs: tuple) -> None:
-        self._tokens = inputs[0]
+    def _hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Hooks within the module, registered while attached."""
+        return []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, adapted."""
+        raise NotImplementedError
+
+    def _run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Call a function, by gradient checkpointing where the host wants that."""
+        with_cp = self._with_cp or (self.tracker is not None and self.tracker.with_cp)
+        if with_cp and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        return function(*args, **kwargs)
+
+
+class BlockAttachment(Attachment):
+    """An attachment to a Transformer block, whose token grid it knows.
+
+    Args:
+        site: The block.
+        adapters: What the block is given, by name.
+        tracker: The host's tracker, for families that need one.
+    """
+
+    def __init__(self, site: Site, adapters: dict[str, nn.Module], tracker: GridTracker | None) -> None:
+        super().__init__(site.name, site.block, site.family.name, adapters, tracker)
+        self.family = site.family
 
     def _grid(self, args: tuple, kwargs: dict) -> TokenGrid:
         source = self.family.grid
@@ -123,16 +159,7 @@ class Attachment:
         assert isinstance(source, Argument)
         return TokenGrid(*(kwargs[source.name] if source.name in kwargs else args[source.position]))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The block's forward, with the adapter's output added."""
-        grid = self._grid(args, kwargs)
-        with_cp = self._with_cp or (self.tracker is not None and self.tracker.with_cp)
-        if with_cp and torch.is_grad_enabled():
-            return checkpoint(self._forward, grid, *args, use_reentrant=False, **kwargs)
-        return self._forward(grid, *args, **kwargs)
 
-    def _forward(self, grid: TokenGrid, *args: Any, **kwargs: Any) -> Tensor:
-        out = self._host_forward(*args, **kwargs)
-        tokens, self._tokens = self._tokens, None
-        delta = self.block.adapter(tokens.flatten(1, -2), grid)
-        return out + delta.reshape(out.shape)
+def add_delta(adapter: nn.Module, tokens: Tensor, grid: TokenGrid, out: Tensor) -> Tensor:
+    """``out`` plus what an adapter makes of ``tokens``; both (B, N, d) or (B, H, W, d)."""
+    return out + adapter(tokens.flatten(1, -2), grid).reshape(out.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from .methods import PEFTMethod, build_method
 from .pretrained import PretrainedCheck
 from .sites import FromPatchEmbed, Site, find_sites, no_site_error
 from .summary import Summary
+from .weight_attachment import WeightAttachment
 
 _KEY = '_peft_injection'
 DEFAULT_NAME = 'default'
@@ -85,13 +88,9 @@ class Injection:
         return self.current.attachments if self.current else []
 
     def _make(self, method: PEFTMethod, sites: list[Site]) -> NamedAdapter:
-        if method.adapts and not sites:
-            raise no_site_error(self.backbone)
-        adapters = [(site, method.build_adapter(site)) for site in sites if method.adapts]
-        reads_residual = method.adapts and method.input == 'residual'
-        return NamedAdapter(
-            method, [Attachment(site, adapter, reads_residual, self._tracker(site)) for site, adapter in adapters]
-        )
+        # First without memory, and without trackers, so that nothing is left of what fails.
+        adapter_shapes(self.backbone, method)
+        return NamedAdapter(method, method.make_attachments(self.backbone, sites, self._tracker))
 
     def _tracker(self, site: Site) -> GridTracker | None:
         if not isinstance(site.family.grid, FromPatchEmbed):
@@ -102,7 +101,20 @@ class Injection:
 
     def add(self, name: str, method: PEFTMethod) -> None:
         """Make another adapter, which stays inactive."""
-        self.adapters[name] = self._make(method, find_sites(self.backbone))
+        with self.inactive():
+            made = self._make(method, find_sites(self.backbone))
+        self.adapters[name] = made
+
+    @contextmanager
+    def inactive(self) -> Iterator[None]:
+        """Within it no adapter is active."""
+        name = self.active
+        self.activate(None)
+        try:
+            yield
+        finally:
+            if name in self.adapters:
+                self.activate(name)
 
     def activate(self, name: str | None) -> None:
         """Make one adapter the active one, or none."""
@@ -147,25 +159,38 @@ def get_injection(model: nn.Module) -> Injection | None:
     return getattr(find_backbone(model), _KEY, None)
 
 
-def adapter_shapes(model: nn.Module, method: str | dict) -> dict[str, torch.Size]:
+def adapter_shapes(model: nn.Module, method: str | dict | PEFTMethod) -> dict[str, torch.Size]:
     """Shapes of the adapter parameters a method would add, without memory taken for them.
 
     Args:
         model: A model, or a backbone alone.
-        method: Name or config of the method.
+        method: The method, its name or its config.
 
     Returns:
         Shapes by the names in the backbone.
 
     Raises:
-        ValueError: The method or an option is unknown or out of range.
+        ValueError: The method or an option is unknown or out of range, or the
+            method is not defined for the model.
     """
-    built = build_method(method)
-    shapes = {}
-    for site in find_sites(find_backbone(model)) if built.adapts else []:
-        with torch.device('meta'):
-            adapter = built.build_adapter(site)
-        shapes.update((f'{site.name}.{ADAPTER}.{name}', p.shape) for name, p in adapter.named_parameters())
+    built = method if isinstance(method, PEFTMethod) else build_method(method)
+    if not built.adapts:
+        return {}
+    backbone = find_backbone(model)
+    sites = find_sites(backbone)
+    if built.needs_blocks and not sites:
+        raise no_site_error(backbone)
+    injection = get_injection(model)
+    with torch.device('meta'), injection.inactive() if injection else nullcontext():
+        attachments = built.make_attachments(backbone, sites, lambda site: None)
+    shapes = {
+        f'{attachment.name}.{place}.{name}'.removeprefix('.'): parameter.shape
+        for attachment in attachments
+        for place, adapter in attachment.adapters.items()
+        for name, parameter in adapter.named_parameters()
+    }
+    if not shapes:
+        raise ValueError(f"method '{built.name}' finds nothing to adapt in {type(backbone).__name__}")
     return shapes
 
 
@@ -173,14 +198,17 @@ def inject(model: nn.Module, method: str | dict = 'icon', **options: Any) -> Sum
     """Put a PEFT method into a model, in place.
 
     The model stays the same object, its parameter names stay what they were,
-    and until the first training step so do its outputs, to the last bit. The
-    backbone (``model.backbone``, or the model itself) is frozen but for its
-    adapters; neck and head stay as they are.
+    and until the first training step so do its outputs, to the last bit (but
+    for methods whose papers start otherwise: ssf, vpt, mona). The backbone
+    (``model.backbone``, or the model itself) is frozen but for its adapters;
+    neck and head stay as they are.
 
     Args:
         model: A model, or a backbone alone.
-        method: Name (``'icon'``, ``'adaptformer'``, ``'frozen'``, ``'full'``)
-            or config (``dict(type='icon', bottleneck=32)``) of the method.
+        method: Name or config (``dict(type='icon', bottleneck=32)``) of the
+            method: ``icon``, ``icon-static``, ``adaptformer``, ``adapter``, ``convpass``,
+            ``lorand``, ``mona``, ``lora``, ``dora``, ``ssf``, ``vpt``, ``bitfit``, ``norm``,
+            ``partial``, ``frozen``, ``full``.
         **options: Options of the method, such as ``bottleneck=32``.
 
     Returns:
@@ -225,6 +253,40 @@ def remove(model: nn.Module) -> None:
     injection.undo()
 
 
+def merge(model: nn.Module) -> None:
+    """Fold the adapter into the base weights, for methods that make weights of them.
+
+    The model is a stock one afterwards: its own parameters and names, outputs
+    as they were with the adapter (but for rounding), no cost at inference.
+    Those methods are ``lora``, ``dora``, ``ssf``, ``bitfit``, ``norm`` and ``partial``.
+
+    Args:
+        model: An adapted model. Its base is changed for good.
+
+    Raises:
+        ValueError: The model is not adapted, has other adapters on the same
+            base, or its method computes what no weight of the base can. The
+            model is unchanged then.
+    """
+    injection = get_injection(model)
+    if injection is None:
+        raise ValueError(f'{type(unwrap(model)).__name__} is not adapted: there is nothing to merge')
+    if len(injection.adapters) > 1:
+        raise ValueError(
+            f'merging one of the adapters {", ".join(injection.adapters)} would change the base of the others; '
+            'delete_adapter(model, name) those first, or merge a copy of the model'
+        )
+    (adapter,) = injection.adapters.values()
+    if not adapter.attachments or not all(isinstance(a, WeightAttachment) for a in adapter.attachments):
+        raise ValueError(
+            f"method '{adapter.method.name}' cannot be merged into the base weights; those that can: lora, dora, ssf, "
+            'bitfit, norm, partial'
+        )
+    injection.undo()
+    for attachment in adapter.attachments:
+        attachment.merge()
+
+
 def summarize(model: nn.Module) -> Summary:
     """Count what a model trains, adapted or not.
 
@@ -255,7 +317,7 @@ def summarize(model: nn.Module) -> Summary:
     adapters_trained, adapters = parts.get('adapters', (0, 0))
     sites: dict[str, list[str]] = {}
     for attachment in injection.attachments if injection else ():
-        sites.setdefault(attachment.family.name, []).append(attachment.name)
+        sites.setdefault(attachment.kind, []).append(attachment.name)
     return Summary(
         method=injection.current.method.name if injection and injection.current else None,
         trainable=trainable,

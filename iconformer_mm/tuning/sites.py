@@ -3,10 +3,11 @@
 A family is one entry of :data:`FAMILIES`. It names a block class by its import
 path, so that no model library is imported here, and says which submodule is the
 FFN, whose input is the residual stream and how the token grid is known. The
-adapter's output is added to what the block returns. Since in every family the
-FFN's sum is the last thing a block computes, that is the parallel placement of
-AdaptFormer, and it comes after layer scale, DropPath or a norm that follow the
-FFN.
+output of an adapter at the FFN is added to what the block returns. Since in every
+family the FFN's sum is the last thing a block computes, that comes after layer
+scale, DropPath or a norm that follow the FFN. The output of an adapter at
+attention is added to that of a submodule; in BEiT and EVA-02 blocks that is
+before layer scale and DropPath.
 """
 
 from __future__ import annotations
@@ -66,6 +67,14 @@ class BlockFamily:
             x'. None where the FFN itself reads the residual stream: there
             ``input='normed'`` and ``'residual'`` are the same.
         ffn: Name of the FFN submodule, whose input is LN2(x').
+        attention: Name of the submodule whose output is what attention adds
+            to its input x. None where there is no such submodule.
+        attention_norm: Name of the norm LN1 before attention, None where
+            attention reads x itself.
+        attention_adds_identity: Whether that submodule has added x already.
+        takes_prompts: Whether attention runs over any sequence, whatever the
+            place of its tokens.
+        idle: Submodules that the block never calls.
     """
 
     name: str
@@ -73,6 +82,11 @@ class BlockFamily:
     grid: Argument | FromShape | FromPatchEmbed
     norm: str | None
     ffn: str = 'ffn'
+    attention: str | None = 'attn'
+    attention_norm: str | None = 'norm1'
+    attention_adds_identity: bool = False
+    takes_prompts: bool = False
+    idle: tuple[str, ...] = ()
 
 
 def _read_resolution(patch_embed: nn.Module, inputs: tuple, output: Any) -> Size:
@@ -98,23 +112,64 @@ _MMSEG = 'mmseg.models.backbones.'
 _TIMM = 'timm.models.'
 
 FAMILIES: list[BlockFamily] = [
-    BlockFamily('mmpretrain ViT', _MMPRETRAIN + 'vision_transformer.TransformerEncoderLayer', _MM_VIT, 'ln2'),
-    # DeiT III normalises the FFN's input by ln1 as well; its ln2 is never called.
-    BlockFamily('mmpretrain DeiT III', _MMPRETRAIN + 'deit3.DeiT3TransformerEncoderLayer', _MM_VIT, 'ln1'),
-    BlockFamily('mmpretrain BEiT', _MMPRETRAIN + 'beit.BEiTTransformerEncoderLayer', _MM_VIT, 'ln2'),
-    BlockFamily('mmpretrain EVA-02', _MMPRETRAIN + 'vit_eva02.EVA02EndcoderLayer', _MM_VIT, 'norm2', ffn='mlp'),
-    BlockFamily('mmpretrain ViT-SAM', _MMPRETRAIN + 'vit_sam.TransformerEncoderLayer', FromShape(), 'ln2'),
-    BlockFamily('mmpretrain Swin', _MMPRETRAIN + 'swin_transformer.SwinBlock', Argument('hw_shape'), 'norm2'),
-    BlockFamily('mmpretrain SwinV2', _MMPRETRAIN + 'swin_transformer_v2.SwinBlockV2', Argument('hw_shape'), None),
-    BlockFamily('mmdet Swin', _MMDET + 'swin.SwinBlock', Argument('hw_shape'), 'norm2'),
-    BlockFamily('mmdet PVT', _MMDET + 'pvt.PVTEncoderLayer', Argument('hw_shape'), 'norm2'),
-    BlockFamily('mmseg Swin', _MMSEG + 'swin.SwinBlock', Argument('hw_shape'), 'norm2'),
-    BlockFamily('mmseg ViT', _MMSEG + 'vit.TransformerEncoderLayer', _SEG_VIT, 'norm2'),
-    # MAE's block is a BEiT block.
     BlockFamily(
-        'mmseg BEiT', _MMSEG + 'beit.BEiTTransformerEncoderLayer', FromPatchEmbed(_read_resolution, 1), 'norm2'
+        'mmpretrain ViT',
+        _MMPRETRAIN + 'vision_transformer.TransformerEncoderLayer',
+        _MM_VIT,
+        'ln2',
+        attention_norm='ln1',
+        takes_prompts=True,
     ),
-    BlockFamily('mmseg MiT', _MMSEG + 'mit.TransformerEncoderLayer', Argument('hw_shape'), 'norm2'),
+    # DeiT III normalises the FFN's input by ln1 as well; its ln2 is never called.
+    BlockFamily(
+        'mmpretrain DeiT III',
+        _MMPRETRAIN + 'deit3.DeiT3TransformerEncoderLayer',
+        _MM_VIT,
+        'ln1',
+        attention_norm='ln1',
+        takes_prompts=True,
+        idle=('ln2',),
+    ),
+    BlockFamily(
+        'mmpretrain BEiT', _MMPRETRAIN + 'beit.BEiTTransformerEncoderLayer', _MM_VIT, 'ln2', attention_norm='ln1'
+    ),
+    BlockFamily('mmpretrain EVA-02', _MMPRETRAIN + 'vit_eva02.EVA02EndcoderLayer', _MM_VIT, 'norm2', ffn='mlp'),
+    # Its attention runs within windows that the block itself cuts and joins.
+    BlockFamily(
+        'mmpretrain ViT-SAM',
+        _MMPRETRAIN + 'vit_sam.TransformerEncoderLayer',
+        FromShape(),
+        'ln2',
+        attention=None,
+        attention_norm='ln1',
+    ),
+    BlockFamily('mmpretrain Swin', _MMPRETRAIN + 'swin_transformer.SwinBlock', Argument('hw_shape'), 'norm2'),
+    BlockFamily(
+        'mmpretrain SwinV2',
+        _MMPRETRAIN + 'swin_transformer_v2.SwinBlockV2',
+        Argument('hw_shape'),
+        None,
+        attention='norm1',
+        attention_norm=None,
+    ),
+    BlockFamily('mmdet Swin', _MMDET + 'swin.SwinBlock', Argument('hw_shape'), 'norm2'),
+    BlockFamily(
+        'mmdet PVT', _MMDET + 'pvt.PVTEncoderLayer', Argument('hw_shape'), 'norm2', attention_adds_identity=True
+    ),
+    BlockFamily('mmseg Swin', _MMSEG + 'swin.SwinBlock', Argument('hw_shape'), 'norm2'),
+    BlockFamily(
+        'mmseg ViT',
+        _MMSEG + 'vit.TransformerEncoderLayer',
+        _SEG_VIT,
+        'norm2',
+        attention_adds_identity=True,
+        takes_prompts=True,
+    ),
+    # MAE's block is a BEiT block.
+    BlockFamily('mmseg BEiT', _MMSEG + 'beit.BEiTTransformerEncoderLayer', _SEG_BEIT, 'norm2'),
+    BlockFamily(
+        'mmseg MiT', _MMSEG + 'mit.TransformerEncoderLayer', Argument('hw_shape'), 'norm2', attention_adds_identity=True
+    ),
     BlockFamily('mmseg Twins', _MMSEG + 'twins.LSAEncoderLayer', Argument('hw_shape'), 'norm2'),
     BlockFamily('mmseg Twins global', _MMSEG + 'twins.GSAEncoderLayer', Argument('hw_shape'), 'norm2'),
     BlockFamily(
@@ -123,9 +178,26 @@ FAMILIES: list[BlockFamily] = [
         FromPatchEmbed(_read_timm, 'num_prefix_tokens'),
         'norm2',
         ffn='mlp',
+        attention='drop_path1',
+        takes_prompts=True,
     ),
-    BlockFamily('timm Swin', _TIMM + 'swin_transformer.SwinTransformerBlock', FromShape(), 'norm2', ffn='mlp'),
-    BlockFamily('timm SwinV2', _TIMM + 'swin_transformer_v2.SwinTransformerV2Block', FromShape(), None, ffn='mlp'),
+    BlockFamily(
+        'timm Swin',
+        _TIMM + 'swin_transformer.SwinTransformerBlock',
+        FromShape(),
+        'norm2',
+        ffn='mlp',
+        attention='drop_path1',
+    ),
+    BlockFamily(
+        'timm SwinV2',
+        _TIMM + 'swin_transformer_v2.SwinTransformerV2Block',
+        FromShape(),
+        None,
+        ffn='mlp',
+        attention='drop_path1',
+        attention_norm=None,
+    ),
 ]
 
 

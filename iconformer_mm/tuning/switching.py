@@ -138,14 +138,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         >>> with disabled(model):
         ...     base_features = model.extract_feat(images)
     """
-    injection = _require(model)
-    name = injection.active
-    injection.activate(None)
-    try:
+    with _require(model).inactive():
         yield model
-    finally:
-        if name in injection.adapters:
-            injection.activate(name)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

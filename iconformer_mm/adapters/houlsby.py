@@ -1,0 +1,35 @@
+"""The bottleneck adapter that the others descend from."""
+
+from __future__ import annotations
+
+from iconformer_mm.registry import ADAPTERS
+
+from .base import BottleneckAdapter
+
+
+@ADAPTERS.register_module()
+class HoulsbyAdapter(BottleneckAdapter):
+    """Bottleneck MLP for placement behind attention and FFN (Houlsby et al., ICML 2019).
+
+    ``gelu(x W_down + b_down) W_up + b_up``, to be added to what it reads. The paper
+    starts near zero, this at zero.
+
+    Args:
+        embed_dims: Width d of the host's tokens.
+        bottleneck: Width c between the projections. Defaults to 64.
+        activation: ``'gelu'`` or ``'relu'``. Defaults to ``'gelu'``.
+        dropout: Dropout probability after the activation. Defaults to 0.
+        scale: Factor of the result. Defaults to 1.
+        learnable_scale: Whether the factor is trained. Defaults to False.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        bottleneck: int = 64,
+        activation: str = 'gelu',
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        learnable_scale: bool = False,
+    ) -> None:
+        super().__init__(embed_dims, bottleneck, activation, dropout, scale, learnable_scale)

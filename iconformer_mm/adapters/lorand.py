@@ -1,0 +1,56 @@
+"""Adapters whose projections are products of small matrices."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iconformer_mm.registry import ADAPTERS
+
+from .base import Adapter, TokenGrid
+
+
+@ADAPTERS.register_module()
+class LoRandAdapter(Adapter):
+    """Bottleneck with projections synthesised at low rank (LoRand, Yin et al., CVPR 2023).
+
+    ``gelu(x W_down + b_down) W_up + b_up``, to be added to what it reads, where each
+    projection is a sum over branches of ``P K Q``, and the small kernels ``K`` are the
+    same for both. The ``Q`` of the up-projection starts at zero (ours).
+
+    Args:
+        embed_dims: Width d of the host's tokens.
+        reduction: d over the bottleneck's width. Defaults to 2.
+        kernel_dims: Width of the kernels K. Defaults to 8.
+        branches: Number of branches: 2 (LoRand), 4 (LoRand+), 8 (LoRand++). Defaults to 2.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(self, embed_dims: int, reduction: int = 2, kernel_dims: int = 8, branches: int = 2) -> None:
+        super().__init__()
+        for name, value in dict(reduction=reduction, kernel_dims=kernel_dims, branches=branches).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+        bottleneck = max(embed_dims // reduction, 1)
+        self.down_p = nn.Parameter(torch.empty(branches, embed_dims, kernel_dims))
+        self.down_q = nn.Parameter(torch.empty(branches, kernel_dims, bottleneck))
+        self.kernels = nn.Parameter(torch.empty(branches, kernel_dims, kernel_dims))
+        self.up_p = nn.Parameter(torch.empty(branches, bottleneck, kernel_dims))
+        self.up_q = nn.Parameter(torch.zeros(branches, kernel_dims, embed_dims))
+        self.down_bias = nn.Parameter(torch.zeros(bottleneck))
+        self.up_bias = nn.Parameter(torch.zeros(embed_dims))
+        for matrices in (self.down_p, self.down_q, self.kernels, self.up_p):
+            for matrix in matrices:
+                nn.init.kaiming_uniform_(matrix.data, a=math.sqrt(5))
+
+    def forward(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        """Compute the delta, (B, N, d)."""
+        down = (self.down_p @ self.kernels @ self.down_q).sum(0)
+        up = (self.up_p @ self.kernels @ self.up_q).sum(0)
+        z = F.gelu(F.linear(tokens, down.t(), self.down_bias))
+        return F.linear(z, up.t(), self.up_bias)

@@ -1,0 +1,58 @@
+"""Adapters with several depth-wise convolutions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from iconformer_mm.registry import ADAPTERS
+
+from .base import BottleneckAdapter, MapConvolution, Projection, TokenGrid
+
+
+@ADAPTERS.register_module()
+class MonaAdapter(BottleneckAdapter):
+    """Multi-cognitive visual adapter (Mona, Yin et al., CVPR 2025).
+
+    A scaled layer norm, ``LN(x) * gamma + x * gammax``; down-projection; the mean of
+    depth-wise 3 x 3, 5 x 5 and 7 x 7 convolutions and then a 1 x 1 convolution, each added
+    to its input; GELU, dropout, up-projection. To be added to what it reads. As
+    in the authors' code the up-projection does not start at zero, so outputs
+    change at once. Prefix tokens skip the convolutions (ours; Mona is for Swin).
+
+    Args:
+        embed_dims: Width d of the host's tokens.
+        bottleneck: Width c between the projections. Defaults to 64.
+        dropout: Dropout probability after the activation. Defaults to 0.1.
+    """
+
+    def __init__(self, embed_dims: int, bottleneck: int = 64, dropout: float = 0.1) -> None:
+        super().__init__(embed_dims, bottleneck, 'gelu', dropout, 1.0, False)
+        self.norm = nn.LayerNorm(embed_dims)
+        self.gamma = nn.Parameter(torch.full((embed_dims,), 1e-6))
+        self.gammax = nn.Parameter(torch.ones(embed_dims))
+        self.convs = nn.ModuleList(MapConvolution(bottleneck, size, groups=bottleneck) for size in (3, 5, 7))
+        self.projector = MapConvolution(bottleneck, 1)
+        for projection in (self.down, self.up):
+            _init_as_linear(projection)
+
+    def _filter(self, maps: Tensor) -> Tensor:
+        maps = sum(conv(maps) for conv in self.convs) / len(self.convs) + maps
+        return self.projector(maps) + maps
+
+    def transform(self, z: Tensor, grid: TokenGrid) -> Tensor:
+        """Filter the patch tokens of ``z`` (B, N, c)."""
+        return self.on_maps(self._filter, z, grid)
+
+    def forward(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        """Compute the delta, (B, N, d)."""
+        return super().forward(self.norm(tokens) * self.gamma + tokens * self.gammax, grid)
+
+
+def _init_as_linear(projection: Projection) -> None:
+    """Initialise as ``nn.Linear`` does."""
+    bound = 1 / math.sqrt(projection.weight.shape[1])
+    nn.init.uniform_(projection.weight, -bound, bound)
+    nn.init.uniform_(projection.bias, -bound, bound)

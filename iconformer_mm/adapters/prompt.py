@@ -1,0 +1,39 @@
+"""Prompt tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from iconformer_mm.registry import ADAPTERS
+
+
+@ADAPTERS.register_module()
+class PromptAdapter(nn.Module):
+    """Learned tokens for a sequence (visual prompt tuning, Jia et al., ECCV 2022).
+
+    Uniformly initialised within ``sqrt(6 / (patch_dims + embed_dims))``, as in the
+    paper's code.
+
+    Args:
+        embed_dims: Width d of the host's tokens.
+        patch_dims: Numbers in an image patch, ``3 * 16 * 16`` for ViT-B/16.
+        num_tokens: Number n of tokens.
+        dropout: Dropout probability of the tokens. Defaults to 0.
+
+    Raises:
+        ValueError: ``num_tokens`` is not a positive integer.
+    """
+
+    def __init__(self, embed_dims: int, patch_dims: int, num_tokens: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
+            raise ValueError(f'num_tokens must be an integer of at least 1, got {num_tokens!r}')
+        self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dims))
+        self.dropout = nn.Dropout(dropout)
+        bound = (6 / (patch_dims + embed_dims)) ** 0.5
+        nn.init.uniform_(self.tokens, -bound, bound)
+
+    def forward(self, batch_size: int) -> Tensor:
+        """The tokens for a batch, (B, n, d)."""
+        return self.dropout(self.tokens).expand(batch_size, -1, -1)

@@ -1,0 +1,14 @@
+from .adapters import AdapterMethod
+from .base import FrozenBackbone, FullFineTuning, PEFTMethod, build_method
+from .prompts import VPTMethod
+from .weights import WeightMethod
+
+__all__ = [
+    'AdapterMethod',
+    'FrozenBackbone',
+    'FullFineTuning',
+    'PEFTMethod',
+    'VPTMethod',
+    'WeightMethod',
+    'build_method',
+]

@@ -1,0 +1,148 @@
+"""Methods that put adapters beside or behind attention and FFN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from iconformer_mm import adapters
+from iconformer_mm.registry import PEFT_METHODS
+
+from ..attachment import Attachment
+from ..branch_attachment import ATTENTION, FFN, INPUTS, BranchAttachment
+from ..sites import Site
+from .base import PEFTMethod, TrackerOf, _defaults
+
+
+class AdapterMethod(PEFTMethod):
+    """Adapters at branches of every block, in a frozen backbone.
+
+    Args:
+        input: What an adapter reads. Parallel to the branch: ``'normed'`` for
+            ``LN(x)``, which the branch reads, or ``'residual'`` for ``x``; in post-norm
+            blocks (SwinV2) both are ``x``. Behind the branch: ``'output'`` for what it
+            returns, or ``'sum'`` for that plus ``x``.
+        sites: The branches that get an adapter: ``'ffn'``, ``'attention'``.
+        **adapter_options: Arguments of the adapter.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+
+    adapter_class: type[adapters.Adapter]
+    default_input: str
+    default_sites: tuple[str, ...]
+
+    def __init__(self, input: str | None = None, sites: Sequence[str] | None = None, **adapter_options: Any) -> None:
+        self.input = self.default_input if input is None else input
+        self.sites = list(self.default_sites if sites is None else sites)
+        if self.input not in INPUTS:
+            raise ValueError(f'input must be one of {", ".join(INPUTS)}, got {input!r}')
+        if isinstance(sites, str) or not self.sites or not set(self.sites) <= {ATTENTION, FFN}:
+            raise ValueError(f"sites must be a list of '{ATTENTION}' and '{FFN}', got {sites!r}")
+        self.sites = sorted(set(self.sites))
+        self.adapter_options = adapter_options
+
+    @classmethod
+    def _adapter_defaults(cls) -> dict[str, Any]:
+        return _defaults(cls.adapter_class.__init__)
+
+    @classmethod
+    def option_defaults(cls) -> dict[str, Any]:
+        """The options the method takes, with their defaults."""
+        return dict(input=cls.default_input, sites=list(cls.default_sites), **cls._adapter_defaults())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that make this method again, defaults included."""
+        return dict(input=self.input, sites=self.sites, **{**self._adapter_defaults(), **self.adapter_options})
+
+    def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
+        """Make the adapters of every block."""
+        return [
+            BranchAttachment(
+                site,
+                {branch: self.adapter_class(site.embed_dims, **self.adapter_options) for branch in self.sites},
+                self.input,
+                tracker_of(site),
+            )
+            for site in sites
+        ]
+
+
+@PEFT_METHODS.register_module(name='icon')
+class ICoNMethod(AdapterMethod):
+    """iConFormer (arXiv 2409.02838): an :class:`ICoNAdapter` parallel to every FFN.
+
+    The placement and the default ``input='normed'`` are ours.
+    """
+
+    adapter_class = adapters.ICoNAdapter
+    default_input = 'normed'
+    default_sites = (FFN,)
+
+
+@PEFT_METHODS.register_module(name='icon-static')
+class StaticICoNMethod(ICoNMethod):
+    """iCoN with learned kernels, the same for all inputs: what input conditioning is measured against (ours)."""
+
+    @classmethod
+    def _adapter_defaults(cls) -> dict[str, Any]:
+        generator = ('pooling', 'window_size', 'generator_layers', 'generator_bias')
+        defaults = {name: value for name, value in super()._adapter_defaults().items() if name not in generator}
+        return {**defaults, 'kernel': 'static'}
+
+    def __init__(self, input: str | None = None, sites: Sequence[str] | None = None, **adapter_options: Any) -> None:
+        if adapter_options.setdefault('kernel', 'static') != 'static':
+            raise ValueError("kernel must be 'static' in icon-static; the method with dynamic kernels is 'icon'")
+        super().__init__(input, sites, **adapter_options)
+
+
+@PEFT_METHODS.register_module(name='adaptformer')
+class AdaptFormerMethod(AdapterMethod):
+    """AdaptFormer (Chen et al., NeurIPS 2022): parallel to every FFN, reading the residual stream."""
+
+    adapter_class = adapters.AdaptFormerAdapter
+    default_input = 'residual'
+    default_sites = (FFN,)
+
+
+@PEFT_METHODS.register_module(name='adapter')
+class HoulsbyMethod(AdapterMethod):
+    """Adapters (Houlsby et al., ICML 2019): behind attention and FFN, before the residual sum.
+
+    The paper trains the layer norms, too; here they stay frozen.
+    """
+
+    adapter_class = adapters.HoulsbyAdapter
+    default_input = 'output'
+    default_sites = (ATTENTION, FFN)
+
+
+@PEFT_METHODS.register_module(name='convpass')
+class ConvpassMethod(AdapterMethod):
+    """Convpass (Jie and Deng, 2022): parallel to attention and FFN, reading what they read."""
+
+    adapter_class = adapters.ConvpassAdapter
+    default_input = 'normed'
+    default_sites = (ATTENTION, FFN)
+
+
+@PEFT_METHODS.register_module(name='lorand')
+class LoRandMethod(AdapterMethod):
+    """LoRand (Yin et al., CVPR 2023): behind attention and FFN, before the residual sum."""
+
+    adapter_class = adapters.LoRandAdapter
+    default_input = 'output'
+    default_sites = (ATTENTION, FFN)
+
+
+@PEFT_METHODS.register_module(name='mona')
+class MonaMethod(AdapterMethod):
+    """Mona (Yin et al., CVPR 2025): behind attention and FFN, after the residual sum."""
+
+    adapter_class = adapters.MonaAdapter
+    default_input = 'sum'
+    default_sites = (ATTENTION, FFN)

@@ -1,0 +1,122 @@
+"""What a PEFT method is, and how one is made from its name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from iconformer_mm.registry import PEFT_METHODS
+
+from ..attachment import Attachment, GridTracker
+from ..sites import Site
+
+TrackerOf = Callable[[Site], GridTracker | None]
+
+
+class PEFTMethod:
+    """A recipe that :func:`iconformer_mm.inject` carries out.
+
+    Attributes:
+        name: The name it was asked for by.
+        freezes: Whether the backbone's own parameters are frozen.
+        adapts: Whether modules get adapters.
+        needs_blocks: Whether it cannot do without known Transformer blocks.
+    """
+
+    name: str
+    freezes = True
+    adapts = True
+    needs_blocks = True
+
+    def __init__(self) -> None:
+        """Take no options."""
+
+    @classmethod
+    def option_defaults(cls) -> dict[str, Any]:
+        """The options the method takes, with their defaults."""
+        return _defaults(cls.__init__)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that make this method again, defaults included."""
+        return {name: getattr(self, name) for name in self.option_defaults()}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config that makes this method again, for :func:`build_method`."""
+        return dict(type=self.name, **self.options)
+
+    def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
+        """Make what is to be attached to a backbone.
+
+        Args:
+            backbone: The backbone.
+            sites: Its blocks.
+            tracker_of: Gives the tracker of a block's host.
+
+        Returns:
+            Attachments, still detached; no two of one module.
+
+        Raises:
+            ValueError: The method is not defined for this backbone.
+        """
+        return []
+
+
+def _defaults(function: Callable, leave_out: Iterable[str] = ()) -> dict[str, Any]:
+    """Defaults of a function's named arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.default is not p.empty]
+    return {p.name: p.default for p in named if p.name not in leave_out}
+
+
+@PEFT_METHODS.register_module(name='full')
+class FullFineTuning(PEFTMethod):
+    """Full fine-tuning: nothing is frozen, nothing added."""
+
+    freezes = False
+    adapts = False
+
+
+@PEFT_METHODS.register_module(name='frozen')
+class FrozenBackbone(PEFTMethod):
+    """Linear probing: the backbone is frozen, only neck and head are trained."""
+
+    adapts = False
+
+
+def build_method(method: str | dict, **options: Any) -> PEFTMethod:
+    """Make a method from its name or config, with one clear error for each mistake.
+
+    Args:
+        method: A name (``'icon'``) or a config (``dict(type='icon', ...)``).
+        **options: Options of the method, over those of the config.
+
+    Raises:
+        ValueError: The method or an option is unknown.
+    """
+    if not isinstance(method, str):
+        options = {**method, **options}
+        method = options.pop('type', None)
+        if method is None:
+            raise ValueError(f"a PEFT method's config needs a type, e.g. dict(type='icon'); got {options}")
+    known = PEFT_METHODS.module_dict
+    if method not in known:
+        raise ValueError(f"unknown PEFT method '{method}'{_hint(method, known)}; known: {', '.join(sorted(known))}")
+    names = list(known[method].option_defaults())
+    for name in options:
+        if name not in names:
+            takes = f'its options: {", ".join(names)}' if names else 'it takes none'
+            raise ValueError(f"unknown option '{name}' of PEFT method '{method}'{_hint(name, names)}; {takes}")
+    built = known[method](**options)
+    built.name = method
+    return built
+
+
+def _hint(word: str, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ''

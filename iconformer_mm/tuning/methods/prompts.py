@@ -1,0 +1,48 @@
+"""Methods that put tokens into the sequence."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from iconformer_mm.adapters import PromptAdapter
+from iconformer_mm.registry import PEFT_METHODS
+
+from ..attachment import Attachment
+from ..prompt_attachment import PromptAttachment, PromptStream
+from ..sites import Site
+from .base import PEFTMethod, TrackerOf
+
+
+@PEFT_METHODS.register_module(name='vpt')
+class VPTMethod(PEFTMethod):
+    """Visual prompt tuning (Jia et al., ECCV 2022) of plain ViTs.
+
+    Args:
+        num_tokens: Prompt tokens a block; the paper chooses among 1 to 200 for
+            each task. Defaults to 10.
+        deep: Whether every block gets tokens of its own (VPT-deep) rather than
+            the first block's travelling through all (VPT-shallow). Defaults to True.
+        dropout: Dropout probability of the tokens. Defaults to 0.
+    """
+
+    def __init__(self, num_tokens: int = 10, deep: bool = True, dropout: float = 0.0) -> None:
+        self.num_tokens = num_tokens
+        self.deep = deep
+        self.dropout = dropout
+
+    def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
+        """Make the tokens of every block, or of the first."""
+        stream = None if self.deep else PromptStream()
+        attachments: list[Attachment] = []
+        for site in sites:
+            prompts = self._make_prompts(site) if self.deep or not attachments else None
+            last = site is sites[-1]
+            attachments.append(PromptAttachment(site, prompts, None if last and prompts else stream, tracker_of(site)))
+        return attachments
+
+    def _make_prompts(self, site: Site) -> PromptAdapter | None:
+        if not site.family.takes_prompts:
+            return None  # which the attachment refuses
+        convolution = next(m for m in site.host.patch_embed.modules() if isinstance(m, nn.Conv2d))
+        patch_dims = convolution.weight[0].numel()
+        return PromptAdapter(site.embed_dims, patch_dims, self.num_tokens, self.dropout)

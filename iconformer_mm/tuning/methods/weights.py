@@ -1,0 +1,270 @@
+"""Methods that tune weights of the backbone, which stay what they are beneath."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from iconformer_mm.adapters import DeltaAdapter, DoRAAdapter, LoRAAdapter, SSFAdapter, Target, WeightAdapter
+from iconformer_mm.registry import PEFT_METHODS
+
+from ..attachment import Attachment
+from ..sites import Site
+from ..weight_attachment import WeightAttachment
+from .base import PEFTMethod, TrackerOf
+
+_LINEAR = (nn.Linear, _ConvNd)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, _NormBase)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer within a module.
+
+    Attributes:
+        weight: Name of its weight.
+        bias: Name of its bias, None without one.
+        outputs: Number of its outputs.
+        is_norm: Whether it is a normalisation.
+    """
+
+    weight: str
+    bias: str | None
+    outputs: int
+    is_norm: bool
+
+
+def find_layers(module: nn.Module, idle: Sequence[str] = ()) -> list[Layer]:
+    """Linear, convolution and normalisation layers of a module, itself included.
+
+    Args:
+        module: The module.
+        idle: Submodules to leave out.
+    """
+    layers = []
+    for name, layer in module.named_modules():
+        if name.partition('.')[0] in idle:
+            continue
+        names = {n: f'{name}.{n}'.removeprefix('.') for n, _ in layer.named_parameters(recurse=False)}
+        is_norm = isinstance(layer, _NORMS)
+        if isinstance(layer, nn.MultiheadAttention) and 'in_proj_weight' in names:
+            rows = layer.in_proj_weight.shape[0]
+            layers.append(Layer(names['in_proj_weight'], names.get('in_proj_bias'), rows, False))
+        elif 'weight' in names and (is_norm or isinstance(layer, _LINEAR)):
+            layers.append(Layer(names['weight'], names.get('bias'), layer.weight.shape[0], is_norm))
+    return layers
+
+
+class WeightMethod(PEFTMethod):
+    """Runs modules with weights made from their own; can be merged into them."""
+
+    needs_blocks = False
+
+    def make_adapter(self, module: nn.Module, idle: Sequence[str]) -> WeightAdapter | None:
+        """Make the adapter of a module.
+
+        Args:
+            module: A block, or a leaf outside of the blocks.
+            idle: Its submodules that never run.
+
+        Returns:
+            The adapter, None if there is nothing in the module to adapt.
+        """
+        raise NotImplementedError
+
+    def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
+        """Adapt every block as one, and outside of the blocks every leaf."""
+        families = {site.name: site.family for site in sites}
+        within = tuple(f'{name}.' for name in families)
+        attachments: list[Attachment] = []
+        for name, module in backbone.named_modules():
+            if name in families:
+                kind, adapter = families[name].name, self.make_adapter(module, families[name].idle)
+            elif name.startswith(within) or next(module.children(), None) is not None:
+                continue
+            else:
+                kind, adapter = type(module).__name__, self.make_adapter(module, ())
+            if adapter is not None:
+                attachments.append(WeightAttachment(name, module, kind, adapter))
+        return attachments
+
+
+def _deltas(module: nn.Module, names: Iterable[str]) -> DeltaAdapter | None:
+    shapes = {name: module.get_parameter(name).shape for name in names}
+    return DeltaAdapter(shapes) if shapes else None
+
+
+@PEFT_METHODS.register_module(name='bitfit')
+class BitFitMethod(WeightMethod):
+    """BitFit (Ben Zaken et al., ACL 2022): the biases of all layers.
+
+    Tables of relative position biases are no biases of a layer and stay frozen.
+    """
+
+    def make_adapter(self, module: nn.Module, idle: Sequence[str]) -> WeightAdapter | None:
+        """Tune the biases."""
+        names = [n for n, _ in module.named_parameters() if n.partition('.')[0] not in idle]
+        return _deltas(module, [n for n in names if n.rpartition('.')[2].endswith('bias')])
+
+
+@PEFT_METHODS.register_module(name='norm')
+class NormMethod(WeightMethod):
+    """Normalisation layers: their weights and biases (as in Basu et al., AAAI 2024, for ViTs)."""
+
+    def make_adapter(self, module: nn.Module, idle: Sequence[str]) -> WeightAdapter | None:
+        """Tune the norms."""
+        norms = [layer for layer in find_layers(module, idle) if layer.is_norm]
+        return _deltas(module, [name for layer in norms for name in (layer.weight, layer.bias) if name])
+
+
+@PEFT_METHODS.register_module(name='ssf')
+class SSFMethod(WeightMethod):
+    """SSF (Lian et al., NeurIPS 2022): the output of every layer is scaled and shifted.
+
+    A layer without a bias is scaled only, so that it can be merged.
+
+    Args:
+        std: Standard deviation of the noise that scales and shifts start with; 0
+            to start at the pre-trained model. Defaults to 0.02, as in the paper's code.
+    """
+
+    def __init__(self, std: float = 0.02) -> None:
+        self.std = std
+
+    def make_adapter(self, module: nn.Module, idle: Sequence[str]) -> WeightAdapter | None:
+        """Scale and shift the layers."""
+        layers = [(layer.weight, layer.bias, layer.outputs) for layer in find_layers(module, idle)]
+        return SSFAdapter(layers, self.std) if layers else None
+
+
+@PEFT_METHODS.register_module(name='partial')
+class PartialMethod(PEFTMethod):
+    """Partial fine-tuning: all weights of the last blocks (as in Jia et al., ECCV 2022).
+
+    Args:
+        num_blocks: How many blocks. Defaults to 1.
+
+    Raises:
+        ValueError: It is not a positive integer, or more than there are.
+    """
+
+    def __init__(self, num_blocks: int = 1) -> None:
+        if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or num_blocks < 1:
+            raise ValueError(f'num_blocks must be an integer of at least 1, got {num_blocks!r}')
+        self.num_blocks = num_blocks
+
+    def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
+        """Tune all weights of the last blocks."""
+        if self.num_blocks > len(sites):
+            raise ValueError(f'num_blocks is {self.num_blocks}, but {type(backbone).__name__} has {len(sites)} blocks')
+        attachments: list[Attachment] = []
+        for site in sites[-self.num_blocks :]:
+            names = [n for n, _ in site.block.named_parameters() if n.partition('.')[0] not in site.family.idle]
+            attachments.append(WeightAttachment(site.name, site.block, site.family.name, _deltas(site.block, names)))
+        return attachments
+
+
+ROLES = ('q', 'k', 'v', 'o', 'fc1', 'fc2')
+
+
+def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
+    """Find linear maps of a block.
+
+    Args:
+        site: The block.
+        roles: Which: ``'q'``, ``'k'``, ``'v'`` of attention, its output projection ``'o'``, the
+            first and the last layer of the FFN ``'fc1'`` and ``'fc2'``.
+
+    Raises:
+        ValueError: The block has no such map.
+    """
+    weights = {name: p for name, p in site.block.named_parameters() if p.dim() > 1}
+    found = {}
+    for name, weight in weights.items():
+        rows, columns = weight.shape[0], weight[0].numel()
+        if name.endswith(('qkv.weight', 'in_proj_weight')):
+            third = rows // 3
+            for index, role in enumerate('qkv'):
+                found[role] = Target(name, role, (index * third, (index + 1) * third), columns)
+        elif name.endswith(('.proj.weight', 'out_proj.weight')):
+            found['o'] = Target(name, 'o', (0, rows), columns)
+        elif name.startswith(f'{site.family.ffn}.') and weight.shape[1] > 1:  # no depth-wise convolution
+            role = 'fc2' if 'fc1' in found else 'fc1'
+            found[role] = Target(name, role, (0, rows), columns)
+    missing = [role for role in roles if role not in found]
+    if missing:
+        raise ValueError(
+            f'no linear map {", ".join(missing)} in {site.name} ({site.family.name}); its weights: {", ".join(weights)}'
+        )
+    return [found[role] for role in roles]
+
+
+class LowRankMethod(PEFTMethod):
+    """Products of low rank added to linear maps of every block; can be merged into them."""
+
+    adapter_class: type[LoRAAdapter]
+
+    def __init__(self, rank: int, alpha: float, targets: Sequence[str]) -> None:
+        if isinstance(targets, str) or not targets or not set(targets) <= set(ROLES):
+            raise ValueError(f'targets must be a list of {", ".join(ROLES)}, got {targets!r}')
+        self.rank = rank
+        self.alpha = alpha
+        self.targets = [role for role in ROLES if role in targets]
+
+    def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
+        """Adapt the maps of every block."""
+        return [
+            WeightAttachment(
+                site.name,
+                site.block,
+                site.family.name,
+                self.adapter_class(find_targets(site, self.targets), self.rank, self.alpha),
+            )
+            for site in sites
+        ]
+
+
+@PEFT_METHODS.register_module(name='lora')
+class LoRAMethod(LowRankMethod):
+    """LoRA (Hu et al., ICLR 2022); defaults as the paper has them for RoBERTa.
+
+    Args:
+        rank: Rank of the products. Defaults to 8.
+        alpha: Over the rank, the factor of the products. Defaults to 8.
+        targets: Which maps: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
+            (FFN). Defaults to q and v.
+
+    Raises:
+        ValueError: An option is out of its range, or a map is not there.
+    """
+
+    adapter_class = LoRAAdapter
+
+    def __init__(self, rank: int = 8, alpha: float = 8, targets: Sequence[str] = ('q', 'v')) -> None:
+        super().__init__(rank, alpha, targets)
+
+
+@PEFT_METHODS.register_module(name='dora')
+class DoRAMethod(LowRankMethod):
+    """DoRA (Liu et al., ICML 2024); defaults as the paper has them for LLaMA.
+
+    Args:
+        rank: Rank of the products. Defaults to 16.
+        alpha: Over the rank, the factor of the products. Defaults to 32.
+        targets: Which maps: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
+            (FFN). Defaults to all but o.
+
+    Raises:
+        ValueError: An option is out of its range, or a map is not there.
+    """
+
+    adapter_class = DoRAAdapter
+
+    def __init__(
+        self, rank: int = 16, alpha: float = 32, targets: Sequence[str] = ('q', 'k', 'v', 'fc1', 'fc2')
+    ) -> None:
+        super().__init__(rank, alpha, targets)
