@@ -59,6 +59,46 @@ class GridTracker:
             self.host.grad_checkpointing = True
 
 
+class Tap:
+    """Listens at a module, whose ``forward`` it replaces on the instance until it is removed.
+
+    Not a hook of PyTorch's: code that ``torch.compile`` made for a module is
+    taken again for one of the same make with other hooks.
+
+    Args:
+        module: The module.
+        before: Called with its first argument.
+        after: Called with its output, gives the one to return instead.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        before: Callable[[Tensor], None] | None = None,
+        after: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.module = module
+        self.before = before
+        self.after = after
+        self._replaced = module.__dict__.get('forward')
+        self._host_forward = module.forward
+        module.forward = self.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, listened to."""
+        if self.before is not None:
+            self.before(args[0])
+        out = self._host_forward(*args, **kwargs)
+        return out if self.after is None else self.after(out)
+
+    def remove(self) -> None:
+        """Give the module back as it was."""
+        if self._replaced is None:
+            del self.module.forward
+        else:
+            self.module.forward = self._replaced
+
+
 class Attachment:
     """Replaces ``forward`` of one module, on the instance, and puts adapters into the module.
 
@@ -92,7 +132,7 @@ class Attachment:
         self.kind = kind
         self.adapters = adapters
         self.tracker = tracker
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._taps: list[Tap] = []
 
     def attach(self) -> None:
         """Put the adapters into the module, on its device and in its dtype."""
@@ -100,7 +140,7 @@ class Attachment:
         parameter = next(module.parameters())
         for name, adapter in self.adapters.items():
             setattr(module, name, adapter.to(device=parameter.device, dtype=parameter.dtype))
-        self._handles = self._hooks()
+        self._taps = self._make_taps()
         self._replaced = module.__dict__.get('forward')
         self._host_forward = module.forward
         self._with_cp = getattr(module, 'with_cp', False)
@@ -110,8 +150,8 @@ class Attachment:
 
     def detach(self) -> None:
         """Give the module back as it was."""
-        for handle in self._handles:
-            handle.remove()
+        for tap in reversed(self._taps):
+            tap.remove()
         for name in self.adapters:
             delattr(self.module, name)
         if self._replaced is None:
@@ -121,8 +161,8 @@ class Attachment:
         if self._with_cp:
             self.module.with_cp = True
 
-    def _hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Hooks within the module, registered while attached."""
+    def _make_taps(self) -> list[Tap]:
+        """Taps within the module, there while attached."""
         return []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

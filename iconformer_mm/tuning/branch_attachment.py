@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from iconformer_mm.adapters import Adapter, TokenGrid
 
-from .attachment import BlockAttachment, GridTracker, add_delta
+from .attachment import BlockAttachment, GridTracker, Tap, add_delta
 from .sites import Site
 
 FFN = 'ffn'
@@ -49,27 +48,27 @@ class BranchAttachment(BlockAttachment):
         self._grid_now: TokenGrid | None = None
         self._seen: dict[str, Tensor] = {}
 
-    def _hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
-        family, block, handles = self.family, self.module, []
+    def _make_taps(self) -> list[Tap]:
+        family, block, taps = self.family, self.module, []
         if FFN in self.branches and self.input != 'sum':
             # Read by the FFN: LN(x'); by the norm before it, and in post-norm blocks by the FFN: x'.
             reader = family.ffn if self.input == 'normed' or family.norm is None else family.norm
-            handles.append(getattr(block, reader).register_forward_pre_hook(self._see_ffn_input))
+            taps.append(Tap(getattr(block, reader), before=self._see_ffn_input))
         if ATTENTION in self.branches:
             if self.input == 'normed' and family.attention_norm is not None:
-                norm = getattr(block, family.attention_norm)
-                handles.append(norm.register_forward_hook(self._see_attention_input))
-            handles.append(getattr(block, family.attention).register_forward_hook(self._after_attention))
-        return handles
+                taps.append(Tap(getattr(block, family.attention_norm), after=self._see_attention_input))
+            taps.append(Tap(getattr(block, family.attention), after=self._after_attention))
+        return taps
 
-    def _see_ffn_input(self, module: nn.Module, inputs: tuple) -> None:
-        self._seen[FFN] = inputs[0]
+    def _see_ffn_input(self, tokens: Tensor) -> None:
+        self._seen[FFN] = tokens
 
-    def _see_attention_input(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def _see_attention_input(self, tokens: Tensor) -> Tensor:
         # DeiT III uses one norm twice, the first time for attention.
-        self._seen.setdefault(ATTENTION, output)
+        self._seen.setdefault(ATTENTION, tokens)
+        return tokens
 
-    def _after_attention(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    def _after_attention(self, output: Tensor) -> Tensor:
         x = self._seen['block']
         with_identity = self.family.attention_adds_identity
         if self.input == 'normed':

@@ -358,7 +358,7 @@ def test_subclasses_with_a_forward_of_their_own_do_not_match():
     [
         (
             dict(method='icn'),
-            r"unknown PEFT method 'icn' \(did you mean 'icon'\?\); known: adaptformer, frozen, full, i",
+            r"unknown PEFT method 'icn' \(did you mean 'icon'\?\); known: adapter, adaptformer, b",
         ),
         (dict(bottelneck=8), r"unknown option 'bottelneck' of PEFT method 'icon' \(did you mean 'bottleneck'\?\)"),
         (dict(method='frozen', bottleneck=8), "unknown option 'bottleneck' of PEFT method 'frozen'; it takes none"),
