@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,13 +121,13 @@ def backbones(board: Board) -> list[list[str]]:
     return list(groups.values())
 
 
-def table(board: Board, rows: Rows, bold: str) -> tuple[list[tuple[str, str]], list[list[str]]]:
+def table(board: Board, rows: Rows, bold: str) -> tuple[list[str], list[list[str]]]:
     """Titles and cells of the table, methods as rows."""
     comparison = board.comparison
     groups = backbones(board)
-    titles = [('method', '')]
-    titles += [('backbone share', ', '.join(group) if len(groups) > 1 else '') for group in groups]
-    titles += [(task.title, '') for task in comparison.tasks.values()] + [('mean', 'rank')]
+    titles = ['method']
+    titles += ['backbone share' + (f': {", ".join(group)}' if len(groups) > 1 else '') for group in groups]
+    titles += [task.title for task in comparison.tasks.values()] + ['mean rank']
     lines = []
     for method in comparison.methods.values():
         own = [rows.get((task, method.name)) for task in comparison.tasks]
@@ -233,10 +234,9 @@ def report(board: Board, folder: Path, console: Console) -> None:
     comparison = board.comparison
     rows = make_rows(board)
     title = f'{comparison.title}, mean ± std over {len(comparison.seeds)} seeds'
-    print_table(title, *table(board, rows, '[bold]{}[/bold]'), console)
-
-    titles, lines = table(board, rows, '**{}**')
-    markdown = f'{title}\n\n' + to_markdown([' '.join(words).strip() for words in titles], lines)
+    titles, lines = table(board, rows, '[bold]{}[/bold]')
+    print_table(title, [textwrap.wrap(words, 12) for words in titles], lines, console)
+    markdown = f'{title}\n\n' + to_markdown(*table(board, rows, '**{}**'))
     results = dict(title=comparison.title, rows=[asdict(row) for row in rows.values()])
     write(folder / 'results.json', lambda path: path.write_text(json.dumps(results, indent=2) + '\n', 'utf-8'))
     write(folder / 'results.csv', lambda path: write_csv(rows.values(), path))

@@ -98,8 +98,7 @@ def plot_tradeoff(
         path: Image file to write.
         reference: The method drawn as a dashed horizontal line, such as full fine-tuning.
     """
-    figure = _figure(4.2 * len(panels), 4.2)
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, grid = _panels(len(panels))
     for axes, panel in zip(grid, panels):
         for index, name in enumerate(names):
             if name not in panel.points:
@@ -130,8 +129,7 @@ def plot_curves(
         path: Image file to write.
         reference: The method drawn dashed and black.
     """
-    figure = _figure(4.2 * len(panels), 4.2)
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, grid = _panels(len(panels))
     for axes, panel in zip(grid, panels):
         for index, name in enumerate(names):
             if panel.curves.get(name):
@@ -169,6 +167,17 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels, in two rows if they are more than three."""
+    columns = count if count <= 3 else math.ceil(count / 2)
+    rows = math.ceil(count / columns)
+    figure = _figure(4.6 * columns, 3.4 * rows + 0.8)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return figure, grid[:count]
+
+
 def _save(figure: Figure, path: str | os.PathLike) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -182,9 +191,10 @@ def _scale_parameters(axes: Axes, trained: Sequence[int]) -> None:
     if len(positive) == len(trained):
         axes.set_xscale('log')
         return
-    decade = 10 ** math.floor(math.log10(min(positive)))
-    axes.set_xscale('symlog', linthresh=decade, linscale=0.3)
-    axes.axvspan(-0.3 * decade, 0.3 * decade, color='black', alpha=0.05)
+    first = math.floor(math.log10(min(positive)))
+    axes.set_xscale('symlog', linthresh=10**first, linscale=0.3)
+    axes.set_xticks([0, *(10**power for power in range(first, math.ceil(math.log10(max(positive))) + 1))])
+    axes.axvspan(-0.3 * 10**first, 0.3 * 10**first, color='black', alpha=0.05)
 
 
 def _shared_legend(figure: Figure, grid: Sequence[Axes], names: Sequence[str]) -> None:
