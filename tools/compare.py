@@ -58,7 +58,11 @@ class Sitting:
         self.context = get_context('forkserver')
 
     def run(self) -> None:
-        """Run the cells."""
+        """Run the cells.
+
+        Raises:
+            SystemExit: The user interrupted; runs that go on are ended.
+        """
         start_fork_server_environment()
         self.context.set_forkserver_preload(['cell'])
         start = time.monotonic()
@@ -76,6 +80,8 @@ class Sitting:
                         done = len(self.begun) - len(self.running)
                         total = done - len(self.failed) + self.board.left(*self.selection)
                         progress.update(bar, completed=done, total=total)
+            except KeyboardInterrupt:
+                raise SystemExit('interrupted; what is finished is kept, and the same command goes on') from None
             finally:
                 for _, process in self.running.values():
                     process.terminate()
@@ -167,11 +173,11 @@ def main() -> None:
     console = Console()
     try:
         comparison = load_comparison(args.comparison)
+        board = Board(comparison, args.out / 'cells')
     except ComparisonError as error:
         raise SystemExit(f'error in the comparison: {error}') from None
     tasks = select('tasks', args.tasks, comparison.tasks)
     methods = select('methods', args.methods, comparison.methods)
-    board = Board(comparison, args.out / 'cells')
     for name, keys in board.stale.items():
         console.print(f'{name} was finished with another {", ".join(keys)}: it counts no more and is run again')
     failed = []

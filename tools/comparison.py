@@ -18,7 +18,7 @@ from experiments import ROOT
 
 
 class ComparisonError(ValueError):
-    """A mistake in the YAML file."""
+    """A mistake in the YAML file, or a damaged result."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,13 @@ class Board:
     Args:
         comparison: The comparison.
         folder: Folder of the files, ``<task>/<method>/<cell>.json``.
+
+    Attributes:
+        finished: What the files hold, by the cells' names.
+        stale: Of cells whose file has other settings, the names of these.
+
+    Raises:
+        ComparisonError: A file is damaged.
     """
 
     def __init__(self, comparison: Comparison, folder: Path) -> None:
@@ -172,13 +179,16 @@ class Board:
                     self._read(cell)
 
     def _read(self, cell: Cell) -> None:
-        content = json.loads(self.file(cell).read_text(encoding='utf-8'))
+        try:
+            content = json.loads(self.file(cell).read_text(encoding='utf-8'))
+            found = content['settings']
+        except (ValueError, KeyError, TypeError):
+            raise ComparisonError(f'{self.file(cell)} is damaged; remove it, and it is run again') from None
         settings = json.loads(json.dumps(cell.settings))
-        if content['settings'] == settings:
+        if found == settings:
             self.finished[cell.name] = content
             self.stale.pop(cell.name, None)
         else:
-            found = content['settings']
             self.stale[cell.name] = [key for key in settings if found.get(key) != settings[key]]
 
     def cells(self, task: Task, method: Method) -> Iterator[Cell]:

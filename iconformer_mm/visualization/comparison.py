@@ -171,7 +171,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure with so many panels, in two rows if they are more than three."""
     columns = count if count <= 3 else math.ceil(count / 2)
     rows = math.ceil(count / columns)
-    figure = _figure(4.6 * columns, 3.4 * rows + 0.8)
+    figure = _figure(4.6 * columns, 3.4 * rows + 1.2)
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[count:]:
         axes.set_axis_off()
@@ -204,7 +204,5 @@ def _shared_legend(figure: Figure, grid: Sequence[Axes], names: Sequence[str]) -
         handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels())})
     found = [name for name in names if name in handles]
     if found:
-        columns = min(len(found), 2 * len(grid))
-        figure.legend(
-            [handles[name] for name in found], found, loc='outside lower center', ncols=columns, frameon=False
-        )
+        look = dict(loc='outside lower center', ncols=min(len(found), 4), frameon=False)
+        figure.legend([handles[name] for name in found], found, **look)

@@ -14,6 +14,7 @@ from rich.console import Console
 from test_tools import tool
 
 sys.path.insert(0, str(ROOT / 'tools'))
+import compare  # noqa: E402
 from comparison import Board, ComparisonError, load_comparison  # noqa: E402
 from comparison_report import make_rows, report, search_text, table  # noqa: E402
 
@@ -24,7 +25,7 @@ DIGITS = dict(
     metric='accuracy/top1',
     title='digits (%)',
     learning_rates=[3e-3, 1e30],
-    options={'train_cfg.max_epochs': 1, 'param_scheduler': None, 'val_dataloader.dataset.indices': 300},
+    options={'train_cfg.max_epochs': 1, 'param_scheduler': None, 'val_dataloader.dataset.indices': 100},
 )
 COMPARISON = dict(
     title='Tiny',
@@ -47,7 +48,7 @@ def cells(out):
     return {str(path.relative_to(out / 'cells')): path.stat().st_mtime_ns for path in out.glob('cells/*/*/*.json')}
 
 
-def test_runs_are_resumed(tmp_path):
+def test_runs_are_resumed(tmp_path, monkeypatch, capsys):
     """A crash stops no other run, what is finished stays, and what has other settings runs again."""
     content = deepcopy(COMPARISON)
     content['methods']['broken'] = dict(title='broken', method=dict(type='icon', bottlenek=4))
@@ -87,7 +88,9 @@ def test_runs_are_resumed(tmp_path):
     assert second.keys() == first.keys()
     assert {name for name in first if second[name] != first[name]} == {name for name in first if 'icon' in name}
 
-    output = tool('compare.py', path, '--out', out)
+    monkeypatch.setattr(sys, 'argv', ['compare.py', str(path), '--out', str(out)])
+    compare.main()
+    output = capsys.readouterr().out
     assert cells(out) == second and 'another' not in output and 'left' not in output
 
 
@@ -164,6 +167,15 @@ def test_report(tmp_path):
     assert len(json.loads((tmp_path / 'report' / 'results.json').read_text())['rows']) == 5
 
 
+def test_a_damaged_cell(tmp_path):
+    board = make_board(tmp_path)
+    (cell, *_) = board.ready(['up'], ['icon'])
+    finish(board, cell, 0.5)
+    board.file(cell).write_text('{"settings": ')
+    with pytest.raises(ComparisonError, match='search_lr0.001.json is damaged; remove it'):
+        Board(board.comparison, board.folder)
+
+
 def test_a_report_of_nothing(tmp_path):
     board = make_board(tmp_path)
     report(board, tmp_path, Console(quiet=True))
@@ -209,6 +221,25 @@ def test_mistakes_in_the_file(tmp_path, where, value, message):
     with pytest.raises(ComparisonError) as error:
         load_comparison(write(tmp_path / 'c.yaml', content))
     assert message in str(error.value) and 'c.yaml' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['none.yaml'], 'error in the comparison: cannot read the comparison none.yaml'),
+        (
+            ['configs/comparison/small.yaml', '--tasks', 'dept'],
+            "--tasks: 'dept' is not in the comparison; it has digits",
+        ),
+        (['configs/comparison/small.yaml', '--methods', 'x'], "--methods: 'x' is not in the comparison; it has full"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', ['compare.py', *arguments])
+    with pytest.raises(SystemExit) as error:
+        compare.main()
+    assert message in str(error.value)
 
 
 def test_no_file_and_no_yaml(tmp_path):
