@@ -107,7 +107,8 @@ def make_config(settings: dict[str, Any], folder: Path) -> Config:
             'work_dir': str(folder),
         }
     )
-    return cfg
+    # Without formatting, which takes seconds and serves the log only.
+    return Config(cfg.to_dict(), filename=cfg.filename, format_python_code=False)
 
 
 def train(runner: Runner, metric: str) -> float | None:
