@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import time
 from collections.abc import Collection
 from multiprocessing import get_context
@@ -170,7 +172,8 @@ def render_scenes(comparison: Comparison, tasks: Collection[str]) -> None:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    console = Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run outlives the tool
+    console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         comparison = load_comparison(args.comparison)
         board = Board(comparison, args.out / 'cells')
