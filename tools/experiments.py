@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,23 +100,91 @@ def execute_all(runs: Sequence[Run], workers: int, console: Console, describe: C
             raise SystemExit(str(error)) from None
 
 
+def load_base(path: Path) -> dict[str, torch.Tensor]:
+    """Read the pre-trained weights of a backbone, by their names in it."""
+    return {name.removeprefix('backbone.'): value for name, value in load_file(path).items()}
+
+
+def check_tensors(weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], where: object) -> None:
+    """Compare a backbone's tensors with the base's, bit by bit.
+
+    Args:
+        weights: The base's tensors; those that the backbone lacks are left out.
+        state: The backbone's.
+        where: What the backbone's are from, for the message.
+
+    Raises:
+        RuntimeError: A tensor changed, or there is none to compare.
+    """
+    # A backbone may lack some: the norms of stages that its head does not read.
+    names = [name for name in weights if name in state]
+    if not names:
+        raise RuntimeError(f'{where}: there are none of the weights of the base')
+    for name in names:
+        if not torch.equal(weights[name], state[name]):
+            raise RuntimeError(f'{where}: the frozen tensor backbone.{name} changed in training')
+
+
 def check_frozen(runs: Iterable[Run], base: Path) -> None:
     """Compare the backbone weights in the runs' checkpoints with the base's, bit by bit.
 
     Raises:
         RuntimeError: A tensor changed, or a checkpoint has none of the base's.
     """
-    weights = {name.removeprefix('backbone.'): value for name, value in load_file(base).items()}
+    weights = load_base(base)
     for run in runs:
         path = run.checkpoint()
         state = torch.load(path, map_location='cpu', weights_only=False)['state_dict']
-        # A backbone may lack some: the norms of stages that its head does not read.
-        names = [name for name in weights if f'backbone.{name}' in state]
-        if not names:
-            raise RuntimeError(f'{path} holds none of the weights of {base}')
-        for name in names:
-            if not torch.equal(weights[name], state[f'backbone.{name}']):
-                raise RuntimeError(f'{path}: the frozen tensor backbone.{name} changed in training')
+        prefix = 'backbone.'
+        check_tensors(weights, {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}, path)
+
+
+def make_parser(description: str, out: str) -> argparse.ArgumentParser:
+    """The command line that the comparing tools have in common.
+
+    Args:
+        description: What the tool does.
+        out: Default of its folder.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('--jobs', type=int, default=min(4, os.cpu_count() or 1), help='runs at a time, one core each')
+    parser.add_argument('--out', type=Path, default=Path(out), help='folder for all results')
+    return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a tool takes whose runs are set on the command line."""
+    parser.add_argument('--seeds', type=int, default=3, help='runs of each (default: 3)')
+    parser.add_argument('--cfg-options', nargs='*', default=[], help='settings for every run, as in train.py')
+
+
+def make_data(folder: Path, *options: str) -> None:
+    """Render the scenes of one style unless they are there.
+
+    Args:
+        folder: Their folder, named as the style.
+        *options: Further options of ``make_scenes.py``.
+    """
+    if not folder.exists():
+        command = [sys.executable, ROOT / 'tools' / 'dataset_converters' / 'make_scenes.py']
+        subprocess.run([*command, '--out', folder.parent, '--styles', folder.name, *options], check=True)
+
+
+def print_table(title: str, titles: Sequence[Sequence[str]], rows: Iterable[Sequence[str]], console: Console) -> None:
+    """Print a table, first column to the left and the others to the right.
+
+    Args:
+        title: Title of the table.
+        titles: Lines of each column's title.
+        rows: The cells.
+        console: Where to.
+    """
+    table = Table(title=title, title_justify='left', box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for index, words in enumerate(titles):
+        table.add_column('\n'.join(words), justify='right' if index else 'left', no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def to_markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmengine.registry import init_default_scope
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from experiments import ROOT, Run, check_frozen, execute_all, to_markdown
+from experiments import (
+    ROOT,
+    Run,
+    add_run_arguments,
+    check_frozen,
+    execute_all,
+    make_parser,
+    print_table,
+    to_markdown,
+)
 from iconformer_mm import inject
 from iconformer_mm.apis import load_config
 from iconformer_mm.tuning import Summary
@@ -113,13 +118,7 @@ def rows_of(results: list[Result]) -> list[list[str]]:
 def report(results: list[Result], seeds: int, folder: Path, console: Console) -> None:
     """Print the table, and write it with the plot."""
     title = f'Strokes to digits, 20 images a class, mean ± std over {seeds} seeds'
-    table = Table(title=title, title_justify='left', box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for index, words in enumerate(TITLES):
-        table.add_column('\n'.join(words), justify='right' if index else 'left', no_wrap=True)
-    for row in rows_of(results):
-        table.add_row(*row)
-    console.print(table)
-
+    print_table(title, TITLES, rows_of(results), console)
     text = to_markdown([' '.join(words) for words in TITLES], rows_of(results))
     (folder / 'results.md').write_text(text, encoding='utf-8')
     (folder / 'results.json').write_text(json.dumps([asdict(r) for r in results], indent=2) + '\n', encoding='utf-8')
@@ -138,11 +137,8 @@ def report(results: list[Result], seeds: int, folder: Path, console: Console) ->
 
 def main() -> None:
     """Run the tool."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--seeds', type=int, default=3, help='runs a method (default: 3)')
-    parser.add_argument('--jobs', type=int, default=min(4, os.cpu_count() or 1), help='runs at a time, one core each')
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/quickstart'), help='folder for all results')
-    parser.add_argument('--cfg-options', nargs='*', default=[], help='settings for every run, as in train.py')
+    parser = make_parser(__doc__, 'work_dirs/quickstart')
+    add_run_arguments(parser)
     args = parser.parse_args()
     console = Console()
     start = time.time()

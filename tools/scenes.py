@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +13,19 @@ import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from experiments import ROOT, Run, check_frozen, execute_all, to_markdown
+from experiments import (
+    ROOT,
+    Run,
+    add_run_arguments,
+    check_frozen,
+    execute_all,
+    make_data,
+    make_parser,
+    print_table,
+    to_markdown,
+)
 from iconformer_mm import inject
 from iconformer_mm.apis import load_config
 from iconformer_mm.tuning import Summary
@@ -133,12 +138,7 @@ def report(results: list[dict], args: argparse.Namespace, console: Console) -> N
         rows.append(cells)
 
     title = f'Source to target scenes, mean ± std over {args.seeds} seeds'
-    table = Table(title=title, title_justify='left', box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for index, words in enumerate(titles):
-        table.add_column('\n'.join(words), justify='right' if index else 'left', no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print_table(title, titles, rows, console)
     text = to_markdown([' '.join(words).strip() for words in titles], rows)
     (args.out / 'results.md').write_text(text, encoding='utf-8')
     (args.out / 'results.json').write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
@@ -186,22 +186,12 @@ def predicted_map(task: str, sample, image, palette, threshold: float = 0.5):  #
     return draw_instances(image, found.masks.numpy(), found.labels.tolist(), palette)
 
 
-def make_data(folder: Path) -> None:
-    """Render the scenes unless they are there."""
-    if not folder.exists():
-        command = [sys.executable, ROOT / 'tools' / 'dataset_converters' / 'make_scenes.py']
-        subprocess.run([*command, '--out', folder.parent, '--styles', folder.name], check=True)
-
-
 def main() -> None:
     """Run the tool."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__, 'work_dirs/scenes')
+    add_run_arguments(parser)
     parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=list(TASKS))
     parser.add_argument('--methods', nargs='+', choices=list(METHODS), default=list(METHODS))
-    parser.add_argument('--seeds', type=int, default=3, help='runs a task and method (default: 3)')
-    parser.add_argument('--jobs', type=int, default=min(4, os.cpu_count() or 1), help='runs at a time, one core each')
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/scenes'), help='folder for all results')
-    parser.add_argument('--cfg-options', nargs='*', default=[], help='settings for every run, as in train.py')
     args = parser.parse_args()
     console = Console()
     start = time.time()
