@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis import add_peft, build_runner, load_config, make_parser
+from iconformer_mm.apis import build_runner, load_config, make_parser
 from iconformer_mm.datasets.checks import DataError
 
 
@@ -33,8 +33,6 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     cfg.load_from = args.checkpoint
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
-    if args.peft is not None:
-        add_peft(cfg, args.peft)
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show_dir is not None:
@@ -62,7 +60,7 @@ def main() -> None:
     args = parse_args()
     if not os.path.isfile(args.checkpoint) and '://' not in args.checkpoint:
         raise SystemExit(f'checkpoint {args.checkpoint} does not exist')
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, args.peft)
     merge_args(cfg, args)
     runner = build_runner(cfg)
     if args.out:

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.device import is_cuda_available
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis import add_peft, build_runner, load_config, make_parser
+from iconformer_mm.apis import build_runner, load_config, make_parser
 from iconformer_mm.datasets.checks import DataError
 
 
@@ -36,8 +36,6 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
-    if args.peft is not None:
-        add_peft(cfg, args.peft)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.amp:
@@ -60,7 +58,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, args.peft)
     merge_args(cfg, args)
     try:
         build_runner(cfg).train()

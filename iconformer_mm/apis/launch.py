@@ -25,7 +25,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file, or library::path such as mmpretrain::vision_transformer/...')
     parser.add_argument('--work-dir', help='folder for logs, checkpoints and metrics')
-    parser.add_argument('--peft', metavar='METHOD', help='adapt the model with this PEFT method, e.g. icon')
+    parser.add_argument(
+        '--peft',
+        metavar='METHOD',
+        help='adapt the model with this PEFT method, by name (icon) or by file (configs/_base_/peft/icon.py)',
+    )
     parser.add_argument('--amp', action='store_true', help='run in mixed precision; bfloat16 on a CPU')
     parser.add_argument(
         '--cfg-options',
@@ -63,19 +67,31 @@ def find_config(name: str) -> Path:
     return path
 
 
-def load_config(name: str) -> Config:
-    """Load a config by path or as ``library::path``.
+def load_config(name: str, peft: str | None = None) -> Config:
+    """Load a config by path or as ``library::path``, composed with a PEFT method if one is given.
 
-    Its ``work_dir`` defaults to ``work_dirs/<name of the file>``.
+    Its ``work_dir`` defaults to ``work_dirs/<name of the file>``; the method's name
+    takes the place of ``_full_`` in it, or follows it.
+
+    Args:
+        name: The config.
+        peft: Name of a method, or a file with one such as
+            ``configs/_base_/peft/icon.py``.
 
     Raises:
         FileNotFoundError: There is no such file or library.
+        ValueError: The method's file has no PEFTHook.
     """
     map_config_packages()
     path = find_config(name)
     cfg = Config.fromfile(path)
+    stem = path.stem
+    if peft is not None:
+        add_peft(cfg, peft)
+        method = Path(peft).stem if peft.endswith('.py') else peft
+        stem = stem.replace('_full_', f'_{method}_') if '_full_' in stem else f'{stem}_{method}'
     if cfg.get('work_dir') is None:
-        cfg.work_dir = os.path.join('work_dirs', path.stem)
+        cfg.work_dir = os.path.join('work_dirs', stem)
     return cfg
 
 
@@ -85,9 +101,31 @@ def add_peft(cfg: Config, method: str) -> None:
     The hook becomes ``default_hooks.peft``, so that its options can be given
     on the command line, as ``default_hooks.peft.method.bottleneck=32``. It
     takes the place of a PEFTHook among the config's custom hooks.
+
+    Args:
+        cfg: The config.
+        method: Name of the method, or a file with one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file has no PEFTHook.
     """
-    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] != 'PEFTHook']
-    cfg.merge_from_dict({'default_hooks': {'peft': dict(type='PEFTHook', method=dict(type=method))}})
+    hook = _read_method(method) if method.endswith('.py') else dict(type='PEFTHook', method=dict(type=method))
+    cfg.custom_hooks = [other for other in cfg.get('custom_hooks') or [] if other['type'] != 'PEFTHook']
+    cfg.merge_from_dict({'default_hooks': {'peft': hook}})
+
+
+def _read_method(path: str) -> dict:
+    """The PEFTHook of a method's file."""
+    hooks = Config.fromfile(find_config(path)).get('custom_hooks') or []
+    found = [hook for hook in hooks if hook['type'] == 'PEFTHook']
+    if len(found) != 1:
+        raise ValueError(
+            f'{path} is no file of a PEFT method: it needs one PEFTHook in its `custom_hooks`, as '
+            'configs/_base_/peft/icon.py has, and holds '
+            f'{len(found)}'
+        )
+    return found[0]
 
 
 def _complete_mmpretrain_dataloaders(cfg: Config) -> None:

@@ -1,0 +1,2 @@
+# Normalisation layers are trained.
+custom_hooks = [dict(type='PEFTHook', method=dict(type='norm'))]

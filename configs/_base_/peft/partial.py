@@ -1,0 +1,2 @@
+# The last block is trained (as in Jia et al., ECCV 2022).
+custom_hooks = [dict(type='PEFTHook', method=dict(type='partial', num_blocks=1))]
