@@ -6,7 +6,17 @@ import torch
 from scipy.signal import correlate2d
 from scipy.special import erf
 
-from iconformer_mm.adapters import AdaptFormerAdapter, ICoN, ICoNAdapter, TokenGrid
+from iconformer_mm.adapters import (
+    AdaptFormerAdapter,
+    ConvpassAdapter,
+    HoulsbyAdapter,
+    ICoN,
+    ICoNAdapter,
+    LoRandAdapter,
+    MonaAdapter,
+    TokenGrid,
+)
+from iconformer_mm.adapters.icon import filter_windows
 
 
 def randomize(module):
@@ -90,7 +100,128 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(adapter.train()(tokens, grid), adapter(tokens, grid))
 
 
-@pytest.mark.parametrize('cls', [ICoNAdapter, AdaptFormerAdapter])
+def correlate(maps, weight, bias):
+    """A plain convolution of one map (H, W, c) with weights (out, in / groups, K, K)."""
+    depth_wise = weight.shape[1] == 1 and weight.shape[0] > 1
+    out = []
+    for channel in range(len(weight)):
+        inputs = [channel] if depth_wise else range(maps.shape[-1])
+        sums = sum(correlate2d(maps[..., c], weight[channel, i], mode='same') for i, c in enumerate(inputs))
+        out.append(sums + bias[channel])
+    return np.stack(out, axis=-1)
+
+
+def test_houlsby_follows_the_formula():
+    adapter = randomize(HoulsbyAdapter(6, bottleneck=4))
+    grid = TokenGrid(3, 4, 1)
+    tokens = torch.randn(1, grid.num_tokens, 6, dtype=torch.float64)
+    expected = adapter_by_formula(adapter, tokens[0].numpy(), grid, gelu, 1)
+    np.testing.assert_allclose(adapter(tokens, grid)[0].detach().numpy(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize('grid', [TokenGrid(3, 4), TokenGrid(2, 5, 2)])
+def test_convpass_follows_the_formula(grid):
+    adapter = randomize(ConvpassAdapter(6, bottleneck=4, scale=0.7)).eval()
+    tokens = torch.randn(1, grid.num_tokens, 6, dtype=torch.float64)
+    w = {name: value.detach().numpy() for name, value in adapter.named_parameters()}
+    z = gelu(tokens[0].numpy() @ w['down.weight'].T + w['down.bias'])
+    prefix = grid.num_prefix_tokens
+    pieces = [correlate(token.reshape(1, 1, -1), w['conv.weight'], w['conv.bias'])[0] for token in z[:prefix]]
+    maps = z[prefix:].reshape(grid.height, grid.width, -1)
+    pieces.append(correlate(maps, w['conv.weight'], w['conv.bias']).reshape(-1, 4))
+    expected = 0.7 * (gelu(np.concatenate(pieces)) @ w['up.weight'].T + w['up.bias'])
+    np.testing.assert_allclose(adapter(tokens, grid)[0].detach().numpy(), expected, atol=1e-9)
+
+
+def test_convpass_begins_as_a_bottleneck_without_convolution():
+    torch.manual_seed(0)
+    z = torch.randn(1, 12, 4)
+    torch.testing.assert_close(ConvpassAdapter(6, bottleneck=4).conv(z.view(1, 3, 4, 4)).view(1, 12, 4), z)
+
+
+@pytest.mark.parametrize('branches', [1, 2])
+def test_lorand_follows_the_formula(branches):
+    adapter = randomize(LoRandAdapter(6, kernel_dims=2, branches=branches))
+    tokens = torch.randn(1, 12, 6, dtype=torch.float64)
+    w = {name: value.detach().numpy() for name, value in adapter.named_parameters()}
+    down = sum(w['down_p'][i] @ w['kernels'][i] @ w['down_q'][i] for i in range(branches))
+    up = sum(w['up_p'][i] @ w['kernels'][i] @ w['up_q'][i] for i in range(branches))
+    expected = gelu(tokens[0].numpy() @ down + w['down_bias']) @ up + w['up_bias']
+    np.testing.assert_allclose(adapter(tokens, TokenGrid(3, 4))[0].detach().numpy(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize('grid', [TokenGrid(8, 9), TokenGrid(2, 5, 1)])
+def test_mona_follows_the_formula(grid):
+    adapter = randomize(MonaAdapter(6, bottleneck=4)).eval()
+    tokens = torch.randn(1, grid.num_tokens, 6, dtype=torch.float64)
+    w = {name: value.detach().numpy() for name, value in adapter.named_parameters()}
+    x = tokens[0].numpy()
+    normed = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * w['norm.weight']
+    x = (normed + w['norm.bias']) * w['gamma'] + x * w['gammax']
+    z = x @ w['down.weight'].T + w['down.bias']
+    prefix = grid.num_prefix_tokens
+    maps = z[prefix:].reshape(grid.height, grid.width, -1)
+    maps = maps + sum(correlate(maps, w[f'convs.{i}.weight'], w[f'convs.{i}.bias']) for i in range(3)) / 3
+    maps = maps + maps @ w['projector.weight'][..., 0, 0].T + w['projector.bias']
+    z = np.concatenate([z[:prefix], maps.reshape(-1, 4)])
+    expected = gelu(z) @ w['up.weight'].T + w['up.bias']
+    np.testing.assert_allclose(adapter(tokens, grid)[0].detach().numpy(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize('kernel_norm', ['filter', None])
+def test_static_kernels_are_those_of_all_inputs(kernel_norm):
+    icon = randomize(ICoN(4, kernel_norm=kernel_norm, kernel='static'))
+    kernels = icon(torch.randn(3, 5, 6, 4, dtype=torch.float64))
+    assert torch.equal(kernels[0], kernels[2])
+    taps = icon.taps.detach().numpy()
+    if kernel_norm:
+        taps = (taps - taps.mean(axis=(1, 2), keepdims=True)) / (taps.std(axis=(1, 2), keepdims=True) + icon.eps)
+        taps = taps * icon.gamma.detach().numpy() + icon.beta.detach().numpy()
+    np.testing.assert_allclose(kernels[0].detach().numpy(), taps)
+
+
+def test_other_contexts_and_generators():
+    """Standard deviations beside means, a hidden layer, a bias."""
+    maps = torch.randn(2, 5, 6, 4, dtype=torch.float64)
+    icon = randomize(ICoN(4, kernel_norm=None, pooling='mean_std', generator_layers=2))
+    context = np.concatenate([maps.numpy().mean(axis=(1, 2)), maps.numpy().std(axis=(1, 2))], axis=1)
+    w = {name: value.detach().numpy() for name, value in icon.named_parameters()}
+    hidden = gelu(context @ w['hidden.weight'].T + w['hidden.bias'])
+    expected = (hidden @ w['generator.weight'].T + w['generator.bias']).reshape(2, 4, 3, 3)
+    np.testing.assert_allclose(icon(maps).detach().numpy(), expected)
+    assert ICoN(4).generator.bias is None and ICoN(4, generator_bias=True).generator.bias is not None
+
+
+@pytest.mark.parametrize(('window', 'kernel_size'), [(2, 3), (3, 3), (3, 5), (9, 3), (2, 1)])
+def test_windows_have_kernels_of_their_own(window, kernel_size):
+    """Against loops over windows and pixels; windows at the edge may be cut, neighbours are seen across borders."""
+    icon = randomize(ICoN(4, kernel_size=kernel_size, kernel_norm=None))
+    maps = torch.randn(2, 5, 7, 4, dtype=torch.float64)
+    kernels = icon(maps, window)
+    out = filter_windows(maps, kernels, window)
+    columns = math.ceil(7 / window)
+    for y in range(5):
+        for x in range(7):
+            top, left = y // window * window, x // window * window
+            tile = maps[1, top : top + window, left : left + window]
+            own = icon(tile[None])[0]
+            index = len(kernels) // 2 + y // window * columns + x // window
+            torch.testing.assert_close(kernels[index], own)
+            whole = np.stack([correlate2d(maps[1, ..., c], own[c].detach(), mode='same') for c in range(4)])
+            np.testing.assert_allclose(out[1, y, x].detach().numpy(), whole[:, y, x], atol=1e-9)
+
+
+def test_one_window_over_all_is_the_whole_map():
+    torch.manual_seed(0)
+    whole, windowed = ICoNAdapter(6, bottleneck=4), ICoNAdapter(6, bottleneck=4, window_size=8)
+    randomize(whole)
+    randomize(windowed)
+    grid = TokenGrid(5, 7, 1)
+    tokens = torch.randn(2, grid.num_tokens, 6, dtype=torch.float64)
+    torch.testing.assert_close(whole(tokens, grid), windowed(tokens, grid))
+
+
+@pytest.mark.parametrize('cls', [ICoNAdapter, AdaptFormerAdapter, HoulsbyAdapter, ConvpassAdapter])
 def test_starts_at_zero_and_still_learns(cls):
     adapter = cls(8, bottleneck=4)
     out = adapter(torch.randn(2, 6, 8), TokenGrid(2, 3))

@@ -6,6 +6,7 @@ import torch
 from families import image
 
 from iconformer_mm import inject, remove, summarize
+from iconformer_mm.registry import PEFT_METHODS
 
 
 @pytest.mark.parametrize(
@@ -26,9 +27,78 @@ def test_budget(cls, arch, backbone, adapters, without_norm, share):
     assert inject(model, 'icon', kernel_norm=None).adapters == without_norm
 
 
-def test_adaptformer_budget():
-    """The published count of AdaptFormer-64 on ViT-B/16."""
-    assert inject(backbones.VisionTransformer(arch='base'), 'adaptformer').adapters == 1_189_632
+# Parameters that a method adds to a block of width d (FFN 4 d), with the defaults of its paper.
+A_BLOCK = {
+    'icon': lambda d: (64 * d + 64) + 64 * 64 * 9 + 2 * 64 * 9 + (64 * d + d),
+    'icon-static': lambda d: (64 * d + 64) + 3 * 64 * 9 + (64 * d + d),
+    'adaptformer': lambda d: (64 * d + 64) + (64 * d + d),
+    'adapter': lambda d: 2 * ((64 * d + 64) + (64 * d + d)),
+    'convpass': lambda d: 2 * ((8 * d + 8) + (8 * 8 * 9 + 8) + (8 * d + d)),
+    'lorand': lambda d: 2 * (2 * (2 * 8 * d + 2 * 8 * d // 2 + 8 * 8) + d // 2 + d),
+    'mona': lambda d: 2 * (4 * d + (64 * d + 64) + 64 * (9 + 25 + 49 + 3) + (64 * 64 + 64) + (64 * d + d)),
+    'lora': lambda d: 2 * 8 * (d + d),
+    'dora': lambda d: 3 * (16 * (d + d) + d) + (16 * (d + 4 * d) + 4 * d) + (16 * (4 * d + d) + d),
+    'bitfit': lambda d: d + 3 * d + d + d + 4 * d + d,
+    'norm': lambda d: 2 * 2 * d,
+    'ssf': lambda d: 2 * (d + 3 * d + d + d + 4 * d + d),
+    'vpt': lambda d: 10 * d,
+}
+# What they add outside of the blocks: to patch embedding, down-sampling (norm of 4 d, reduction
+# to 2 d without a bias) and final norm.
+VIT_REST = {'bitfit': 768 + 768, 'norm': 2 * 768, 'ssf': 2 * (768 + 768)}
+DOWN = (128, 256, 512)
+SWIN_REST = {
+    'bitfit': 128 + 128 + sum(4 * d for d in DOWN) + 1024,
+    'norm': 2 * (128 + sum(4 * d for d in DOWN) + 1024),
+    'ssf': 2 * (128 + 128 + sum(4 * d for d in DOWN) + 1024) + sum(2 * d for d in DOWN),
+}
+# Published for ViT-B/16, heads not counted: AdaptFormer-64 (its code), LoRA of rank 8 on q and v and
+# Convpass (0.29 M and 0.33 M), SSF (0.28 M with a head of 76,900), BitFit (0.10 M), norms (0.04 M), VPT's Partial-1.
+PUBLISHED = {
+    'adaptformer': 1_189_632,
+    'lora': 294_912,
+    'convpass': 327_552,
+    'ssf': 282_724 - 76_900,
+    'bitfit': 102_912,
+    'norm': 38_400,
+    'partial': 7_087_872,
+}
+SWIN_DEPTHS = {128: 2, 256: 2, 512: 18, 1024: 2}
+
+
+@pytest.fixture(scope='module')
+def vit_base():
+    return backbones.VisionTransformer(arch='base')
+
+
+@pytest.fixture(scope='module')
+def swin_base():
+    return backbones.SwinTransformer(arch='base')
+
+
+@pytest.mark.parametrize('method', sorted(PEFT_METHODS.module_dict))
+def test_parameter_counts(method, vit_base, swin_base):
+    """All methods on ViT-B/16 and Swin-B, against a closed formula and what was published."""
+    if method == 'partial':  # all of the last block; Swin's has a table of relative positions for 32 heads
+        expected = [12 * 768**2 + 13 * 768, 12 * 1024**2 + 13 * 1024 + (2 * 7 - 1) ** 2 * 32]
+    elif method in ('full', 'frozen'):
+        expected = [0, 0]
+    else:
+        expected = [
+            12 * A_BLOCK[method](768) + VIT_REST.get(method, 0),
+            sum(n * A_BLOCK[method](d) for d, n in SWIN_DEPTHS.items()) + SWIN_REST.get(method, 0),
+        ]
+    for model, count in zip((vit_base, swin_base), expected):
+        if method == 'vpt' and model is swin_base:
+            with pytest.raises(ValueError, match='mmpretrain Swin blocks .* take no prompt tokens'):
+                inject(model, method)
+            continue
+        summary = inject(model, method)
+        own = summary.backbone if method == 'full' else 0
+        remove(model)
+        assert (summary.adapters, summary.trainable) == (count, count + own)
+        if model is vit_base and method in PUBLISHED:
+            assert count == PUBLISHED[method]
 
 
 def test_swin_base_itself_stays_exact():
