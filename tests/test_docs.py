@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / 'tests' / 'tuning'))
@@ -47,3 +48,16 @@ def test_adapters(path, tmp_path, monkeypatch):
         exec(block.replace('in_channels=1024', 'in_channels=32'), scope)
     assert HOOKS.build(scope['default_hooks']['checkpoint']).filename_tmpl == 'epoch_{}.safetensors'
     assert active_adapter(model) == 'cars' and 'default' in list_adapters(model)
+
+
+def test_methods(tmp_path, monkeypatch):
+    """The blocks about methods, in turn, on a small model."""
+    monkeypatch.chdir(tmp_path)
+    model = classifier()
+    keys = list(model.state_dict())
+    scope = dict(model=model, torch=torch)
+    code = blocks(ROOT / 'docs' / 'methods.md')
+    assert len(code) == 3
+    for block in code:
+        exec(block, scope)
+    assert list(torch.load(tmp_path / 'merged.pth')) == keys

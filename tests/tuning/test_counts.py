@@ -1,12 +1,17 @@
 """The budget: with bottleneck 64 and 3 x 3 kernels, 1.6 % to 2.8 % of the backbone."""
 
+import re
+
 import mmpretrain.models.backbones as backbones
 import pytest
 import torch
+from conftest import ROOT
 from families import image
 
 from iconformer_mm import inject, remove, summarize
 from iconformer_mm.registry import PEFT_METHODS
+from iconformer_mm.tuning import get_injection
+from iconformer_mm.tuning.weight_attachment import WeightAttachment
 
 
 @pytest.mark.parametrize(
@@ -99,6 +104,28 @@ def test_parameter_counts(method, vit_base, swin_base):
         assert (summary.adapters, summary.trainable) == (count, count + own)
         if model is vit_base and method in PUBLISHED:
             assert count == PUBLISHED[method]
+
+
+def test_the_table_of_the_guide(vit_base, swin_base):
+    """docs/methods.md lists every method, with what it trains."""
+    text = (ROOT / 'docs' / 'methods.md').read_text(encoding='utf-8')
+    rows = {
+        cells[0].strip('` '): cells
+        for cells in re.findall(r'^\| (`[\w-]+`) \|.*?\|.*?\| (.+) \| (yes|no) \|$', text, re.M)
+    }
+    assert set(rows) == set(PEFT_METHODS.module_dict)
+    for method, (_, counts, merges) in rows.items():
+        expected = []
+        for model in (vit_base, swin_base):
+            if method == 'vpt' and model is swin_base:
+                expected += ['-', '-']
+                continue
+            summary = inject(model, method)
+            expected += [f'{summary.trainable:,}', f'{summary.backbone_share:.2%}']
+            attachments = get_injection(model).attachments
+            remove(model)
+        assert counts == ' | '.join(expected), method
+        assert (merges == 'yes') == bool(attachments and isinstance(attachments[0], WeightAttachment))
 
 
 def test_swin_base_itself_stays_exact():
