@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import signal
 import sys
 import time
@@ -164,9 +166,14 @@ def select(kind: str, names: list[str] | None, known: Collection[str]) -> Collec
 
 def render_scenes(comparison: Comparison, tasks: Collection[str]) -> None:
     """Render what tasks on scenes train and test on, and what the search validates on."""
-    if any(Path(comparison.tasks[name].config).parent.name == 'scenes' for name in tasks):
-        make_data(Path('data/scenes/target'))
-        make_data(Path('data/scenes_search/target'), '--seed', '2')
+    for name in tasks:
+        task = comparison.tasks[name]
+        if Path(task.config).parent.name == 'scenes':
+            options = json.dumps([task.options, task.search_options])
+            # The configs' own scenes, unless the options name others.
+            folders = {'data/scenes/target', *re.findall(r'data/scenes\w*/\w+', options)}
+            for folder in sorted(folders):
+                make_data(Path(folder), *(['--seed', '2'] if 'search' in folder else []))
 
 
 def main() -> None:

@@ -31,7 +31,8 @@ class Task:
         base: File of the pre-trained weights, which frozen weights are compared with.
         metric: Name of the score in mmengine's log.
         title: Title of the score in tables and plots.
-        learning_rates: The rates that are searched, for every method alike.
+        learning_rates: The rates that are searched, for every method alike;
+            a single one is taken as it is.
         factor: What the score is multiplied by for tables and plots.
         digits: Digits after the point.
         higher_is_better: Whether a higher score is the better one.
@@ -136,7 +137,9 @@ class Comparison:
         ]
 
     def searches(self, task: Task, method: Method) -> list[Cell]:
-        """The search of a method's learning rate on a task."""
+        """The search of a method's learning rate on a task; none of a single rate."""
+        if len(task.learning_rates) == 1:
+            return []
         return [Cell(task, method, rate, self.search_seed, search=True) for rate in task.learning_rates]
 
     def runs(self, task: Task, method: Method, learning_rate: float) -> list[Cell]:
@@ -206,6 +209,8 @@ class Board:
 
     def best_rate(self, task: Task, method: Method) -> float | None:
         """The best learning rate of a finished search, of equal ones the smallest; None if all diverged."""
+        if len(task.learning_rates) == 1:
+            return task.learning_rates[0]
         scores = {
             cell.learning_rate: self.finished[cell.name]['score'] for cell in self.comparison.searches(task, method)
         }

@@ -2,8 +2,9 @@
 
 Textured flat shapes stand upright at different distances on a ground plane
 before a wall, and hide one another. All is drawn from a seed, so that any
-benchmark's pipeline can be run without a download. Two styles, ``'source'`` and
-``'target'``, differ in colour, light, texture and haze, not in geometry.
+benchmark's pipeline can be run without a download. The styles differ in colour,
+light, texture and haze, not in geometry: ``'source'``; ``'target'``; and ``'mixed'``,
+the target under conditions that change from scene to scene.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 SHAPES = ('disc', 'box', 'cone', 'diamond', 'cross')
 SURFACES = ('wall', 'floor')
 CLASSES = SURFACES + SHAPES
-STYLES = ('source', 'target')
+STYLES = ('source', 'target', 'mixed')
+CONDITIONS = ('clear', 'blurred', 'noisy', 'dark')  # of the mixed style
 
 CAMERA_HEIGHT = 1.4  # metres
 NEAREST = 1.8  # metres, of an object
@@ -64,13 +66,13 @@ def _shape_polygon(shape: str) -> np.ndarray:
 
 
 def _colour(rng: np.random.Generator, style: str) -> np.ndarray:
-    """A colour, RGB in [0, 1]: vivid in the source, dull and warm in the target."""
+    """A colour, RGB in [0, 1]: vivid in the source, dull and warm in the other styles."""
     hue, saturation, value = rng.uniform(0, 180), rng.uniform(0.6, 1), rng.uniform(0.6, 1)
-    if style == 'target':
+    if style != 'source':
         saturation, value = 0.4 * saturation, 0.75 * value
     pixel = np.uint8([[[hue, 255 * saturation, 255 * value]]])
     colour = cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0] / 255
-    return colour * ([1.0, 0.9, 0.75] if style == 'target' else [1.0, 1.0, 1.0])
+    return colour * ([1.0, 1.0, 1.0] if style == 'source' else [1.0, 0.9, 0.75])
 
 
 def _texture(rng: np.random.Generator, style: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -88,7 +90,7 @@ def _texture(rng: np.random.Generator, style: str, u: np.ndarray, v: np.ndarray)
         pattern = ((np.floor(s) + np.floor(t)) % 2).astype(float)
     else:
         pattern = ((s % 1 - 0.5) ** 2 + (t % 1 - 0.5) ** 2 < 0.09).astype(float)
-    contrast = 1.0 if style == 'target' else 0.5
+    contrast = 0.5 if style == 'source' else 1.0
     first, second = _colour(rng, style), _colour(rng, style)
     return first + contrast * pattern[..., None] * (second - first)
 
@@ -100,7 +102,7 @@ def render_scene(
 
     Args:
         rng: Source of all that varies.
-        style: ``'source'`` or ``'target'``.
+        style: ``'source'``, ``'target'`` or ``'mixed'``.
         size: Height and width in pixels.
         max_objects: Objects at most; at least one is placed. Objects that end
             up with fewer than 12 visible pixels are left out of the lists and
@@ -163,17 +165,22 @@ def render_scene(
 
 
 def _light(rng: np.random.Generator, style: str, image: np.ndarray, depth: np.ndarray) -> np.ndarray:
-    """Light from one side; in the target also haze with the distance, blur and noise."""
+    """Light from one side; but for the source also haze with the distance, blur and noise."""
     height, width = depth.shape
     side = np.linspace(-1, 1, width) * rng.uniform(-0.25, 0.25) + rng.uniform(0.85, 1.05)
     image = image * side[None, :, None]
-    if style == 'target':
+    if style == 'source':
+        image = image + rng.normal(0, 0.01, size=image.shape)
+    else:
+        condition = CONDITIONS[rng.integers(len(CONDITIONS))] if style == 'mixed' else 'clear'
         haze = 1 - np.exp(-depth / rng.uniform(8, 14))
         image = image + haze[..., None] * (np.array([0.75, 0.78, 0.85]) - image)
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 0.9))
-        image = image + rng.normal(0, 0.03, size=image.shape)
-    else:
-        image = image + rng.normal(0, 0.01, size=image.shape)
+        if condition == 'dark':
+            image = 0.4 * image
+        blur = rng.uniform(1.5, 2.5) if condition == 'blurred' else rng.uniform(0.4, 0.9)
+        image = cv2.GaussianBlur(image, (0, 0), blur)
+        noise = rng.uniform(0.12, 0.2) if condition == 'noisy' else 0.03
+        image = image + rng.normal(0, noise, size=image.shape)
     return np.clip(image * 255, 0, 255).astype(np.uint8)
 
 

@@ -74,8 +74,17 @@ def test_seeds_and_styles():
         np.abs(np.diff(first.image.astype(int), axis=2)).mean()
         > np.abs(np.diff(target.image.astype(int), axis=2)).mean()
     )  # the target is duller
-    with pytest.raises(ValueError, match="style must be one of source, target, got 'night'"):
+    with pytest.raises(ValueError, match="style must be one of source, target, mixed, got 'night'"):
         render_scene(np.random.default_rng(0), 'night')
+
+
+def test_conditions_change_from_scene_to_scene():
+    mixed = [scene.image.astype(float) for scene in scenes(24, seed=5, style='mixed')]
+    brightness = [image.mean() for image in mixed]
+    noise = [np.abs(np.diff(image, axis=1)).mean() for image in mixed]
+    assert max(brightness) > 2 * min(brightness) and max(noise) > 4 * min(noise)
+    target = [np.abs(np.diff(scene.image.astype(float), axis=1)).mean() for scene in scenes(24, seed=5, style='target')]
+    assert max(target) < 4 * min(target)
 
 
 def test_coco_format(folders, rendered):

@@ -18,6 +18,9 @@ import compare  # noqa: E402
 from comparison import Board, ComparisonError, load_comparison  # noqa: E402
 from comparison_report import make_rows, report, search_text, table  # noqa: E402
 
+from iconformer_mm.apis import load_config  # noqa: E402
+from iconformer_mm.tuning import build_method  # noqa: E402
+
 CONFIGS = ROOT / 'configs' / 'quickstart'
 DIGITS = dict(
     config=str(CONFIGS / 'vit-quickstart_full_digits.py'),
@@ -248,3 +251,21 @@ def test_no_file_and_no_yaml(tmp_path):
     (tmp_path / 'c.yaml').write_text('a: [')
     with pytest.raises(ComparisonError, match='is no YAML'):
         load_comparison(tmp_path / 'c.yaml')
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs' / 'comparison').glob('*.yaml')), ids=lambda path: path.stem)
+def test_comparisons_in_configs(path):
+    """Their methods can be made, their options are settings of the configs, the README counts their runs."""
+    comparison = load_comparison(path)
+    for method in comparison.methods.values():
+        build_method(method.method)
+    for task in comparison.tasks.values():
+        cfg = load_config(str(ROOT / task.config))
+        for key in {**task.options, **task.search_options}:
+            part = cfg
+            for name in key.split('.'):
+                part = part[int(name)] if isinstance(part, list) else part[name]
+    pairs = comparison.pairs(comparison.tasks, comparison.methods)
+    runs = sum(len(comparison.searches(*pair)) + len(comparison.seeds) for pair in pairs)
+    readme = (path.parent / 'README.md').read_text(encoding='utf-8')
+    assert f'| `{path.name}` | {runs} |' in readme

@@ -1,4 +1,4 @@
-"""Render the scene data sets: COCO, ADE20K, NYU-v2 and classification folders, in two styles."""
+"""Render the scene data sets: COCO, ADE20K, NYU-v2 and classification folders, in several styles."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from rich.progress import track
 from iconformer_mm.datasets.scenes import STYLES, WRITERS, scenes
 
 # Every part has scenes of its own: seeds never meet.
-SEEDS = {('source', 'train'): 0, ('source', 'val'): 1, ('target', 'train'): 2, ('target', 'val'): 3}
+SEEDS = {
+    ('source', 'train'): 0,
+    ('source', 'val'): 1,
+    ('target', 'train'): 2,
+    ('target', 'val'): 3,
+    ('mixed', 'train'): 1_000_002,
+    ('mixed', 'val'): 1_000_003,
+}
 
 
 def main() -> None:
     """Run the tool."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--out', type=Path, default=Path('data/scenes'), help='folder to write (data/scenes)')
-    parser.add_argument('--styles', nargs='+', choices=STYLES, default=STYLES)
+    parser.add_argument('--styles', nargs='+', choices=STYLES, default=['source', 'target'])
     parser.add_argument('--formats', nargs='+', choices=list(WRITERS), default=list(WRITERS))
     parser.add_argument('--train', type=int, default=400, help='training scenes a style (400)')
     parser.add_argument('--val', type=int, default=100, help='validation scenes a style (100)')
