@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT / 'tools'))
 import compare  # noqa: E402
 from comparison import Board, ComparisonError, load_comparison  # noqa: E402
 from comparison_report import make_rows, report, search_text, table  # noqa: E402
-
 from iconformer_mm.apis import load_config  # noqa: E402
 from iconformer_mm.tuning import build_method  # noqa: E402
 
@@ -263,7 +262,7 @@ def test_comparisons_in_configs(path):
         cfg = load_config(str(ROOT / task.config))
         for key in {**task.options, **task.search_options}:
             part = cfg
-            for name in key.split('.'):
+            for name in key.split('.')[:-1]:
                 part = part[int(name)] if isinstance(part, list) else part[name]
     pairs = comparison.pairs(comparison.tasks, comparison.methods)
     runs = sum(len(comparison.searches(*pair)) + len(comparison.seeds) for pair in pairs)
