@@ -1,4 +1,5 @@
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -10,6 +11,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ['PIP_NO_INDEX'] = '1'  # nothing may be installed by a test
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> str:
+    """A port for processes that talk to each other; tests run side by side."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return str(probe.getsockname()[1])
 
 
 @pytest.fixture(autouse=True)

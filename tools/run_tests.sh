@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment, then checks style and runs all tests. Options go to pytest.
+# Makes the environment, then checks style and runs all tests, one process a core. Options go to pytest.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -7,4 +7,6 @@ bash tools/setup_env.sh
 export PIP_NO_INDEX=1  # nothing is installed from here on
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+export OMP_NUM_THREADS=1  # cores are for tests side by side; each process takes some GB
+jobs=$(nproc)
+exec .venv/bin/python -m pytest --numprocesses "$((jobs < 4 ? jobs : 4))" --dist worksteal "$@"

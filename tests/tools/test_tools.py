@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 DEIT = 'mmpretrain::deit/deit-tiny_4xb256_in1k'
 QUICKSTART = 'configs/quickstart/vit-quickstart_icon_digits.py'
@@ -135,7 +135,7 @@ def test_two_processes_train_as_one(tmp_path):
     ]
     tool('train.py', QUICKSTART, '--work-dir', tmp_path / 'one', '--cfg-options', *common)
     options = ['--work-dir', tmp_path / 'two', '--cfg-options', *common, 'train_dataloader.batch_size=25']
-    call('bash', 'tools/dist_train.sh', QUICKSTART, 2, *options, PORT='29517', OMP_NUM_THREADS='1')
+    call('bash', 'tools/dist_train.sh', QUICKSTART, 2, *options, PORT=free_port(), OMP_NUM_THREADS='1')
     one, two = (backbone(tmp_path / name / 'epoch_2.pth')[1] for name in ('one', 'two'))
     assert one.keys() == two.keys()
     for name, value in one.items():
@@ -147,7 +147,7 @@ def test_two_processes_train_as_one(tmp_path):
     # And testing over two processes gives the accuracy that training reported.
     checkpoint = tmp_path / 'two' / 'epoch_2.pth'
     options = ['--work-dir', tmp_path / 'test', '--metrics', tmp_path / 'metrics.json']
-    call('bash', 'tools/dist_test.sh', QUICKSTART, checkpoint, 2, *options, PORT='29518', OMP_NUM_THREADS='1')
+    call('bash', 'tools/dist_test.sh', QUICKSTART, checkpoint, 2, *options, PORT=free_port(), OMP_NUM_THREADS='1')
     assert json.loads((tmp_path / 'metrics.json').read_text())['accuracy/top1'] == results[1]['accuracy/top1']
 
 
