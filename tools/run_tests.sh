@@ -8,5 +8,5 @@ export PIP_NO_INDEX=1  # nothing is installed from here on
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 export OMP_NUM_THREADS=1  # cores are for tests side by side; each process takes some GB
-jobs=$(nproc)
+jobs=$(getconf _NPROCESSORS_ONLN)
 exec .venv/bin/python -m pytest --numprocesses "$((jobs < 4 ? jobs : 4))" --dist worksteal "$@"
