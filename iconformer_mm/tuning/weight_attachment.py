@@ -12,25 +12,23 @@ from iconformer_mm.adapters import WeightAdapter
 from .attachment import Attachment
 
 
-class _Swap:
-    """Within it a module has other tensors for some of its parameters."""
+class _Place:
+    """Where a module keeps one of its weights."""
 
-    def __init__(self, module: nn.Module, values: dict[str, Tensor]) -> None:
-        self.places = [(*_owner(module, name), value) for name, value in values.items()]
+    def __init__(self, module: nn.Module, name: str) -> None:
+        path, _, self.name = name.rpartition('.')
+        owner = module.get_submodule(path)
+        # FSDP has plain tensors in the place of parameters while it runs.
+        self.store = owner.__dict__ if self.name in owner.__dict__ else owner._parameters
 
-    def __enter__(self) -> None:
-        self.originals = [owner._parameters[name] for owner, name, _ in self.places]
-        for owner, name, value in self.places:
-            owner._parameters[name] = value
+    @property
+    def value(self) -> Tensor:
+        """The weight."""
+        return self.store[self.name]
 
-    def __exit__(self, *error: object) -> None:
-        for (owner, name, _), original in zip(self.places, self.originals):
-            owner._parameters[name] = original
-
-
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, last = name.rpartition('.')
-    return module.get_submodule(path), last
+    @value.setter
+    def value(self, value: Tensor) -> None:
+        self.store[self.name] = value
 
 
 class WeightAttachment(Attachment):
@@ -50,20 +48,28 @@ class WeightAttachment(Attachment):
     def __init__(self, name: str, module: nn.Module, kind: str, adapter: WeightAdapter) -> None:
         super().__init__(name, module, kind, {'adapter': adapter})
 
-    def _weights(self) -> dict[str, Tensor]:
-        adapter = self.adapters['adapter']
-        return adapter({name: self.module.get_parameter(name) for name in adapter.names})
+    def _places(self) -> dict[str, _Place]:
+        return {name: _Place(self.module, name) for name in self.adapters['adapter'].names}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward with the other weights."""
         return self._run(self._forward, *args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Swap(self.module, self._weights()):
+        places = self._places()
+        originals = {name: place.value for name, place in places.items()}
+        made = self.adapters['adapter'](originals)
+        try:
+            for name, place in places.items():
+                place.value = made[name]
             return self._host_forward(*args, **kwargs)
+        finally:
+            for name, place in places.items():
+                place.value = originals[name]
 
     @torch.no_grad()
     def merge(self) -> None:
         """Write the weights into the module's parameters."""
-        for name, value in self._weights().items():
-            self.module.get_parameter(name).copy_(value)
+        originals = {name: place.value for name, place in self._places().items()}
+        for name, value in self.adapters['adapter'](originals).items():
+            originals[name].copy_(value)

@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from iconformer_mm import inject
 
 
-def build():
+def build(method):
     torch.manual_seed(0)
     model = next(f for f in FAMILIES if f.name == 'ViT').build()
-    inject(model)
+    inject(model, method)
     return stir(model).train()
 
 
@@ -23,17 +23,17 @@ def gradients(model, x):
     return {n.removeprefix('module.'): p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def work(rank: int, folder: str, sharded: bool) -> None:
+def work(rank: int, folder: str, method: str, sharded: bool) -> None:
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     part = image((64, 64), batch=4)[2 * rank : 2 * rank + 2]
     if sharded:
-        model = FullyShardedDataParallel(build(), use_orig_params=True, device_id=torch.device('cpu'))
+        model = FullyShardedDataParallel(build(method), use_orig_params=True, device_id=torch.device('cpu'))
         gradients(model, part)
         with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
             named = ((n.removeprefix('_fsdp_wrapped_module.'), p.grad) for n, p in model.named_parameters())
             found = {n: grad.clone() for n, grad in named if 'adapter' in n}
     else:
-        model = DistributedDataParallel(build())  # all adapters take part: no find_unused_parameters
+        model = DistributedDataParallel(build(method))  # all adapters take part: no find_unused_parameters
         found = gradients(model, part)
     if rank == 0:
         torch.save(found, f'{folder}/gradients.pt')
@@ -41,10 +41,11 @@ def work(rank: int, folder: str, sharded: bool) -> None:
 
 
 @pytest.mark.parametrize('sharded', [False, True], ids=['DDP', 'FSDP'])
-def test_gradients_of_the_joint_batch(sharded, tmp_path):
-    mp.start_processes(work, args=(str(tmp_path), sharded), nprocs=2, start_method='spawn')
+@pytest.mark.parametrize('method', ['icon', 'lora', 'adapter', 'vpt'])
+def test_gradients_of_the_joint_batch(method, sharded, tmp_path):
+    mp.start_processes(work, args=(str(tmp_path), method, sharded), nprocs=2, start_method='spawn')
     actual = torch.load(tmp_path / 'gradients.pt')
-    expected = gradients(build(), image((64, 64), batch=4))
+    expected = gradients(build(method), image((64, 64), batch=4))
     assert actual.keys() == expected.keys() and all('adapter' in name for name in actual)
     for name, grad in expected.items():
         torch.testing.assert_close(actual[name], grad, atol=1e-7, rtol=1e-4, msg=name)
