@@ -9,6 +9,7 @@ from mmpretrain.registry import MODELS
 
 import iconformer_mm  # noqa: F401
 from iconformer_mm import remove, summarize
+from iconformer_mm.registry import PEFT_METHODS
 
 CASES = [
     (VisionTransformer, dict(arch=VIT, img_size=64)),
@@ -40,6 +41,29 @@ def test_registered_backbones(parent, arguments):
         assert torch.equal(a, b)
     remove(model)
     assert summarize(model).method is None
+
+
+@pytest.mark.parametrize('method', sorted(PEFT_METHODS.module_dict))
+@pytest.mark.parametrize(('parent', 'arguments'), CASES[:2], ids=lambda case: getattr(case, '__name__', ''))
+def test_every_method_by_peft(method, parent, arguments):
+    """``peft=dict(type=...)``; the host's own initialisation does not undo where the method starts."""
+    config = dict(type=f'ICoN{parent.__name__}', **arguments, peft=dict(type=method))
+    if method == 'vpt' and parent is SwinTransformer:
+        with pytest.raises(ValueError, match='take no prompt tokens'):
+            MODELS.build(config)
+        return
+    model, original = MODELS.build(config), parent(**arguments)
+    original.load_state_dict({n: v for n, v in model.state_dict().items() if 'adapter' not in n}, strict=False)
+    for m in (model, original):
+        torch.manual_seed(0)
+        m.init_weights()
+        m.eval()
+    assert summarize(model).method == method
+    with torch.no_grad():
+        equal = all(
+            torch.equal(a, b) for a, b in zip(flatten(model(image((64, 64)))), flatten(original(image((64, 64)))))
+        )
+    assert equal != (method in ('ssf', 'mona', 'vpt'))
 
 
 def test_other_methods_and_defaults():
