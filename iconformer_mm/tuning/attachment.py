@@ -67,14 +67,14 @@ class Tap:
 
     Args:
         module: The module.
-        before: Called with its first argument.
+        before: Called with its first argument, gives the one to take instead.
         after: Called with its output, gives the one to return instead.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        before: Callable[[Tensor], None] | None = None,
+        before: Callable[[Tensor], Tensor] | None = None,
         after: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.module = module
@@ -87,7 +87,7 @@ class Tap:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, listened to."""
         if self.before is not None:
-            self.before(args[0])
+            args = (self.before(args[0]), *args[1:])
         out = self._host_forward(*args, **kwargs)
         return out if self.after is None else self.after(out)
 
@@ -198,8 +198,3 @@ class BlockAttachment(Attachment):
             return TokenGrid(*args[0].shape[1:3])
         assert isinstance(source, Argument)
         return TokenGrid(*(kwargs[source.name] if source.name in kwargs else args[source.position]))
-
-
-def add_delta(adapter: nn.Module, tokens: Tensor, grid: TokenGrid, out: Tensor) -> Tensor:
-    """``out`` plus what an adapter makes of ``tokens``; both (B, N, d) or (B, H, W, d)."""
-    return out + adapter(tokens.flatten(1, -2), grid).reshape(out.shape)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from iconformer_mm.adapters import Adapter, TokenGrid
 
-from .attachment import BlockAttachment, GridTracker, Tap, add_delta
+from .attachment import BlockAttachment, GridTracker, Tap
 from .sites import Site
 
 FFN = 'ffn'
@@ -26,60 +26,64 @@ class BranchAttachment(BlockAttachment):
     post-norm blocks (SwinV2) the branch reads ``x`` itself, and the norm that
     follows belongs to the branch.
 
+    At the FFN, the last branch, A's output is added to what the block returns.
+    That of attention cannot be, since the FFN sees it, too: it is
+    added where the FFN's norm reads x' and once more to what the block returns,
+    which comes to the same whatever the block does between.
+
     Args:
         site: The block.
         adapters: Adapters by branch, ``'attention'`` or ``'ffn'``.
         input: What they read.
         tracker: The host's tracker, for families that need one.
-
-    Raises:
-        ValueError: The attention of this family cannot be reached.
     """
 
     def __init__(self, site: Site, adapters: dict[str, Adapter], input: str, tracker: GridTracker | None) -> None:
-        if ATTENTION in adapters and site.family.attention is None:
-            raise ValueError(
-                f'{site.family.name} blocks ({site.family.block}) run attention within windows that they cut '
-                "themselves, so no adapter can stand at their attention; take sites=['ffn']"
-            )
         super().__init__(site, {_NAMES[branch]: adapter for branch, adapter in adapters.items()}, tracker)
         self.branches = tuple(adapters)
         self.input = input
+        # DeiT III uses one norm twice, first before attention and then before the FFN.
+        self._one_norm = site.family.norm is not None and site.family.norm == site.family.attention_norm
         self._grid_now: TokenGrid | None = None
         self._seen: dict[str, Tensor] = {}
 
     def _make_taps(self) -> list[Tap]:
-        family, block, taps = self.family, self.module, []
-        if FFN in self.branches and self.input != 'sum':
-            # Read by the FFN: LN(x'); by the norm before it, and in post-norm blocks by the FFN: x'.
-            reader = family.ffn if self.input == 'normed' or family.norm is None else family.norm
-            taps.append(Tap(getattr(block, reader), before=self._see_ffn_input))
-        if ATTENTION in self.branches:
-            if self.input == 'normed' and family.attention_norm is not None:
-                taps.append(Tap(getattr(block, family.attention_norm), after=self._see_attention_input))
-            taps.append(Tap(getattr(block, family.attention), after=self._after_attention))
+        family, block = self.family, self.module
+        # In post-norm blocks the FFN reads x' itself.
+        taps = [Tap(getattr(block, family.norm or family.ffn), before=self._between_branches)]
+        if FFN in self.branches and self.input == 'normed' and family.norm is not None:
+            taps.append(Tap(getattr(block, family.ffn), before=self._see_ffn_input))
+        if ATTENTION in self.branches and self.input == 'normed' and family.attention_norm is not None:
+            taps.append(Tap(getattr(block, family.attention_norm), after=self._see_attention_input))
         return taps
 
-    def _see_ffn_input(self, tokens: Tensor) -> None:
-        self._seen[FFN] = tokens
+    def _see_attention_input(self, normed: Tensor) -> Tensor:
+        self._seen.setdefault('attention input', normed)
+        return normed
 
-    def _see_attention_input(self, tokens: Tensor) -> Tensor:
-        # DeiT III uses one norm twice, the first time for attention.
-        self._seen.setdefault(ATTENTION, tokens)
-        return tokens
+    def _see_ffn_input(self, normed: Tensor) -> Tensor:
+        self._seen['ffn input'] = normed
+        return normed
 
-    def _after_attention(self, output: Tensor) -> Tensor:
-        x = self._seen['block']
-        with_identity = self.family.attention_adds_identity
-        if self.input == 'normed':
-            tokens = self._seen.get(ATTENTION, x)
-        elif self.input == 'residual':
-            tokens = x
-        elif self.input == 'output':
-            tokens = output - x if with_identity else output
-        else:
-            tokens = output if with_identity else output + x
-        return add_delta(self.module.adapter_attention, tokens, self._grid_now, output)
+    def _between_branches(self, x: Tensor) -> Tensor:
+        """Sees x' on its way to the FFN; adds to it what the adapter of attention says."""
+        if self._one_norm and 'attention reads' not in self._seen:
+            self._seen['attention reads'] = x
+            return x
+        if ATTENTION in self.branches:
+            before = self._seen['block input'].reshape(x.shape)
+            if self.input == 'normed':
+                tokens = self._seen.get('attention input', before)
+            else:
+                tokens = dict(residual=before, output=x - before, sum=x)[self.input]
+            delta = self._seen['delta'] = self._apply(self.module.adapter_attention, tokens, x)
+            x = x + delta
+        self._seen['residual'] = x
+        return x
+
+    def _apply(self, adapter: Adapter, tokens: Tensor, like: Tensor) -> Tensor:
+        """What an adapter makes of tokens (B, N, d) or (B, H, W, d), in the shape of another tensor."""
+        return adapter(tokens.flatten(1, -2), self._grid_now).reshape(like.shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The block's forward, with the adapters' outputs added."""
@@ -87,12 +91,19 @@ class BranchAttachment(BlockAttachment):
 
     def _forward(self, grid: TokenGrid, *args: Any, **kwargs: Any) -> Tensor:
         self._grid_now = grid
-        self._seen = {'block': args[0]}
+        self._seen = {'block input': args[0]}
         out = self._host_forward(*args, **kwargs)
-        seen, self._seen, self._grid_now = self._seen, {}, None
-        if FFN not in self.branches:
-            return out
-        tokens = out if self.input == 'sum' else seen[FFN]
-        if self.input == 'output':
-            tokens = out - tokens.reshape(out.shape)
-        return add_delta(self.module.adapter, tokens, grid, out)
+        seen, self._seen = self._seen, {}
+        if ATTENTION in self.branches:
+            out = out + seen['delta'].reshape(out.shape)
+        if FFN in self.branches:
+            residual = seen['residual']
+            if self.input == 'normed':
+                tokens = seen.get('ffn input', residual)
+            elif self.input == 'residual':
+                tokens = residual
+            else:
+                tokens = out if self.input == 'sum' else out - residual.reshape(out.shape)
+            out = out + self._apply(self.module.adapter, tokens, out)
+        self._grid_now = None
+        return out

@@ -2,12 +2,9 @@
 
 A family is one entry of :data:`FAMILIES`. It names a block class by its import
 path, so that no model library is imported here, and says which submodule is the
-FFN, whose input is the residual stream and how the token grid is known. The
-output of an adapter at the FFN is added to what the block returns. Since in every
-family the FFN's sum is the last thing a block computes, that comes after layer
-scale, DropPath or a norm that follow the FFN. The output of an adapter at
-attention is added to that of a submodule; in BEiT and EVA-02 blocks that is
-before layer scale and DropPath.
+FFN, whose input is the residual stream and how the token grid is known. In every
+family a block is attention and then an FFN, each added to the residual stream,
+and the FFN's sum is the last thing it computes.
 """
 
 from __future__ import annotations
@@ -67,11 +64,8 @@ class BlockFamily:
             x'. None where the FFN itself reads the residual stream: there
             ``input='normed'`` and ``'residual'`` are the same.
         ffn: Name of the FFN submodule, whose input is LN2(x').
-        attention: Name of the submodule whose output is what attention adds
-            to its input x. None where there is no such submodule.
         attention_norm: Name of the norm LN1 before attention, None where
             attention reads x itself.
-        attention_adds_identity: Whether that submodule has added x already.
         takes_prompts: Whether attention runs over any sequence, whatever the
             place of its tokens.
         idle: Submodules that the block never calls.
@@ -82,9 +76,7 @@ class BlockFamily:
     grid: Argument | FromShape | FromPatchEmbed
     norm: str | None
     ffn: str = 'ffn'
-    attention: str | None = 'attn'
     attention_norm: str | None = 'norm1'
-    attention_adds_identity: bool = False
     takes_prompts: bool = False
     idle: tuple[str, ...] = ()
 
@@ -134,13 +126,11 @@ FAMILIES: list[BlockFamily] = [
         'mmpretrain BEiT', _MMPRETRAIN + 'beit.BEiTTransformerEncoderLayer', _MM_VIT, 'ln2', attention_norm='ln1'
     ),
     BlockFamily('mmpretrain EVA-02', _MMPRETRAIN + 'vit_eva02.EVA02EndcoderLayer', _MM_VIT, 'norm2', ffn='mlp'),
-    # Its attention runs within windows that the block itself cuts and joins.
     BlockFamily(
         'mmpretrain ViT-SAM',
         _MMPRETRAIN + 'vit_sam.TransformerEncoderLayer',
         FromShape(),
         'ln2',
-        attention=None,
         attention_norm='ln1',
     ),
     BlockFamily('mmpretrain Swin', _MMPRETRAIN + 'swin_transformer.SwinBlock', Argument('hw_shape'), 'norm2'),
@@ -149,27 +139,21 @@ FAMILIES: list[BlockFamily] = [
         _MMPRETRAIN + 'swin_transformer_v2.SwinBlockV2',
         Argument('hw_shape'),
         None,
-        attention='norm1',
         attention_norm=None,
     ),
     BlockFamily('mmdet Swin', _MMDET + 'swin.SwinBlock', Argument('hw_shape'), 'norm2'),
-    BlockFamily(
-        'mmdet PVT', _MMDET + 'pvt.PVTEncoderLayer', Argument('hw_shape'), 'norm2', attention_adds_identity=True
-    ),
+    BlockFamily('mmdet PVT', _MMDET + 'pvt.PVTEncoderLayer', Argument('hw_shape'), 'norm2'),
     BlockFamily('mmseg Swin', _MMSEG + 'swin.SwinBlock', Argument('hw_shape'), 'norm2'),
     BlockFamily(
         'mmseg ViT',
         _MMSEG + 'vit.TransformerEncoderLayer',
         _SEG_VIT,
         'norm2',
-        attention_adds_identity=True,
         takes_prompts=True,
     ),
     # MAE's block is a BEiT block.
     BlockFamily('mmseg BEiT', _MMSEG + 'beit.BEiTTransformerEncoderLayer', _SEG_BEIT, 'norm2'),
-    BlockFamily(
-        'mmseg MiT', _MMSEG + 'mit.TransformerEncoderLayer', Argument('hw_shape'), 'norm2', attention_adds_identity=True
-    ),
+    BlockFamily('mmseg MiT', _MMSEG + 'mit.TransformerEncoderLayer', Argument('hw_shape'), 'norm2'),
     BlockFamily('mmseg Twins', _MMSEG + 'twins.LSAEncoderLayer', Argument('hw_shape'), 'norm2'),
     BlockFamily('mmseg Twins global', _MMSEG + 'twins.GSAEncoderLayer', Argument('hw_shape'), 'norm2'),
     BlockFamily(
@@ -178,7 +162,6 @@ FAMILIES: list[BlockFamily] = [
         FromPatchEmbed(_read_timm, 'num_prefix_tokens'),
         'norm2',
         ffn='mlp',
-        attention='drop_path1',
         takes_prompts=True,
     ),
     BlockFamily(
@@ -187,7 +170,6 @@ FAMILIES: list[BlockFamily] = [
         FromShape(),
         'norm2',
         ffn='mlp',
-        attention='drop_path1',
     ),
     BlockFamily(
         'timm SwinV2',
@@ -195,7 +177,6 @@ FAMILIES: list[BlockFamily] = [
         FromShape(),
         None,
         ffn='mlp',
-        attention='drop_path1',
         attention_norm=None,
     ),
 ]
