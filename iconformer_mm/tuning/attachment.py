@@ -59,11 +59,45 @@ class GridTracker:
             self.host.grad_checkpointing = True
 
 
-class Tap:
-    """Listens at a module, whose ``forward`` it replaces on the instance until it is removed.
+class Replacement:
+    """Stands in for ``forward`` of one module, on the instance.
 
     Not a hook of PyTorch's: code that ``torch.compile`` made for a module is
     taken again for one of the same make with other hooks.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._replaced: Callable | None = None
+
+    def replace(self) -> None:
+        """Put :meth:`forward` in the module's place."""
+        self._replaced = self.module.__dict__.get('forward')
+        self.module.forward = self.forward
+
+    def restore(self) -> None:
+        """Give the module its ``forward`` back."""
+        if self._replaced is None:
+            del self.module.forward
+        else:
+            self.module.forward = self._replaced
+
+    def host_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward; looked up each time, since a stored method would be pickled as what stands in."""
+        if self._replaced is None:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self._replaced(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module does now."""
+        raise NotImplementedError
+
+
+class Tap(Replacement):
+    """Listens at a module, and may change what goes in or comes out.
 
     Args:
         module: The module.
@@ -77,30 +111,20 @@ class Tap:
         before: Callable[[Tensor], Tensor] | None = None,
         after: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.module = module
+        super().__init__(module)
         self.before = before
         self.after = after
-        self._replaced = module.__dict__.get('forward')
-        self._host_forward = module.forward
-        module.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, listened to."""
         if self.before is not None:
             args = (self.before(args[0]), *args[1:])
-        out = self._host_forward(*args, **kwargs)
+        out = self.host_forward(*args, **kwargs)
         return out if self.after is None else self.after(out)
 
-    def remove(self) -> None:
-        """Give the module back as it was."""
-        if self._replaced is None:
-            del self.module.forward
-        else:
-            self.module.forward = self._replaced
 
-
-class Attachment:
-    """Replaces ``forward`` of one module, on the instance, and puts adapters into the module.
+class Attachment(Replacement):
+    """Puts adapters into a module, and runs it with them.
 
     The module keeps its class, its parameters and their names. Gradient
     checkpointing is taken over from it, so that a block is recomputed as it
@@ -127,8 +151,8 @@ class Attachment:
         adapters: dict[str, nn.Module],
         tracker: GridTracker | None = None,
     ) -> None:
+        super().__init__(module)
         self.name = name
-        self.module = module
         self.kind = kind
         self.adapters = adapters
         self.tracker = tracker
@@ -141,33 +165,26 @@ class Attachment:
         for name, adapter in self.adapters.items():
             setattr(module, name, adapter.to(device=parameter.device, dtype=parameter.dtype))
         self._taps = self._make_taps()
-        self._replaced = module.__dict__.get('forward')
-        self._host_forward = module.forward
+        for tap in self._taps:
+            tap.replace()
         self._with_cp = getattr(module, 'with_cp', False)
         if self._with_cp:
             module.with_cp = False
-        module.forward = self.forward
+        self.replace()
 
     def detach(self) -> None:
         """Give the module back as it was."""
+        self.restore()
         for tap in reversed(self._taps):
-            tap.remove()
+            tap.restore()
         for name in self.adapters:
             delattr(self.module, name)
-        if self._replaced is None:
-            del self.module.forward
-        else:
-            self.module.forward = self._replaced
         if self._with_cp:
             self.module.with_cp = True
 
     def _make_taps(self) -> list[Tap]:
         """Taps within the module, there while attached."""
         return []
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward, adapted."""
-        raise NotImplementedError
 
     def _run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Call a function, by gradient checkpointing where the host wants that."""

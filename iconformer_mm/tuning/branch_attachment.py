@@ -92,7 +92,7 @@ class BranchAttachment(BlockAttachment):
     def _forward(self, grid: TokenGrid, *args: Any, **kwargs: Any) -> Tensor:
         self._grid_now = grid
         self._seen = {'block input': args[0]}
-        out = self._host_forward(*args, **kwargs)
+        out = self.host_forward(*args, **kwargs)
         seen, self._seen = self._seen, {}
         if ATTENTION in self.branches:
             out = out + seen['delta'].reshape(out.shape)

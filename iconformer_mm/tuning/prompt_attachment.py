@@ -68,5 +68,5 @@ class PromptAttachment(BlockAttachment):
 
     def _forward(self, prefix: int, x: Tensor, prompts: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         end = prefix + prompts.shape[1]
-        out = self._host_forward(torch.cat((x[:, :prefix], prompts, x[:, prefix:]), dim=1), *args, **kwargs)
+        out = self.host_forward(torch.cat((x[:, :prefix], prompts, x[:, prefix:]), dim=1), *args, **kwargs)
         return torch.cat((out[:, :prefix], out[:, end:]), dim=1), out[:, prefix:end]

@@ -62,7 +62,7 @@ class WeightAttachment(Attachment):
         try:
             for name, place in places.items():
                 place.value = made[name]
-            return self._host_forward(*args, **kwargs)
+            return self.host_forward(*args, **kwargs)
         finally:
             for name, place in places.items():
                 place.value = originals[name]

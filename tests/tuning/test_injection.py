@@ -158,9 +158,10 @@ def test_deepcopy_is_independent(family):
     assert summarize(model).method == 'icon'
 
 
-def test_pickle():
+@pytest.mark.parametrize('method', ['icon', 'adapter', 'lora', 'vpt'])
+def test_pickle(method):
     model = vit()
-    inject(model)
+    inject(model, method)
     stir(model).eval()
     twin = pickle.loads(pickle.dumps(model))
     assert_equal(run(twin, image((64, 64))), run(model, image((64, 64))))
@@ -363,7 +364,7 @@ def test_subclasses_with_a_forward_of_their_own_do_not_match():
         (dict(bottelneck=8), r"unknown option 'bottelneck' of PEFT method 'icon' \(did you mean 'bottleneck'\?\)"),
         (dict(method='frozen', bottleneck=8), "unknown option 'bottleneck' of PEFT method 'frozen'; it takes none"),
         (dict(method=dict(bottleneck=8)), 'needs a type'),
-        (dict(input='raw'), "input must be 'normed' or 'residual', got 'raw'"),
+        (dict(input='raw'), "input must be one of normed, residual, output, sum, got 'raw'"),
         (dict(bottleneck=0), 'bottleneck must be an integer of at least 1'),
         (dict(kernel_size=4), 'kernel_size must be odd'),
     ],

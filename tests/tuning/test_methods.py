@@ -424,7 +424,7 @@ def test_attention_in_other_blocks(name, input):
     summary = inject(model, 'icon', sites=['attention'], input=input, bottleneck=4)
     stir(model)
     block = model.get_submodule(next(iter(summary.sites.values()))[0])
-    forward, adapter = block.forward.__self__._host_forward, block.adapter_attention
+    forward, adapter = block.forward.__self__.host_forward, block.adapter_attention
     run(model, image((64, 64)))  # ViTs remember the grid of 4 x 4
     arguments, x, grid = BLOCK_INPUTS[name](block)
     with torch.no_grad():
