@@ -99,7 +99,8 @@ def test_extract_of_the_backbone_alone(files, capsys, tmp_path):
     load_adapter(model.model, out)
     assert torch.equal(model.model.head.fc.weight, head)
     assert torch.equal(
-        model.model.backbone.layers[0].adapter.up.weight, final(files)['backbone.layers.0.adapter.up.weight']
+        model.model.backbone.layers[0].adapter_attention.up.weight,
+        final(files)['backbone.layers.0.adapter_attention.up.weight'],
     )
 
 

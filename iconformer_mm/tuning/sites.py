@@ -239,12 +239,19 @@ def find_sites(backbone: nn.Module) -> list[Site]:
     """List the blocks of a backbone that adapters can attach to, in order.
 
     Raises:
-        ValueError: The grid of a block's tokens cannot be known.
+        ValueError: The grid of a block's tokens cannot be known, or a block
+            lacks a submodule that its family names.
     """
     sites = []
     for name, module in backbone.named_modules():
         family = family_of(module)
         if family is not None:
+            for part in (family.ffn, family.norm, family.attention_norm):
+                if part is not None and not isinstance(getattr(module, part, None), nn.Module):
+                    raise ValueError(
+                        f"the block {name} has no submodule '{part}', which its BlockFamily '{family.name}' names; "
+                        f'it has: {", ".join(n for n, _ in module.named_children())}'
+                    )
             host = _owner_of_patch_embed(backbone, name) if isinstance(family.grid, FromPatchEmbed) else None
             sites.append(Site(name, module, family, _width(module, family), host))
     return sites

@@ -99,8 +99,8 @@ def test_readable_without_us(tmp_path):
     save_adapter(source, tmp_path / 'a.safetensors')
     tensors = load_file(tmp_path / 'a.safetensors')
     np.testing.assert_array_equal(tensors['head.fc.weight'], source.head.fc.weight.detach().numpy())
-    key = 'backbone.layers.1.adapter.up.weight'
-    np.testing.assert_array_equal(tensors[key], source.backbone.layers[1].adapter.up.weight.detach().numpy())
+    key = 'backbone.layers.1.adapter_attention.up.weight'
+    np.testing.assert_array_equal(tensors[key], source.backbone.layers[1].adapter_attention.up.weight.detach().numpy())
     assert all('adapter' in name for name in tensors if name.startswith('backbone.'))
     with open(tmp_path / 'a.safetensors', 'rb') as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
@@ -158,7 +158,7 @@ def test_another_head_is_refused(tmp_path):
             other.backbone.state_dict()[name].copy_(value)
     assert_refused(other, tmp_path / 'a.safetensors', '2 tensors are of another shape or kind, such as head.fc.bias')
     load_adapter(other, tmp_path / 'a.safetensors', strict=False)
-    assert other.backbone.layers[0].adapter.up.weight.abs().sum() > 0
+    assert other.backbone.layers[0].adapter_attention.up.weight.abs().sum() > 0
 
 
 def test_another_method_is_refused(tmp_path):

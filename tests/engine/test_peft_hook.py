@@ -129,7 +129,7 @@ def test_ema_copies_the_adapted_model(tmp_path):
     runner.train()
     ema = next(h for h in runner.hooks if type(h).__name__ == 'EMAHook').ema_model.module
     assert summarize(ema).method == 'icon'
-    name = 'backbone.layers.0.adapter.up.weight'
+    name = 'backbone.layers.0.adapter_attention.up.weight'
     assert ema.state_dict()[name].abs().sum() > 0
     assert not torch.equal(ema.state_dict()[name], runner.model.state_dict()[name])
 
@@ -155,7 +155,7 @@ def learning_rates(runner):
     return {names[id(p)]: group['initial_lr'] for group in groups for p in group['params']}
 
 
-UP = 'backbone.layers.{}.adapter.up.weight'
+UP = 'backbone.layers.{}.adapter_attention.up.weight'
 LAYER_DECAY = {
     'optim_wrapper.constructor': 'LearningRateDecayOptimWrapperConstructor',
     'optim_wrapper.paramwise_cfg.layer_decay_rate': 0.5,
@@ -171,7 +171,7 @@ SMALL_BACKBONE = {'optim_wrapper.paramwise_cfg.custom_keys': {'backbone': dict(l
         ({**SMALL_BACKBONE, 'optim_wrapper.paramwise_cfg.adapter_lr_mult': 3.0}, (3e-2, 3e-2)),
         ({**SMALL_BACKBONE, 'optim_wrapper.paramwise_cfg.adapter_lr_mult': None}, (1e-3, 1e-3)),
         ({**LAYER_DECAY, 'optim_wrapper.paramwise_cfg.adapter_lr_mult': None}, (2.5e-3, 5e-3)),
-        ({'optim_wrapper.paramwise_cfg.custom_keys': {'adapter.up': dict(lr_mult=2.0)}}, (2e-2, 2e-2)),
+        ({'optim_wrapper.paramwise_cfg.custom_keys': {'adapter_attention.up': dict(lr_mult=2.0)}}, (2e-2, 2e-2)),
     ],
 )
 def test_learning_rate_of_adapters(tmp_path, rules, rates):

@@ -27,7 +27,7 @@ def test_registered_backbones(parent, arguments):
     model = MODELS.build(dict(type=f'ICoN{parent.__name__}', **arguments, peft=dict(bottleneck=8)))
     assert isinstance(model, parent) and isinstance(model, MODELS.get(f'ICoN{parent.__name__}'))
     assert summarize(model).method == 'icon'
-    assert next(p for n, p in model.named_parameters() if 'adapter.down.weight' in n).shape[0] == 8
+    assert next(p for n, p in model.named_parameters() if 'adapter_attention.down.weight' in n).shape[0] == 8
 
     original = parent(**arguments)
     original.load_state_dict({n: v for n, v in model.state_dict().items() if 'adapter' not in n}, strict=False)
@@ -68,7 +68,7 @@ def test_every_method_by_peft(method, parent, arguments):
 
 def test_other_methods_and_defaults():
     default = MODELS.build(dict(type='ICoNVisionTransformer', arch=VIT, img_size=64))
-    assert default.layers[0].adapter.bottleneck == 64
+    assert default.layers[0].adapter_attention.bottleneck == 64
     other = MODELS.build(dict(type='ICoNVisionTransformer', arch=VIT, img_size=64, peft=dict(type='adaptformer')))
     assert summarize(other).method == 'adaptformer'
     with pytest.raises(ValueError, match="unknown option 'bottelneck'"):

@@ -80,13 +80,13 @@ def test_one_flag_adapts_a_stock_config(imagenet, tmp_path):
     assert 'PEFT method: icon' in output and '12 x mmpretrain ViT' in output
     assert 'is skipped since its requires_grad' not in output
     first, state = backbone(tmp_path / 'epoch_1.pth')
-    assert state['backbone.layers.0.adapter.down.weight'].shape == (8, 192)
+    assert state['backbone.layers.0.adapter_attention.down.weight'].shape == (8, 192)
 
     output = tool('train.py', DEIT, '--peft', 'icon', '--work-dir', tmp_path, '--resume', *shrink(imagenet, 2), option)
     assert 'resumed epoch: 1' in output
     second, state = backbone(tmp_path / 'epoch_2.pth')
     assert all(torch.equal(second[name], first[name]) for name in first)
-    assert state['backbone.layers.0.adapter.up.weight'].abs().sum() > 0
+    assert state['backbone.layers.0.adapter_attention.up.weight'].abs().sum() > 0
     assert (tmp_path / 'adapter.safetensors').is_file()
 
     expected = [line for line in scalars(tmp_path) if 'accuracy/top1' in line][-1]['accuracy/top1']
@@ -140,7 +140,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=2e-5, rtol=1e-3, msg=name)
-    assert one['backbone.layers.0.adapter.up.weight'].abs().max() > 1e-4  # zero before training
+    assert one['backbone.layers.0.adapter_attention.up.weight'].abs().max() > 1e-4  # zero before training
     results = [[line for line in scalars(tmp_path / n) if 'accuracy/top1' in line][-1] for n in ('one', 'two')]
     assert abs(results[0]['accuracy/top1'] - results[1]['accuracy/top1']) < 0.5
 

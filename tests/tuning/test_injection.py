@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,7 +193,7 @@ def test_gradient_checkpointing_recomputes():
     model = family.build_with_cp()
     inject(model)
     calls = []
-    model.stages[0].blocks[0].ffn.register_forward_hook(lambda *args: calls.append(1))
+    model.stages[0].blocks[0].ffn.register_forward_pre_hook(lambda *args: calls.append(1))
     model.train()
     flatten(model(image((64, 64))))[-1].sum().backward()
     assert len(calls) == 2
@@ -283,9 +284,9 @@ def test_frozen_stages_and_batch_norm():
         assert parameter.requires_grad == ('adapter' in name), name
     assert not model.stages[3].norm.training
     assert not model.stages[0].blocks[0].ffn.training  # the host's frozen stage stays as it wants
-    assert model.stages[0].blocks[0].adapter.dropout.training
+    assert model.stages[0].blocks[0].adapter_attention.dropout.training
     assert model.eval() is model
-    assert not model.stages[0].blocks[0].adapter.dropout.training
+    assert not model.stages[0].blocks[0].adapter_attention.dropout.training
 
 
 def test_frozen_and_full():
@@ -430,7 +431,15 @@ def test_a_new_family_is_one_entry():
         FromPatchEmbed(lambda module, inputs, output: tuple(output.shape[-2:]), num_prefix_tokens=0),
         norm='norm',
         ffn='mlp',
+        attention_norm='norm1',
     )
+    BLOCK_FAMILIES.append(family)
+    try:
+        with pytest.raises(ValueError, match=r"blocks\.0 has no submodule 'norm1', .* it has: norm, mlp"):
+            inject(Host())
+    finally:
+        BLOCK_FAMILIES.remove(family)
+    family = replace(family, attention_norm=None)
     BLOCK_FAMILIES.append(family)
     try:
         model = Host()

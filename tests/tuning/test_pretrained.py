@@ -77,7 +77,7 @@ def test_adapters_alone_may_be_loaded(weights):
     inject(model)
     state = {n: torch.ones_like(v) for n, v in model.state_dict().items() if 'adapter' in n}
     model.load_state_dict(state, strict=False)
-    assert model.layers[0].adapter.up.weight.eq(1).all()
+    assert model.layers[0].adapter_attention.up.weight.eq(1).all()
 
 
 def test_other_position_embeddings_are_still_resized(model, weights, tmp_path):

@@ -139,13 +139,13 @@ def test_training_one_leaves_the_others(tmp_path):
     add_adapter(model, 'new', 'icon', bottleneck=4)
     set_adapter(model, 'new')
     model.train()
-    assert model.backbone.layers[0].adapter.training and model.head.training
+    assert model.backbone.layers[0].adapter_attention.training and model.head.training
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
     for _ in range(2):
         model.head.loss(model.extract_feat(image((64, 64))), _samples()).get('loss').backward()
         optimizer.step()
-    assert model.backbone.layers[0].adapter.up.weight.abs().sum() > 0
+    assert model.backbone.layers[0].adapter_attention.up.weight.abs().sum() > 0
     set_adapter(model, 'ten')
     assert torch.equal(logits(model), answers['ten'])
 
@@ -171,7 +171,7 @@ def test_copies_and_half_precision_carry_all_adapters(tmp_path):
     assert not torch.equal(logits(twin), answers['five'])  # its base is zero
     twin = copy.deepcopy(model).double()
     set_adapter(twin, 'ten')
-    assert twin.backbone.layers[0].adapter.up.weight.dtype == torch.float64
+    assert twin.backbone.layers[0].adapter_attention.up.weight.dtype == torch.float64
 
 
 def test_remove_takes_all_of_them_out():

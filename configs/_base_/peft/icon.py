@@ -1,2 +1,2 @@
-# iConFormer: input-conditioned adapters parallel to every FFN, backbone frozen.
+# iConFormer: input-conditioned adapters beside the attention of every block, backbone frozen.
 custom_hooks = [dict(type='PEFTHook', method=dict(type='icon', bottleneck=64))]

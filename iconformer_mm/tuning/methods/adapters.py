@@ -74,14 +74,14 @@ class AdapterMethod(PEFTMethod):
 
 @PEFT_METHODS.register_module(name='icon')
 class ICoNMethod(AdapterMethod):
-    """iConFormer (arXiv 2409.02838): an :class:`ICoNAdapter` parallel to every FFN.
+    """iConFormer (arXiv 2409.02838): an :class:`ICoNAdapter` parallel to the attention of every block.
 
-    The placement and the default ``input='normed'`` are ours.
+    The placement and the default ``input='normed'`` are ours; docs/comparison.md has the evidence for them.
     """
 
     adapter_class = adapters.ICoNAdapter
     default_input = 'normed'
-    default_sites = (FFN,)
+    default_sites = (ATTENTION,)
 
 
 @PEFT_METHODS.register_module(name='icon-static')
