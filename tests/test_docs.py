@@ -1,5 +1,6 @@
 """The guides' code runs, and their links lead somewhere."""
 
+import io
 import re
 import sys
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / 'tests' / 'tuning'))
+sys.path[:0] = [str(ROOT / 'tests' / 'tuning'), str(ROOT / 'tools')]
 from families import stir  # noqa: E402
 from mmengine.registry import HOOKS  # noqa: E402
+from rich.console import Console  # noqa: E402
 from test_switching import classifier  # noqa: E402
 
+from comparison import Board, load_comparison  # noqa: E402
+from comparison_report import report  # noqa: E402
 from iconformer_mm import active_adapter, inject, list_adapters, save_adapter  # noqa: E402
 
 GUIDES = sorted((ROOT / 'docs').glob('*.md'))
@@ -61,3 +65,16 @@ def test_methods(tmp_path, monkeypatch):
     for block in code:
         exec(block, scope)
     assert list(torch.load(tmp_path / 'merged.pth')) == keys
+
+
+@pytest.mark.parametrize('name', ['peft', 'ablation'])
+def test_comparison(name, tmp_path):
+    """The tables of the report are those of its runs, and the runs those of the configs."""
+    folder = ROOT / 'docs' / 'comparison' / name
+    board = Board(load_comparison(ROOT / 'configs' / 'comparison' / f'{name}.yaml'), folder / 'cells')
+    assert not board.stale and len(board.finished) == len(list(folder.glob('cells/*/*/*.json')))
+    report(board, tmp_path, Console(file=io.StringIO()))
+    for file in ('table.md', 'search.md', 'results.csv'):
+        assert (tmp_path / file).read_text() == (folder / file).read_text(), file
+    lines = (folder / 'table.md').read_text().split('\n\n', 1)[1]
+    assert lines in (ROOT / 'docs' / 'comparison.md').read_text(encoding='utf-8')
