@@ -142,7 +142,7 @@ def describe_adapter(
 
     Args:
         method: Config of the PEFT method.
-        sites: Names of the adapted blocks.
+        sites: Names of the adapted modules.
         base: The base's parameters by name, or their fingerprint and names.
         task: What it was trained for.
         classes: Names of the classes.

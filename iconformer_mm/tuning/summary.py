@@ -21,7 +21,7 @@ class Summary:
         backbone: The backbone's own parameters, adapters not counted.
         backbone_share: Trained parameters on the backbone's side (adapters, or
             all of it in full fine-tuning) by ``backbone``; heads never count.
-        sites: Names of the adapted blocks, by block family.
+        sites: Names of the adapted modules, by block family or class.
         parts: For each top-level part of the model its trained and its whole
             count, adapters as a part of their own.
     """
@@ -37,7 +37,7 @@ class Summary:
 
     @property
     def num_sites(self) -> int:
-        """Number of adapted blocks."""
+        """Number of adapted modules."""
         return sum(len(names) for names in self.sites.values())
 
     def __str__(self) -> str:
@@ -55,5 +55,5 @@ class Summary:
         text = io.StringIO()
         console = Console(file=text, width=88, color_system=None)
         console.print(table)
-        console.print(f'trained share of the backbone: {self.backbone_share:.3%}; adapted blocks: {where}')
+        console.print(f'trained share of the backbone: {self.backbone_share:.3%}; adapted: {where}')
         return text.getvalue().rstrip()

@@ -13,7 +13,7 @@ from iconformer_mm.registry import PEFT_METHODS
 from ..attachment import Attachment
 from ..branch_attachment import ATTENTION, FFN, INPUTS, BranchAttachment
 from ..sites import Site
-from .base import PEFTMethod, TrackerOf, _defaults
+from .base import PEFTMethod, TrackerOf, defaults_of
 
 
 class AdapterMethod(PEFTMethod):
@@ -47,7 +47,7 @@ class AdapterMethod(PEFTMethod):
 
     @classmethod
     def _adapter_defaults(cls) -> dict[str, Any]:
-        return _defaults(cls.adapter_class.__init__)
+        return defaults_of(cls.adapter_class.__init__)
 
     @classmethod
     def option_defaults(cls) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class PEFTMethod:
     @classmethod
     def option_defaults(cls) -> dict[str, Any]:
         """The options the method takes, with their defaults."""
-        return _defaults(cls.__init__)
+        return defaults_of(cls.__init__)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -67,11 +67,10 @@ class PEFTMethod:
         return []
 
 
-def _defaults(function: Callable, leave_out: Iterable[str] = ()) -> dict[str, Any]:
-    """Defaults of a function's named arguments."""
+def defaults_of(function: Callable) -> dict[str, Any]:
+    """The arguments of a function that have defaults, with these."""
     parameters = inspect.signature(function).parameters.values()
-    named = [p for p in parameters if p.default is not p.empty]
-    return {p.name: p.default for p in named if p.name not in leave_out}
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 @PEFT_METHODS.register_module(name='full')
