@@ -1,5 +1,7 @@
 """Two processes give the gradients of one on the joint batch."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,20 +25,25 @@ def gradients(model, x):
     return {n.removeprefix('module.'): p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def gradients_of_a_part(rank: int, method: str, sharded: bool) -> dict[str, torch.Tensor]:
+    part = image((64, 64), batch=4)[2 * rank : 2 * rank + 2]
+    if not sharded:
+        return gradients(DistributedDataParallel(build(method)), part)  # no find_unused_parameters
+    model = FullyShardedDataParallel(build(method), use_orig_params=True, device_id=torch.device('cpu'))
+    gradients(model, part)
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        named = ((n.removeprefix('_fsdp_wrapped_module.'), p.grad) for n, p in model.named_parameters())
+        return {n: grad.clone() for n, grad in named if 'adapter' in n}
+
+
 def work(rank: int, folder: str, method: str, sharded: bool) -> None:
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    part = image((64, 64), batch=4)[2 * rank : 2 * rank + 2]
-    if sharded:
-        model = FullyShardedDataParallel(build(method), use_orig_params=True, device_id=torch.device('cpu'))
-        gradients(model, part)
-        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-            named = ((n.removeprefix('_fsdp_wrapped_module.'), p.grad) for n, p in model.named_parameters())
-            found = {n: grad.clone() for n, grad in named if 'adapter' in n}
-    else:
-        model = DistributedDataParallel(build(method))  # all adapters take part: no find_unused_parameters
-        found = gradients(model, part)
+    found = gradients_of_a_part(rank, method, sharded)
     if rank == 0:
         torch.save(found, f'{folder}/gradients.pt')
+    # The wrapped model is gone by now; a process that left early would leave the other hanging.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
