@@ -112,7 +112,7 @@ def make_board(tmp_path, methods=('full', 'frozen', 'icon'), **changes):
     content['seeds'] = [0, 1]
     content['tasks'] = dict(
         up=dict(DIGITS, title='up (%)', learning_rates=[1e-3, 3e-3, 1e-2], factor=100),
-        down=dict(DIGITS, title='down (m)', learning_rates=[1e-2], higher_is_better=False, digits=3),
+        down=dict(DIGITS, title='down (m)', learning_rates=[1e-2, 3e-2], higher_is_better=False, digits=3),
     )
     content['methods'] = {name: dict(title=name, method=dict(type=name)) for name in methods}
     content['methods']['icon']['tasks'] = ['up']
@@ -138,7 +138,18 @@ def test_the_search_comes_first_and_of_equal_rates_the_smaller_is_taken(tmp_path
     # Of errors the smaller is better; where all rates diverge, nothing is run.
     finish_pair(board, 'up', 'full', [None, None, None], [])
     assert board.ready(['up'], ['full']) == [] and board.left(['up'], ['full']) == 0
-    assert [cell.name for cell in board.ready(['down'], ['full', 'icon'])] == ['down/full/search_lr0.01']
+    ready = [cell.name for cell in board.ready(['down'], ['full', 'icon'])]
+    assert ready == ['down/full/search_lr0.01', 'down/full/search_lr0.03']
+
+
+def test_a_single_rate_is_not_searched(tmp_path):
+    content = deepcopy(COMPARISON)
+    content['tasks']['digits']['learning_rates'] = [1e-2]
+    board = Board(load_comparison(write(tmp_path / 'c.yaml', content)), tmp_path / 'cells')
+    cells = board.ready(['digits'], ['icon'])
+    assert [(cell.name, cell.learning_rate) for cell in cells] == [('digits/icon/seed0', 1e-2)]
+    finish(board, cells[0], 50.0)
+    assert make_rows(board)['digits', 'icon'].mean == 50 and board.left(['digits'], ['icon']) == 0
 
 
 def test_report(tmp_path):
@@ -146,8 +157,8 @@ def test_report(tmp_path):
     finish_pair(board, 'up', 'full', [0.5, 0.7, None], [0.71, 0.73], share=1.0)
     finish_pair(board, 'up', 'frozen', [0.4, None, None], [0.71, None], share=0.0)
     finish_pair(board, 'up', 'icon', [0.4, 0.5, 0.5], [0.75])
-    finish_pair(board, 'down', 'full', [0.9], [0.9, 0.7], share=1.0)
-    finish_pair(board, 'down', 'frozen', [None], [], share=0.0)
+    finish_pair(board, 'down', 'full', [0.9, 1.0], [0.9, 0.7], share=1.0)
+    finish_pair(board, 'down', 'frozen', [None, None], [], share=0.0)
     rows = make_rows(board)
     assert rows['up', 'full'].mean == pytest.approx(72) and rows['up', 'full'].std == statistics.stdev([71, 73])
     ranks = {key: row.rank for key, row in rows.items()}
