@@ -24,7 +24,7 @@ from torch import nn
 import iconformer_mm
 from experiments import ROOT, check_tensors, load_base
 from iconformer_mm import summarize
-from iconformer_mm.apis import build_runner, load_config
+from iconformer_mm.apis import add_peft, build_runner, load_config
 from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.freezing import is_adapter
@@ -96,8 +96,8 @@ def run_cell(settings: dict[str, Any], base: Path, folder: Path, result: Path) -
 def make_config(settings: dict[str, Any], folder: Path) -> Config:
     """The config of a run, which writes no checkpoints."""
     cfg = load_config(str(ROOT / settings['config']))
-    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] != 'PEFTHook']
-    cfg.custom_hooks = [*hooks, dict(type='PEFTHook', method=settings['method'], save_adapter=False)]
+    add_peft(cfg, settings['method'])
+    cfg.default_hooks.peft.save_adapter = False
     cfg.merge_from_dict(settings['options'])
     cfg.merge_from_dict(
         {

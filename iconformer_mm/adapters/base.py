@@ -41,6 +41,17 @@ class TokenGrid:
             )
 
 
+def is_count(value: object) -> bool:
+    """Whether a value is an integer of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise a ValueError unless a value is an integer of at least 1."""
+    if not is_count(value):
+        raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+
+
 class Projection(nn.Module):
     """``x @ weight.T + bias``, deliberately not an ``nn.Linear``.
 
@@ -158,8 +169,7 @@ class BottleneckAdapter(Adapter):
         learnable_scale: bool,
     ) -> None:
         super().__init__()
-        if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
-            raise ValueError(f'bottleneck must be an integer of at least 1, got {bottleneck!r}')
+        check_count('bottleneck', bottleneck)
         if activation not in _ACTIVATIONS:
             raise ValueError(f'activation must be one of {", ".join(_ACTIVATIONS)}, got {activation!r}')
         if not 0 <= dropout < 1:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from iconformer_mm.ops import dynamic_depthwise_conv2d
 from iconformer_mm.registry import ADAPTERS
 
-from .base import BottleneckAdapter, Projection, TokenGrid
+from .base import BottleneckAdapter, Projection, TokenGrid, is_count
 
 
 class ICoN(nn.Module):
@@ -54,7 +54,7 @@ class ICoN(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        if not is_count(kernel_size) or kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd and at least 1, got {kernel_size!r}')
         if kernel_norm not in ('filter', None):
             raise ValueError(f"kernel_norm must be 'filter' or None, got {kernel_norm!r}")
@@ -222,9 +222,7 @@ class ICoNAdapter(BottleneckAdapter):
         learnable_scale: bool = False,
     ) -> None:
         super().__init__(embed_dims, bottleneck, activation, dropout, scale, learnable_scale)
-        if window_size is not None and (
-            isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1
-        ):
+        if window_size is not None and not is_count(window_size):
             raise ValueError(f'window_size must be None or an integer of at least 1, got {window_size!r}')
         if window_size is not None and kernel == 'static':
             raise ValueError('a static kernel is the same for all windows: window_size must be None')

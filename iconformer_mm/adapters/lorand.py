@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from iconformer_mm.registry import ADAPTERS
 
-from .base import Adapter, TokenGrid
+from .base import Adapter, TokenGrid, check_count
 
 
 @ADAPTERS.register_module()
@@ -34,8 +34,7 @@ class LoRandAdapter(Adapter):
     def __init__(self, embed_dims: int, reduction: int = 2, kernel_dims: int = 8, branches: int = 2) -> None:
         super().__init__()
         for name, value in dict(reduction=reduction, kernel_dims=kernel_dims, branches=branches).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+            check_count(name, value)
         bottleneck = max(embed_dims // reduction, 1)
         self.down_p = nn.Parameter(torch.empty(branches, embed_dims, kernel_dims))
         self.down_q = nn.Parameter(torch.empty(branches, kernel_dims, bottleneck))

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from iconformer_mm.registry import ADAPTERS
 
+from .base import check_count
+
 
 @ADAPTERS.register_module()
 class PromptAdapter(nn.Module):
@@ -27,8 +29,7 @@ class PromptAdapter(nn.Module):
 
     def __init__(self, embed_dims: int, patch_dims: int, num_tokens: int, dropout: float = 0.0) -> None:
         super().__init__()
-        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
-            raise ValueError(f'num_tokens must be an integer of at least 1, got {num_tokens!r}')
+        check_count('num_tokens', num_tokens)
         self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dims))
         self.dropout = nn.Dropout(dropout)
         bound = (6 / (patch_dims + embed_dims)) ** 0.5

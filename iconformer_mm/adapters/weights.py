@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from iconformer_mm.registry import ADAPTERS
 
+from .base import check_count
+
 
 class WeightAdapter(nn.Module):
     """Contract: ``forward(weights)`` makes other weights of a host's, which stay as they are.
@@ -95,8 +97,7 @@ class LoRAAdapter(WeightAdapter):
 
     def __init__(self, targets: Sequence[Target], rank: int, alpha: float) -> None:
         super().__init__()
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f'rank must be an integer of at least 1, got {rank!r}')
+        check_count('rank', rank)
         self.scale = alpha / rank
         self.targets: dict[str, list[Target]] = {}
         for target in sorted(targets, key=lambda target: (target.weight, target.rows)):

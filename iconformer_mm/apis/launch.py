@@ -95,7 +95,7 @@ def load_config(name: str, peft: str | None = None) -> Config:
     return cfg
 
 
-def add_peft(cfg: Config, method: str) -> None:
+def add_peft(cfg: Config, method: str | dict) -> None:
     """Have the runner adapt the model with a PEFT method, model config untouched.
 
     The hook becomes ``default_hooks.peft``, so that its options can be given
@@ -104,13 +104,16 @@ def add_peft(cfg: Config, method: str) -> None:
 
     Args:
         cfg: The config.
-        method: Name of the method, or a file with one.
+        method: Name or config of the method, or a file with one.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file has no PEFTHook.
     """
-    hook = _read_method(method) if method.endswith('.py') else dict(type='PEFTHook', method=dict(type=method))
+    if isinstance(method, str) and method.endswith('.py'):
+        hook = _read_method(method)
+    else:
+        hook = dict(type='PEFTHook', method=dict(type=method) if isinstance(method, str) else method)
     cfg.custom_hooks = [other for other in cfg.get('custom_hooks') or [] if other['type'] != 'PEFTHook']
     cfg.merge_from_dict({'default_hooks': {'peft': hook}})
 

@@ -92,8 +92,10 @@ class BranchAttachment(BlockAttachment):
     def _forward(self, grid: TokenGrid, *args: Any, **kwargs: Any) -> Tensor:
         self._grid_now = grid
         self._seen = {'block input': args[0]}
-        out = self.host_forward(*args, **kwargs)
-        seen, self._seen = self._seen, {}
+        try:
+            out = self.host_forward(*args, **kwargs)
+        finally:  # recomputing for a backward pass stops halfway, by an exception
+            seen, self._seen = self._seen, {}
         if ATTENTION in self.branches:
             out = out + seen['delta'].reshape(out.shape)
         if FFN in self.branches:

@@ -30,40 +30,32 @@ class PromptAttachment(BlockAttachment):
 
     Args:
         site: The block.
-        prompts: The tokens to put in; None to take those that the block before
-            left in the stream.
-        stream: Takes the tokens after the block; None to drop them.
+        source: Makes the tokens to put in, or holds those of the block before.
+        target: Takes the tokens after the block; None to drop them.
         tracker: The host's tracker.
-
-    Raises:
-        ValueError: The block's attention is tied to the place of its tokens.
     """
 
     def __init__(
         self,
         site: Site,
-        prompts: PromptAdapter | None,
-        stream: PromptStream | None,
+        source: PromptAdapter | PromptStream,
+        target: PromptStream | None,
         tracker: GridTracker | None,
     ) -> None:
-        if not site.family.takes_prompts:
-            raise ValueError(
-                f'{site.family.name} blocks ({site.family.block}) take no prompt tokens: their attention is windowed '
-                'or depends on positions. Visual prompt tuning needs plain ViT blocks'
-            )
-        super().__init__(site, {} if prompts is None else {'adapter': prompts}, tracker)
-        self.stream = stream
+        super().__init__(site, {'adapter': source} if isinstance(source, PromptAdapter) else {}, tracker)
+        self.source = source
+        self.target = target
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The block's forward among prompt tokens."""
         prefix = self._grid((x, *args), kwargs).num_prefix_tokens
-        if self.adapters:
-            prompts = self.adapters['adapter'](len(x))
+        if isinstance(self.source, PromptAdapter):
+            prompts = self.source(len(x))
         else:
-            prompts, self.stream.tokens = self.stream.tokens, None
+            prompts, self.source.tokens = self.source.tokens, None
         out, prompts = self._run(self._forward, prefix, x, prompts, *args, **kwargs)
-        if self.stream is not None:
-            self.stream.tokens = prompts
+        if self.target is not None:
+            self.target.tokens = prompts
         return out
 
     def _forward(self, prefix: int, x: Tensor, prompts: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,18 @@ def test_merge_gives_a_stock_model_with_equal_outputs(method, family):
     close(run(original, x), adapted, rtol=0)
 
 
+@pytest.mark.parametrize('options', [dict(method='vpt', deep=False), dict(method='adapter')])
+def test_nothing_of_a_pass_stays_behind(options):
+    """A model can be copied after training, by shallow prompts or with recomputed blocks, too."""
+    family = next(f for f in FAMILIES if f.name == 'mmseg ViT')
+    model = family.build_with_cp()
+    inject(model, **options)
+    model.train()
+    sum(t.square().mean() for t in flatten(model(image((64, 64))))).backward()
+    twin = copy.deepcopy(model)
+    assert list(twin.state_dict()) == list(model.state_dict())
+
+
 def test_merge_refuses_what_it_cannot_do():
     model = make_vit()
     with pytest.raises(ValueError, match='VisionTransformer is not adapted: there is nothing to merge'):

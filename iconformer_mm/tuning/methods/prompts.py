@@ -23,6 +23,9 @@ class VPTMethod(PEFTMethod):
         deep: Whether every block gets tokens of its own (VPT-deep) rather than
             the first block's travelling through all (VPT-shallow). Defaults to True.
         dropout: Dropout probability of the tokens. Defaults to 0.
+
+    Raises:
+        ValueError: A block's attention is tied to the place of its tokens.
     """
 
     def __init__(self, num_tokens: int = 10, deep: bool = True, dropout: float = 0.0) -> None:
@@ -32,17 +35,20 @@ class VPTMethod(PEFTMethod):
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
         """Make the tokens of every block, or of the first."""
-        stream = None if self.deep else PromptStream()
+        stream = PromptStream()
         attachments: list[Attachment] = []
         for site in sites:
-            prompts = self._make_prompts(site) if self.deep or not attachments else None
-            last = site is sites[-1]
-            attachments.append(PromptAttachment(site, prompts, None if last and prompts else stream, tracker_of(site)))
+            source = self._make_prompts(site) if self.deep or not attachments else stream
+            target = None if self.deep or site is sites[-1] else stream
+            attachments.append(PromptAttachment(site, source, target, tracker_of(site)))
         return attachments
 
-    def _make_prompts(self, site: Site) -> PromptAdapter | None:
+    def _make_prompts(self, site: Site) -> PromptAdapter:
         if not site.family.takes_prompts:
-            return None  # which the attachment refuses
+            raise ValueError(
+                f'{site.family.name} blocks ({site.family.block}) take no prompt tokens: their attention is windowed '
+                'or depends on positions. Visual prompt tuning needs plain ViT blocks'
+            )
         convolution = next(m for m in site.host.patch_embed.modules() if isinstance(m, nn.Conv2d))
         patch_dims = convolution.weight[0].numel()
         return PromptAdapter(site.embed_dims, patch_dims, self.num_tokens, self.dropout)

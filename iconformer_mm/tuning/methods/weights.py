@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from iconformer_mm.adapters import DeltaAdapter, DoRAAdapter, LoRAAdapter, SSFAdapter, Target, WeightAdapter
+from iconformer_mm.adapters.base import check_count
 from iconformer_mm.registry import PEFT_METHODS
 
 from ..attachment import Attachment
@@ -153,8 +154,7 @@ class PartialMethod(PEFTMethod):
     """
 
     def __init__(self, num_blocks: int = 1) -> None:
-        if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or num_blocks < 1:
-            raise ValueError(f'num_blocks must be an integer of at least 1, got {num_blocks!r}')
+        check_count('num_blocks', num_blocks)
         self.num_blocks = num_blocks
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
