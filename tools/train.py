@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.device import is_cuda_available
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis import build_runner, load_config, make_parser
+from iconformer_mm.apis import build_runner, leave_process_group, load_config, make_parser
 from iconformer_mm.datasets.checks import DataError
 
 
@@ -68,3 +68,4 @@ def main() -> None:
 
 if __name__ == '__main__':
     main()
+    leave_process_group()

@@ -1,3 +1,3 @@
-from .launch import add_peft, build_runner, load_config, make_parser
+from .launch import add_peft, build_runner, leave_process_group, load_config, make_parser
 
-__all__ = ['add_peft', 'build_runner', 'load_config', 'make_parser']
+__all__ = ['add_peft', 'build_runner', 'leave_process_group', 'load_config', 'make_parser']

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -185,3 +186,15 @@ def build_runner(cfg: Config) -> Runner:
                 find_unused_parameters=cfg.get('find_unused_parameters', False),
             )
     return CheckedRunner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+
+
+def leave_process_group() -> None:
+    """Take the process group down once all of its processes are done; without one, nothing.
+
+    A process that ends while another still talks to it can abort, and a run
+    that had finished its work would be reported as failed.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()  # a wrapped model holds the group, too
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
