@@ -1,11 +1,15 @@
-"""Differences between the OpenMMLab distributions that share one set of import names."""
+"""Differences between the OpenMMLab distributions that share one set of import names, and between releases of torch."""
 
 from __future__ import annotations
 
 from importlib import metadata
 from importlib.util import find_spec
 
+import torch
 from mmengine.config.utils import MODULE2PACKAGE
+
+# The function that makes shapes of an operator known to torch.compile; the name before torch 2.4.
+register_fake = getattr(torch.library, 'register_fake', None) or torch.library.impl_abstract
 
 
 def map_config_packages() -> None:

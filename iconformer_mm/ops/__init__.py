@@ -1,3 +1,3 @@
-from .dynamic_conv import dynamic_depthwise_conv2d
+from .dynamic_conv import dynamic_depthwise_conv2d, dynamic_depthwise_conv_tokens
 
-__all__ = ['dynamic_depthwise_conv2d']
+__all__ = ['dynamic_depthwise_conv2d', 'dynamic_depthwise_conv_tokens']

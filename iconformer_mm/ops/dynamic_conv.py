@@ -1,44 +1,162 @@
-"""Depth-wise convolution whose kernels differ from sample to sample."""
+"""Depth-wise convolution whose kernels differ from sample to sample: one operator, one derivative, several backends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from iconformer_mm.compat import register_fake
 
-def _reference(x: Tensor, kernels: Tensor) -> Tensor:
-    """Sum of the K * K shifted maps, each times its tap; holds for any shape."""
-    height, width = x.shape[1:3]
+from . import backends
+
+_NAMESPACE = 'iconformer_mm'
+_library = torch.library.Library(_NAMESPACE, 'DEF')
+_library.define('dynamic_conv(Tensor tokens, Tensor kernels, int height, int width, str backend) -> Tensor')
+_library.define(
+    'dynamic_conv_kernel_gradient(Tensor grad, Tensor tokens, int size, int height, int width, str backend) -> Tensor'
+)
+
+
+def _backend(name: str, tokens: Tensor, height: int, width: int) -> ModuleType:
+    """The backend of a name, for ``'auto'`` the fastest one that is there."""
+    if name != 'auto':
+        found = backends.find(name)
+        if found is None:
+            raise RuntimeError(f"backend '{name}' needs the package {name}, which cannot be imported here")
+        return found
+    if tokens.numel() == 0:
+        return backends.find('reference')
+    if tokens.is_cuda:
+        return backends.find('triton') or backends.find('grouped')
+    if tokens.device.type == 'cpu':
+        # Without Numba: a convolution a sample pays once a map is large.
+        without = 'looped' if height * width * tokens.shape[2] >= 2**15 else 'grouped'
+        return backends.find('numba') or backends.find(without)
+    return backends.find('grouped')
+
+
+def _correlate(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> Tensor:
+    found = _backend(backend, tokens, height, width)
+    return found.correlate(tokens.detach(), kernels.detach(), height, width)
+
+
+def _kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int, backend: str) -> Tensor:
+    found = _backend(backend, tokens, height, width)
+    return found.kernel_gradient(grad.detach(), tokens.detach(), size, height, width)
+
+
+class _Correlation(torch.autograd.Function):
+    """Linear in the tokens and in the kernels; prefix tokens pass."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> Tensor:
+        ctx.save_for_backward(tokens, kernels)
+        ctx.settings = (height, width, backend)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.iconformer_mm.dynamic_conv(tokens, kernels, height, width, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        tokens, kernels = ctx.saved_tensors
+        grad_tokens = grad_kernels = None
+        if ctx.needs_input_grad[0]:
+            flipped = kernels.flip((2, 3))
+            grad_tokens = torch.ops.iconformer_mm.dynamic_conv(grad, flipped, *ctx.settings)
+        if ctx.needs_input_grad[1]:
+            size = kernels.shape[-1]
+            grad_kernels = torch.ops.iconformer_mm.dynamic_conv_kernel_gradient(grad, tokens, size, *ctx.settings)
+        return grad_tokens, grad_kernels, None, None, None
+
+
+class _KernelGradient(torch.autograd.Function):
+    """Linear in the gradient and in the tokens, neither of whose prefix tokens it sees."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, tokens: Tensor, size: int, height: int, width: int, backend: str) -> Tensor:
+        ctx.save_for_backward(grad, tokens)
+        ctx.settings = (height, width, backend)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.iconformer_mm.dynamic_conv_kernel_gradient(grad, tokens, size, height, width, backend)
+
+    @staticmethod
+    def backward(ctx: Any, kernels: Tensor) -> tuple:
+        grad, tokens = ctx.saved_tensors
+        height, width, _ = ctx.settings
+        num_prefix = tokens.shape[1] - height * width
+
+        def without_prefix(values: Tensor, kernels: Tensor) -> Tensor:
+            out = torch.ops.iconformer_mm.dynamic_conv(values, kernels, *ctx.settings)
+            return torch.cat((torch.zeros_like(out[:, :num_prefix]), out[:, num_prefix:]), dim=1)
+
+        grad_grad = without_prefix(tokens, kernels) if ctx.needs_input_grad[0] else None
+        grad_tokens = without_prefix(grad, kernels.flip((2, 3))) if ctx.needs_input_grad[1] else None
+        return grad_grad, grad_tokens, None, None, None, None
+
+
+_library.impl('dynamic_conv', _correlate, 'CompositeExplicitAutograd')
+_library.impl('dynamic_conv', _Correlation.apply, 'Autograd')
+_library.impl('dynamic_conv_kernel_gradient', _kernel_gradient, 'CompositeExplicitAutograd')
+_library.impl('dynamic_conv_kernel_gradient', _KernelGradient.apply, 'Autograd')
+
+
+@register_fake(f'{_NAMESPACE}::dynamic_conv')
+def _(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> Tensor:
+    return tokens.new_empty(tokens.shape)
+
+
+@register_fake(f'{_NAMESPACE}::dynamic_conv_kernel_gradient')
+def _(grad: Tensor, tokens: Tensor, size: int, height: int, width: int, backend: str) -> Tensor:
+    return tokens.new_empty(tokens.shape[0], tokens.shape[2], size, size)
+
+
+def _exporting() -> bool:
+    return torch.onnx.is_in_onnx_export() or getattr(torch.compiler, 'is_exporting', bool)()
+
+
+def dynamic_depthwise_conv_tokens(
+    tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str = 'auto'
+) -> Tensor:
+    """:func:`dynamic_depthwise_conv2d` over a token sequence whose prefix tokens pass as they are.
+
+    Args:
+        tokens: (B, P + H * W, C): P prefix tokens, of which there may be none, and the
+            patch tokens row by row.
+        kernels: Kernels, (B, C, K, K) with odd K.
+        height: Rows H of patch tokens.
+        width: Columns W of patch tokens.
+        backend: As in :func:`dynamic_depthwise_conv2d`.
+
+    Returns:
+        The filtered tokens, (B, P + H * W, C).
+
+    Raises:
+        ValueError: A shape or the backend's name does not fit.
+        RuntimeError: The backend needs a package that cannot be imported.
+    """
+    if tokens.dim() != 3 or kernels.dim() != 4:
+        raise ValueError(
+            'expected tokens (B, N, C) or maps (B, H, W, C) and kernels (B, C, K, K), '
+            f'got {tuple(tokens.shape)} and {tuple(kernels.shape)}'
+        )
     size = kernels.shape[-1]
-    padded = F.pad(x, (0, 0, size // 2, size // 2, size // 2, size // 2))
-    out = torch.zeros_like(x)
-    for i in range(size):
-        for j in range(size):
-            tap = kernels[:, None, None, :, i, j]
-            out = out + padded[:, i : i + height, j : j + width] * tap
-    return out
-
-
-def _grouped(x: Tensor, kernels: Tensor) -> Tensor:
-    """One grouped convolution over the B * C maps of the batch."""
-    batch, height, width, channels = x.shape
-    size = kernels.shape[-1]
-    maps = x.permute(0, 3, 1, 2).reshape(1, batch * channels, height, width)
-    out = F.conv2d(maps, kernels.reshape(batch * channels, 1, size, size), padding=size // 2, groups=batch * channels)
-    return out.view(batch, channels, height, width).permute(0, 2, 3, 1)
-
-
-_BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {'reference': _reference, 'grouped': _grouped}
-
-
-def _choose(x: Tensor) -> str:
-    # A grouped convolution needs at least one group, and in an exported graph
-    # its number of groups would fix the batch size for good.
-    exporting = torch.onnx.is_in_onnx_export() or getattr(torch.compiler, 'is_exporting', bool)()
-    return 'reference' if exporting or x.numel() == 0 else 'grouped'
+    if kernels.shape[-2] != size or size % 2 == 0:
+        raise ValueError(f'kernels must be square with an odd size, got {kernels.shape[-2]} x {size}')
+    if kernels.shape[0] != tokens.shape[0] or kernels.shape[1] != tokens.shape[2]:
+        raise ValueError(
+            f'{tokens.shape[0]} samples with {tokens.shape[2]} channels and kernels '
+            f'{tuple(kernels.shape)} (B, C, K, K) differ in batch size or channels'
+        )
+    if tokens.shape[1] < height * width:
+        raise ValueError(f'{tokens.shape[1]} tokens are fewer than those of a map of {height} x {width}')
+    kernels = kernels.to(tokens.dtype)
+    if _exporting():  # to plain operators, which any runtime knows
+        return backends.find('reference').correlate(tokens, kernels, height, width)
+    if backend not in ('auto', *backends.NAMES):
+        raise ValueError(f"unknown backend '{backend}', choose from: auto, {', '.join(backends.NAMES)}")
+    return torch.ops.iconformer_mm.dynamic_conv(tokens, kernels, height, width, backend)
 
 
 def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, backend: str = 'auto') -> Tensor:
@@ -46,36 +164,26 @@ def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, backend: str = 'auto') 
 
     ``out[b, h, w, c] = sum_ij kernels[b, c, i, j] * x[b, h + i - K // 2, w + j - K // 2, c]``:
     cross-correlation with stride 1 and zero padding ``K // 2``, the adaptive
-    convolution of iConFormer (arXiv 2409.02838).
+    convolution of iConFormer (arXiv 2409.02838). It is differentiable any number of times.
 
     Args:
         x: Feature maps, (B, H, W, C).
-        kernels: Kernels, (B, C, K, K) with odd K.
-        backend: ``'reference'`` (shifted products, any shape), ``'grouped'``
-            (one grouped convolution) or ``'auto'``, which takes the faster one
-            that serves.
+        kernels: Kernels, (B, C, K, K) with odd K; cast to the dtype of ``x``.
+        backend: ``'numba'`` (compiled for the CPU at the first call), ``'triton'`` (CUDA),
+            ``'grouped'`` (one grouped convolution), ``'looped'`` (a convolution a sample),
+            ``'reference'`` (shifted products), or ``'auto'`` (default), which takes the fastest
+            for the device and the shape. They agree but for rounding. Exported graphs
+            (ONNX, ``torch.export``) hold the reference whatever is asked for.
 
     Returns:
         The filtered maps, (B, H, W, C).
 
     Raises:
         ValueError: A shape or the backend's name does not fit.
+        RuntimeError: The backend needs a package that cannot be imported.
     """
-    if x.dim() != 4 or kernels.dim() != 4:
-        raise ValueError(
-            'dynamic_depthwise_conv2d expects x (B, H, W, C) and kernels (B, C, K, K), '
-            f'got {tuple(x.shape)} and {tuple(kernels.shape)}'
-        )
-    size = kernels.shape[-1]
-    if kernels.shape[-2] != size or size % 2 == 0:
-        raise ValueError(f'kernels must be square with an odd size, got {kernels.shape[-2]} x {size}')
-    if kernels.shape[0] != x.shape[0] or kernels.shape[1] != x.shape[3]:
-        raise ValueError(
-            f'x {tuple(x.shape)} (B, H, W, C) and kernels {tuple(kernels.shape)} (B, C, K, K) '
-            'differ in batch size or channels'
-        )
-    if backend == 'auto':
-        backend = _choose(x)
-    if backend not in _BACKENDS:
-        raise ValueError(f"unknown backend '{backend}', choose from: auto, {', '.join(_BACKENDS)}")
-    return _BACKENDS[backend](x, kernels)
+    if x.dim() != 4:
+        raise ValueError(f'dynamic_depthwise_conv2d expects x (B, H, W, C), got {tuple(x.shape)}')
+    height, width = x.shape[1:3]
+    out = dynamic_depthwise_conv_tokens(x.flatten(1, 2), kernels, height, width, backend)
+    return out.unflatten(1, (height, width))

@@ -64,5 +64,7 @@ def test_refuses_wrong_shapes(x, kernels, message):
 
 
 def test_refuses_an_unknown_backend():
-    with pytest.raises(ValueError, match="unknown backend 'fast', choose from: auto, reference, grouped"):
+    with pytest.raises(
+        ValueError, match="unknown backend 'fast', choose from: auto, reference, grouped, looped, numba, triton"
+    ):
         dynamic_depthwise_conv2d(torch.zeros(1, 2, 2, 1), torch.zeros(1, 1, 3, 3), 'fast')
