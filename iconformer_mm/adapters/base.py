@@ -184,6 +184,7 @@ class BottleneckAdapter(Adapter):
         self.up = Projection(bottleneck, embed_dims)
         self.up.zero_()
         self.scale = nn.Parameter(torch.tensor(float(scale))) if learnable_scale else float(scale)
+        self._unscaled = not learnable_scale and scale == 1
 
     def transform(self, z: Tensor, grid: TokenGrid) -> Tensor:
         """What happens in the bottleneck, (B, N, c) to (B, N, c); here nothing."""
@@ -204,4 +205,5 @@ class BottleneckAdapter(Adapter):
         """
         grid.check(tokens)
         z = self.transform(self.down(tokens), grid)
-        return self.up(self.dropout(self.activation(z))) * self.scale
+        delta = self.up(self.dropout(self.activation(z)))
+        return delta if self._unscaled else delta * self.scale

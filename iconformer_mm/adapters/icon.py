@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iconformer_mm.ops import dynamic_depthwise_conv2d
+from iconformer_mm.ops import dynamic_depthwise_conv2d, dynamic_depthwise_conv_tokens
 from iconformer_mm.registry import ADAPTERS
 
 from .base import BottleneckAdapter, Projection, TokenGrid, is_count
@@ -229,12 +229,12 @@ class ICoNAdapter(BottleneckAdapter):
         self.window_size = window_size
         self.icon = ICoN(bottleneck, kernel_size, kernel_norm, kernel, pooling, generator_layers, generator_bias)
 
-    def _filter(self, maps: Tensor) -> Tensor:
-        kernels = self.icon(maps, self.window_size)
-        if self.window_size is None:
-            return dynamic_depthwise_conv2d(maps, kernels)
-        return filter_windows(maps, kernels, self.window_size)
+    def _filter_windows(self, maps: Tensor) -> Tensor:
+        return filter_windows(maps, self.icon(maps, self.window_size), self.window_size)
 
     def transform(self, z: Tensor, grid: TokenGrid) -> Tensor:
         """Filter the patch tokens of ``z`` (B, N, c); prefix tokens pass."""
-        return self.on_maps(self._filter, z, grid)
+        if self.window_size is not None:
+            return self.on_maps(self._filter_windows, z, grid)
+        kernels = self.icon(z[:, grid.num_prefix_tokens :].unflatten(1, (grid.height, grid.width)))
+        return dynamic_depthwise_conv_tokens(z, kernels, grid.height, grid.width)

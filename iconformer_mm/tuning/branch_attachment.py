@@ -27,7 +27,8 @@ class BranchAttachment(BlockAttachment):
     follows belongs to the branch.
 
     At the FFN, the last branch, A's output is added to what the block returns.
-    That of attention cannot be, since the FFN sees it, too: it is
+    That of attention cannot be, since the FFN sees it, too. A parallel one is added to the
+    branch's own output, where a submodule gives that. Else it is
     added where the FFN's norm reads x' and once more to what the block returns,
     which comes to the same whatever the block does between.
 
@@ -44,13 +45,19 @@ class BranchAttachment(BlockAttachment):
         self.input = input
         # DeiT III uses one norm twice, first before attention and then before the FFN.
         self._one_norm = site.family.norm is not None and site.family.norm == site.family.attention_norm
+        parallel = input in ('normed', 'residual')
+        self._joins_attention = ATTENTION in adapters and parallel and site.family.attention_out is not None
         self._grid_now: TokenGrid | None = None
         self._seen: dict[str, Tensor] = {}
 
     def _make_taps(self) -> list[Tap]:
         family, block = self.family, self.module
-        # In post-norm blocks the FFN reads x' itself.
-        taps = [Tap(getattr(block, family.norm or family.ffn), before=self._between_branches)]
+        taps = []
+        if FFN in self.branches or not self._joins_attention:
+            # In post-norm blocks the FFN reads x' itself.
+            taps.append(Tap(getattr(block, family.norm or family.ffn), before=self._between_branches))
+        if self._joins_attention:
+            taps.append(Tap(getattr(block, family.attention_out), after=self._join_attention))
         if FFN in self.branches and self.input == 'normed' and family.norm is not None:
             taps.append(Tap(getattr(block, family.ffn), before=self._see_ffn_input))
         if ATTENTION in self.branches and self.input == 'normed' and family.attention_norm is not None:
@@ -65,17 +72,25 @@ class BranchAttachment(BlockAttachment):
         self._seen['ffn input'] = normed
         return normed
 
+    def _parallel_input(self) -> Tensor:
+        """What an adapter parallel to attention reads."""
+        before = self._seen['block input']
+        return self._seen.get('attention input', before) if self.input == 'normed' else before
+
+    def _join_attention(self, out: Tensor) -> Tensor:
+        """Adds to the output of attention what its adapter says."""
+        return out + self._apply(self.module.adapter_attention, self._parallel_input(), out)
+
     def _between_branches(self, x: Tensor) -> Tensor:
-        """Sees x' on its way to the FFN; adds to it what the adapter of attention says."""
+        """Sees x' on its way to the FFN; adds to it what the adapter of attention says, unless that was done before."""
         if self._one_norm and 'attention reads' not in self._seen:
             self._seen['attention reads'] = x
             return x
-        if ATTENTION in self.branches:
-            before = self._seen['block input'].reshape(x.shape)
-            if self.input == 'normed':
-                tokens = self._seen.get('attention input', before)
+        if ATTENTION in self.branches and not self._joins_attention:
+            if self.input in ('output', 'sum'):
+                tokens = x if self.input == 'sum' else x - self._seen['block input'].reshape(x.shape)
             else:
-                tokens = dict(residual=before, output=x - before, sum=x)[self.input]
+                tokens = self._parallel_input()
             delta = self._seen['delta'] = self._apply(self.module.adapter_attention, tokens, x)
             x = x + delta
         self._seen['residual'] = x
@@ -96,7 +111,7 @@ class BranchAttachment(BlockAttachment):
             out = self.host_forward(*args, **kwargs)
         finally:  # recomputing for a backward pass stops halfway, by an exception
             seen, self._seen = self._seen, {}
-        if ATTENTION in self.branches:
+        if ATTENTION in self.branches and not self._joins_attention:
             out = out + seen['delta'].reshape(out.shape)
         if FFN in self.branches:
             residual = seen['residual']

@@ -66,6 +66,10 @@ class BlockFamily:
         ffn: Name of the FFN submodule, whose input is LN2(x').
         attention_norm: Name of the norm LN1 before attention, None where
             attention reads x itself.
+        attention_out: Name of the submodule whose output, of the shape of the block's
+            input, is the last that happens to the branch of attention before its sum
+            (with the sum, in some families). None where there is no such submodule, or
+            the FFN uses it, too.
         takes_prompts: Whether attention runs over any sequence, whatever the
             place of its tokens.
         idle: Submodules that the block never calls.
@@ -77,6 +81,7 @@ class BlockFamily:
     norm: str | None
     ffn: str = 'ffn'
     attention_norm: str | None = 'norm1'
+    attention_out: str | None = None
     takes_prompts: bool = False
     idle: tuple[str, ...] = ()
 
@@ -111,6 +116,7 @@ FAMILIES: list[BlockFamily] = [
         'ln2',
         attention_norm='ln1',
         takes_prompts=True,
+        attention_out='attn',
     ),
     # DeiT III normalises the FFN's input by ln1 as well; its ln2 is never called.
     BlockFamily(
@@ -121,6 +127,7 @@ FAMILIES: list[BlockFamily] = [
         attention_norm='ln1',
         takes_prompts=True,
         idle=('ln2',),
+        attention_out='attn',
     ),
     BlockFamily(
         'mmpretrain BEiT', _MMPRETRAIN + 'beit.BEiTTransformerEncoderLayer', _MM_VIT, 'ln2', attention_norm='ln1'
@@ -133,27 +140,32 @@ FAMILIES: list[BlockFamily] = [
         'ln2',
         attention_norm='ln1',
     ),
-    BlockFamily('mmpretrain Swin', _MMPRETRAIN + 'swin_transformer.SwinBlock', Argument('hw_shape'), 'norm2'),
+    BlockFamily(
+        'mmpretrain Swin',
+        _MMPRETRAIN + 'swin_transformer.SwinBlock',
+        Argument('hw_shape'),
+        'norm2',
+        attention_out='attn',
+    ),
     BlockFamily(
         'mmpretrain SwinV2',
         _MMPRETRAIN + 'swin_transformer_v2.SwinBlockV2',
         Argument('hw_shape'),
         None,
         attention_norm=None,
+        attention_out='norm1',
     ),
-    BlockFamily('mmdet Swin', _MMDET + 'swin.SwinBlock', Argument('hw_shape'), 'norm2'),
-    BlockFamily('mmdet PVT', _MMDET + 'pvt.PVTEncoderLayer', Argument('hw_shape'), 'norm2'),
-    BlockFamily('mmseg Swin', _MMSEG + 'swin.SwinBlock', Argument('hw_shape'), 'norm2'),
+    BlockFamily('mmdet Swin', _MMDET + 'swin.SwinBlock', Argument('hw_shape'), 'norm2', attention_out='attn'),
+    BlockFamily('mmdet PVT', _MMDET + 'pvt.PVTEncoderLayer', Argument('hw_shape'), 'norm2', attention_out='attn'),
+    BlockFamily('mmseg Swin', _MMSEG + 'swin.SwinBlock', Argument('hw_shape'), 'norm2', attention_out='attn'),
     BlockFamily(
-        'mmseg ViT',
-        _MMSEG + 'vit.TransformerEncoderLayer',
-        _SEG_VIT,
-        'norm2',
-        takes_prompts=True,
+        'mmseg ViT', _MMSEG + 'vit.TransformerEncoderLayer', _SEG_VIT, 'norm2', takes_prompts=True, attention_out='attn'
     ),
     # MAE's block is a BEiT block.
     BlockFamily('mmseg BEiT', _MMSEG + 'beit.BEiTTransformerEncoderLayer', _SEG_BEIT, 'norm2'),
-    BlockFamily('mmseg MiT', _MMSEG + 'mit.TransformerEncoderLayer', Argument('hw_shape'), 'norm2'),
+    BlockFamily(
+        'mmseg MiT', _MMSEG + 'mit.TransformerEncoderLayer', Argument('hw_shape'), 'norm2', attention_out='attn'
+    ),
     BlockFamily('mmseg Twins', _MMSEG + 'twins.LSAEncoderLayer', Argument('hw_shape'), 'norm2'),
     BlockFamily('mmseg Twins global', _MMSEG + 'twins.GSAEncoderLayer', Argument('hw_shape'), 'norm2'),
     BlockFamily(
@@ -163,6 +175,7 @@ FAMILIES: list[BlockFamily] = [
         'norm2',
         ffn='mlp',
         takes_prompts=True,
+        attention_out='drop_path1',
     ),
     BlockFamily(
         'timm Swin',
@@ -170,6 +183,7 @@ FAMILIES: list[BlockFamily] = [
         FromShape(),
         'norm2',
         ffn='mlp',
+        attention_out='drop_path1',
     ),
     BlockFamily(
         'timm SwinV2',
@@ -178,6 +192,7 @@ FAMILIES: list[BlockFamily] = [
         None,
         ffn='mlp',
         attention_norm=None,
+        attention_out='drop_path1',
     ),
 ]
 
@@ -246,7 +261,7 @@ def find_sites(backbone: nn.Module) -> list[Site]:
     for name, module in backbone.named_modules():
         family = family_of(module)
         if family is not None:
-            for part in (family.ffn, family.norm, family.attention_norm):
+            for part in (family.ffn, family.norm, family.attention_norm, family.attention_out):
                 if part is not None and not isinstance(getattr(module, part, None), nn.Module):
                     raise ValueError(
                         f"the block {name} has no submodule '{part}', which its BlockFamily '{family.name}' names; "

@@ -1,4 +1,4 @@
-"""One depth-wise convolution a sample, channels last: without transposing, and so the better one for large maps on a CPU."""
+"""One depth-wise convolution a sample: nothing is transposed, which pays for large maps on a CPU."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def _kernel_gradient(grad, x, out, size, start, height, width, channels, first, 
                 while w < width:
                     s = w * channels
                     g0 = g[s : s + channels]
-                    if w + shift >= 0 and w + shift + 5 < width:
+                    if w + shift >= 0 and w + max(shift + 5, 3) < width:
                         g1 = g[s + channels : s + 2 * channels]
                         g2 = g[s + 2 * channels : s + 3 * channels]
                         g3 = g[s + 3 * channels : s + 4 * channels]
