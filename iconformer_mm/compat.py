@@ -26,3 +26,11 @@ def map_config_packages() -> None:
                 metadata.distribution(distribution)
             except metadata.PackageNotFoundError:
                 MODULE2PACKAGE[module] = module
+
+
+def is_autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for a device type; torch before 2.4 asks a function for each."""
+    try:
+        return torch.is_autocast_enabled(device)
+    except TypeError:
+        return torch.is_autocast_cpu_enabled() if device == 'cpu' else torch.is_autocast_enabled()

@@ -13,11 +13,13 @@ class PEFTBackbone:
     Args:
         *args: Arguments of the parent class.
         peft: Config of the PEFT method, e.g. ``dict(bottleneck=32)``;
-            ``type='icon'`` unless given. Defaults to None, iCoN with its
+            ``type='icon'`` unless given; ``frozen_dtype`` and ``with_cp`` of
+            :func:`iconformer_mm.inject` may stand in it, too. Defaults to None, iCoN with its
             defaults.
         **kwargs: Arguments of the parent class.
     """
 
     def __init__(self, *args: Any, peft: dict | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        inject(self, {'type': 'icon', **(peft or {})})
+        options = dict(peft or {})
+        inject(self, options.pop('type', 'icon'), **options)

@@ -156,14 +156,15 @@ class Attachment(Replacement):
         self.kind = kind
         self.adapters = adapters
         self.tracker = tracker
+        self.with_cp = False
         self._taps: list[Tap] = []
 
-    def attach(self) -> None:
-        """Put the adapters into the module, on its device and in its dtype."""
+    def attach(self, dtype: torch.dtype | None = None) -> None:
+        """Put the adapters into the module, on its device and in its dtype, unless another is given."""
         module = self.module
         parameter = next(module.parameters())
         for name, adapter in self.adapters.items():
-            setattr(module, name, adapter.to(device=parameter.device, dtype=parameter.dtype))
+            setattr(module, name, adapter.to(device=parameter.device, dtype=dtype or parameter.dtype))
         self._taps = self._make_taps()
         for tap in self._taps:
             tap.replace()
@@ -187,8 +188,8 @@ class Attachment(Replacement):
         return []
 
     def _run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Call a function, by gradient checkpointing where the host wants that."""
-        with_cp = self._with_cp or (self.tracker is not None and self.tracker.with_cp)
+        """Call a function, by gradient checkpointing where that is asked for, here or by the host."""
+        with_cp = self.with_cp or self._with_cp or (self.tracker is not None and self.tracker.with_cp)
         if with_cp and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         return function(*args, **kwargs)

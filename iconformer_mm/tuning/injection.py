@@ -11,8 +11,9 @@ import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
 
-from .attachment import Attachment, GridTracker
+from .attachment import Attachment, BlockAttachment, GridTracker
 from .freezing import ADAPTER, Freezing, is_adapter
+from .frozen_precision import FrozenPrecision, check_frozen_dtype
 from .methods import PEFTMethod, build_method
 from .pretrained import PretrainedCheck
 from .sites import FromPatchEmbed, Site, find_sites, no_site_error
@@ -46,12 +47,22 @@ class Injection:
         backbone: The backbone to adapt.
         method: The method of the first adapter.
         name: The name of the first adapter.
+        frozen_dtype: What frozen matrices are held in; None for what they are in.
+        with_cp: Whether blocks are recomputed in the backward pass.
 
     Raises:
-        ValueError: No block is known, or the host uses the adapters' name.
+        ValueError: No block is known, the host uses the adapters' name, or there are no
+            adapted blocks to recompute.
     """
 
-    def __init__(self, backbone: nn.Module, method: PEFTMethod, name: str = DEFAULT_NAME) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        method: PEFTMethod,
+        name: str = DEFAULT_NAME,
+        frozen_dtype: torch.dtype | None = None,
+        with_cp: bool = False,
+    ) -> None:
         # All that can fail comes first: a refused model is an untouched model.
         taken = [n for n, _ in backbone.named_parameters() if is_adapter(n)]
         if taken:
@@ -64,12 +75,18 @@ class Injection:
         self.adapters: dict[str, NamedAdapter] = {}
         self.active: str | None = None
         self.freezing: Freezing | None = None
+        self.with_cp = with_cp
+        self.precision = FrozenPrecision(backbone, frozen_dtype) if frozen_dtype is not None else None
+        # With the matrices in another one, adapters keep the dtype that the backbone had.
+        self.adapter_dtype = None if frozen_dtype is None else next(backbone.parameters()).dtype
         sites = find_sites(backbone) if method.freezes else []
         first = self._make(method, sites)
         self.check = PretrainedCheck(backbone, [site.name for site in sites]) if sites else None
         self.adapters[name] = first
         self.activate(name)
         self.freezing = Freezing(backbone) if method.freezes else None
+        if self.precision is not None:
+            self.precision.hold()
         setattr(backbone, _KEY, self)
 
     @property
@@ -90,7 +107,16 @@ class Injection:
     def _make(self, method: PEFTMethod, sites: list[Site]) -> NamedAdapter:
         # First without memory, and without trackers, so that nothing is left of what fails.
         adapter_shapes(self.backbone, method)
-        return NamedAdapter(method, method.make_attachments(self.backbone, sites, self._tracker))
+        attachments = method.make_attachments(self.backbone, sites, self._tracker)
+        if self.with_cp:
+            if not attachments or not all(isinstance(a, BlockAttachment) for a in attachments):
+                raise ValueError(
+                    f"with_cp recomputes adapted blocks, and method '{method.name}' adapts none as a whole; use the "
+                    "backbone's own with_cp, or MMEngine's activation_checkpointing"
+                )
+            for attachment in attachments:
+                attachment.with_cp = True
+        return NamedAdapter(method, attachments)
 
     def _tracker(self, site: Site) -> GridTracker | None:
         if not isinstance(site.family.grid, FromPatchEmbed):
@@ -124,13 +150,15 @@ class Injection:
             attachment.detach()
         self.active = name
         for attachment in self.attachments:
-            attachment.attach()
+            attachment.attach(self.adapter_dtype)
         if self.freezing is not None:
             self.freezing.train(self.backbone.training)
 
     def undo(self) -> None:
         """Give the backbone back as it was."""
         self.activate(None)
+        if self.precision is not None:
+            self.precision.release()
         for tracker in self.trackers.values():
             tracker.detach()
         if self.check is not None:
@@ -194,7 +222,13 @@ def adapter_shapes(model: nn.Module, method: str | dict | PEFTMethod) -> dict[st
     return shapes
 
 
-def inject(model: nn.Module, method: str | dict = 'icon', **options: Any) -> Summary:
+def inject(
+    model: nn.Module,
+    method: str | dict = 'icon',
+    frozen_dtype: str | None = None,
+    with_cp: bool = False,
+    **options: Any,
+) -> Summary:
     """Put a PEFT method into a model, in place.
 
     The model stays the same object, its parameter names stay what they were,
@@ -209,6 +243,12 @@ def inject(model: nn.Module, method: str | dict = 'icon', **options: Any) -> Sum
             method: ``icon``, ``icon-static``, ``adaptformer``, ``adapter``, ``convpass``,
             ``lorand``, ``mona``, ``lora``, ``dora``, ``ssf``, ``vpt``, ``bitfit``, ``norm``,
             ``partial``, ``frozen``, ``full``.
+        frozen_dtype: ``'bfloat16'`` holds the frozen matrices of the backbone in half the
+            memory, and runs the backbone under autocast; outputs are rounded by that, and
+            :func:`remove` gives the rounded weights back. Defaults to None, as they are.
+        with_cp: Whether adapted blocks are recomputed in the backward pass (gradient
+            checkpointing), also where the backbone has no such option. Defaults to False,
+            which leaves it to the backbone.
         **options: Options of the method, such as ``bottleneck=32``.
 
     Returns:
@@ -234,7 +274,10 @@ def inject(model: nn.Module, method: str | dict = 'icon', **options: Any) -> Sum
     current = get_injection(model)
     if current is not None:
         raise ValueError(f"the model is adapted already, by '{current.method.name}'; call remove(model) first")
-    Injection(find_backbone(model), built)
+    dtype = None if frozen_dtype is None else check_frozen_dtype(frozen_dtype)
+    if dtype is not None and not built.freezes:
+        raise ValueError(f"method '{built.name}' freezes nothing that could be held in frozen_dtype={frozen_dtype!r}")
+    Injection(find_backbone(model), built, frozen_dtype=dtype, with_cp=with_cp)
     return summarize(model)
 
 

@@ -112,11 +112,13 @@ def test_test_and_val_after_train_and_alone(tmp_path):
     assert build(tmp_path / 'val', load_from=str(tmp_path / 'train' / 'epoch_2.pth')).val() == expected
 
 
-def test_resume_continues_exactly(tmp_path):
+@pytest.mark.parametrize('options', [{}, dict(frozen_dtype='bfloat16', with_cp=True)], ids=['plain', 'frugal'])
+def test_resume_continues_exactly(options, tmp_path):
     """Epoch 2 after a resume equals epoch 2 of the uninterrupted run, optimizer state and schedule included."""
-    whole = build(tmp_path / 'whole')
+    hook = dict(custom_hooks=[dict(type='PEFTHook', method='icon', **options)])
+    whole = build(tmp_path / 'whole', **hook)
     whole.train()
-    second = build(tmp_path / 'part', resume=True, load_from=str(tmp_path / 'whole' / 'epoch_1.pth'))
+    second = build(tmp_path / 'part', resume=True, load_from=str(tmp_path / 'whole' / 'epoch_1.pth'), **hook)
     second.train()
     assert second.iter == whole.iter
     for name, value in whole.model.state_dict().items():

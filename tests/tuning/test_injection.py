@@ -12,6 +12,7 @@ from torch import nn
 
 from iconformer_mm import inject, remove, summarize
 from iconformer_mm.adapters import ICoNAdapter
+from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.sites import FAMILIES as BLOCK_FAMILIES
 from iconformer_mm.tuning.sites import BlockFamily, FromPatchEmbed
 
@@ -23,6 +24,19 @@ def frozen(model: nn.Module) -> nn.Module:
     """The original, its weights frozen as in the adapted model: attention kernels depend on that."""
     model.requires_grad_(False).eval()  # whose result is None for some backbones
     return model
+
+
+def count_forwards(model: nn.Module) -> list[int]:
+    """A counter of how often the blocks' own forward passes run."""
+    count = [0]
+    for attachment in get_injection(model).attachments:
+
+        def counted(*args, forward=attachment.host_forward, **kwargs):
+            count[0] += 1
+            return forward(*args, **kwargs)
+
+        attachment.host_forward = counted
+    return count
 
 
 def run(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -185,6 +199,35 @@ def test_gradient_checkpointing(family):
     assert expected.keys() == actual.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(actual[name], grad, msg=name)
+
+
+@pytest.mark.parametrize(
+    ('family', 'method'), [(f, 'icon') for f in FAMILIES] + [(f, 'vpt') for f in FAMILIES if f.name == 'ViT'], ids=str
+)
+def test_gradient_checkpointing_of_any_host(family, method):
+    """By our own option, also where the backbone has none: the same gradients."""
+    gradients = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = family.build()
+        inject(model, method, with_cp=with_cp)
+        stir(model).train()
+        torch.manual_seed(5)
+        host_forwards = count_forwards(model)
+        losses = [sum(t.square().mean() for t in flatten(model(image(size)))) for size in family.sizes]
+        sum(losses).backward()
+        assert host_forwards[0] == family.num_blocks * len(family.sizes) * (2 if with_cp else 1)
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad, msg=name)
+
+
+def test_gradient_checkpointing_needs_adapted_blocks():
+    model = vit()
+    with pytest.raises(ValueError, match="with_cp recomputes adapted blocks, and method 'lora' adapts none"):
+        inject(model, 'lora', with_cp=True)
+    assert summarize(model).method is None
 
 
 def test_gradient_checkpointing_recomputes():

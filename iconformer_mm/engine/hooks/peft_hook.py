@@ -33,6 +33,10 @@ class PEFTHook(Hook):
             ``dict(type='icon')``.
         save_adapter: Whether to write the adapter file after training.
             Defaults to True.
+        frozen_dtype: ``'bfloat16'`` holds the frozen matrices in half the memory, see
+            :func:`iconformer_mm.inject`. Defaults to None, as they are.
+        with_cp: Whether adapted blocks are recomputed in the backward pass (gradient
+            checkpointing). Defaults to False, which leaves it to the backbone.
 
     Raises:
         ValueError: The model is adapted already, the runner has no config to
@@ -45,9 +49,17 @@ class PEFTHook(Hook):
 
     priority = 'HIGHEST'
 
-    def __init__(self, method: str | dict = 'icon', save_adapter: bool = True) -> None:
+    def __init__(
+        self,
+        method: str | dict = 'icon',
+        save_adapter: bool = True,
+        frozen_dtype: str | None = None,
+        with_cp: bool = False,
+    ) -> None:
         self.method = method
         self.save_adapter = save_adapter
+        self.frozen_dtype = frozen_dtype
+        self.with_cp = with_cp
         self._injection = None
 
     def before_run(self, runner: Runner) -> None:
@@ -61,7 +73,7 @@ class PEFTHook(Hook):
             )
         wrapped = is_model_wrapper(runner.model)
         model = runner.model.module if wrapped else runner.model
-        summary = inject(model, self.method)
+        summary = inject(model, self.method, self.frozen_dtype, self.with_cp)
         self._injection = get_injection(model)
         runner.logger.info(f'\n{summary}')
 

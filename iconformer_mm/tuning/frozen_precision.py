@@ -1,0 +1,72 @@
+"""Frozen weights in half the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from iconformer_mm.compat import is_autocast_enabled
+
+from .attachment import Replacement
+from .freezing import is_adapter
+
+DTYPES = {'bfloat16': torch.bfloat16}
+
+
+def check_frozen_dtype(name: str) -> torch.dtype:
+    """The dtype of a name.
+
+    Raises:
+        ValueError: Frozen weights cannot be held in it.
+    """
+    if name not in DTYPES:
+        raise ValueError(f'frozen_dtype must be None or one of {", ".join(map(repr, DTYPES))}, got {name!r}')
+    return DTYPES[name]
+
+
+class FrozenPrecision(Replacement):
+    """Holds the frozen matrices of a backbone in another dtype, and runs it under autocast (ours).
+
+    What has one dimension (norms, biases) stays as it is, and so do adapters.
+    Where autocast is on already, that of the caller holds; else what the backbone returns
+    comes back in single precision, so that neck and head need to know nothing.
+
+    Args:
+        backbone: The backbone.
+        dtype: What to hold the matrices in.
+    """
+
+    def __init__(self, backbone: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(backbone)
+        self.dtype = dtype
+        self._originals = {
+            name: parameter.dtype
+            for name, parameter in backbone.named_parameters()
+            if parameter.dim() > 1 and parameter.is_floating_point() and not is_adapter(name)
+        }
+
+    def hold(self) -> None:
+        """Cast the matrices."""
+        parameters = dict(self.module.named_parameters())
+        for name in self._originals:
+            parameters[name].data = parameters[name].data.to(self.dtype)
+        self.replace()
+
+    def release(self) -> None:
+        """Cast the matrices back; they keep what the other dtype made of their values."""
+        self.restore()
+        parameters = dict(self.module.named_parameters())
+        for name, dtype in self._originals.items():
+            parameters[name].data = parameters[name].data.to(dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's forward, under autocast."""
+        device = next(self.module.parameters()).device.type
+        if is_autocast_enabled(device):
+            return self.host_forward(*args, **kwargs)
+        with torch.autocast(device, self.dtype):
+            out = self.host_forward(*args, **kwargs)
+        return tree_map(lambda t: t.float() if isinstance(t, Tensor) and t.dtype == self.dtype else t, out)
