@@ -6,7 +6,6 @@ python benchmarks/checkpoints.py --out work_dirs/checkpoints
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -14,31 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import save_checkpoint as save_whole
 from torch import nn
 
 from iconformer_mm import inject, load_adapter, save_adapter
-from iconformer_mm.apis import load_config
 from iconformer_mm.checkpoint import fingerprint
 from iconformer_mm.checkpoint.training_checkpoint import save_checkpoint
 from iconformer_mm.engine.hooks.adapter_checkpoint_hook import frozen_state
+from measure import Table, build_model, write_results
 
-ROOT = Path(__file__).resolve().parent.parent
 CASES = {
     'ViT-B/16, CIFAR-100': 'cifar100/vit-base-p16-mae_full_8xb128-100e_cifar100.py',
     'Swin-L UPerNet, ADE20K': 'ade20k/swin-large-in22k_upernet_full_8xb2-160k_ade20k-512x512.py',
 }
-TITLES = ('model', 'file', 'MiB', 'write (s)', 'read (s)')
-
-
-def build(config: str) -> nn.Module:
-    """The model of a config, with the same random weights each time."""
-    cfg = load_config(str(ROOT / 'configs' / config))
-    init_default_scope(cfg.default_scope)
-    torch.manual_seed(0)
-    return MODELS.build(cfg.model)
+COLUMNS = {'model': '', 'file': '', 'MiB': ',.1f', 'write (s)': '.2f', 'read (s)': '.2f'}
 
 
 def stepped_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -72,13 +61,14 @@ def checkpoint_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     )
 
 
-def measure(name: str, config: str, folder: Path, rounds: int) -> list[tuple]:
+def measure(name: str, config: str, folder: Path, rounds: int) -> list[dict]:
     """The rows of a model."""
     rows = []
 
     def row(kind: str, path: Path, write: Callable[[], object], read: Callable[[], object]) -> None:
         written = seconds(write, rounds)
-        rows.append((name, kind, path.stat().st_size / 2**20, written, seconds(read, rounds)))
+        values = (name, kind, path.stat().st_size / 2**20, written, seconds(read, rounds))
+        rows.append(dict(zip(COLUMNS, values)))
         path.unlink()
 
     def read_into(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, frozen: dict) -> None:
@@ -86,7 +76,7 @@ def measure(name: str, config: str, folder: Path, rounds: int) -> list[tuple]:
         model.load_state_dict({**frozen, **checkpoint['state_dict']})
         optimizer.load_state_dict(checkpoint['optimizer'])
 
-    model = build(config)
+    model = build_model(config)
     optimizer = stepped_optimizer(model)
     whole = folder / 'whole.pth'
     row(
@@ -97,7 +87,7 @@ def measure(name: str, config: str, folder: Path, rounds: int) -> list[tuple]:
     )
     del model, optimizer
 
-    model = build(config)
+    model = build_model(config)
     inject(model, 'icon')
     optimizer = stepped_optimizer(model)
     row(
@@ -131,12 +121,7 @@ def main() -> None:
     for name, config in CASES.items():
         with tempfile.TemporaryDirectory(dir=args.out) as folder:
             rows += measure(name, config, Path(folder), args.rounds)
-    lines = ['| ' + ' | '.join(TITLES) + ' |', '|---|---' + '|---:' * 3 + '|']
-    lines += [f'| {n} | {kind} | {size:,.1f} | {w:.2f} | {r:.2f} |' for n, kind, size, w, r in rows]
-    text = '\n'.join(lines) + '\n'
-    print(text)
-    (args.out / 'results.md').write_text(text, encoding='utf-8')
-    (args.out / 'results.json').write_text(json.dumps([dict(zip(TITLES, row)) for row in rows], indent=2) + '\n')
+    write_results(args.out, [Table('checkpoints', COLUMNS, rows)], dict(rounds=args.rounds))
 
 
 if __name__ == '__main__':

@@ -11,23 +11,20 @@ import tempfile
 
 import torch
 import torch.distributed as dist
-from mmengine.registry import MODELS, init_default_scope
 from torch.nn.parallel import DistributedDataParallel
 
 from iconformer_mm import inject
-from iconformer_mm.apis import load_config
+from measure import build_model
 
 CASES = {
-    'ViT-B/16 backbone': ('configs/cifar100/vit-base-p16-mae_full_8xb128-100e_cifar100.py', 224),
-    'Swin-L backbone': ('configs/ade20k/swin-large-in22k_upernet_full_8xb2-160k_ade20k-512x512.py', 128),
+    'ViT-B/16 backbone': ('cifar100/vit-base-p16-mae_full_8xb128-100e_cifar100.py', 224),
+    'Swin-L backbone': ('ade20k/swin-large-in22k_upernet_full_8xb2-160k_ade20k-512x512.py', 128),
 }
 
 
 def exchanged_bytes(config: str, size: int, method: str) -> int:
     """Bytes of one step of a config's backbone."""
-    cfg = load_config(config)
-    init_default_scope(cfg.default_scope)
-    backbone = MODELS.build(cfg.model).backbone
+    backbone = build_model(config).backbone
     backbone.train()  # which of mmpretrain returns nothing
     inject(backbone, method)
     wrapped = DistributedDataParallel(backbone)

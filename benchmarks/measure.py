@@ -1,0 +1,280 @@
+"""What the benchmarks share: contestants timed in interleaved rounds, ratios, and results as files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from iconformer_mm.apis import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / 'tools'))
+from experiments import to_markdown  # noqa: E402
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+def make_parser(description: str, out: str, cases: Sequence[str], default: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line that the benchmarks of speed have in common.
+
+    Args:
+        description: What is measured.
+        out: Default of the folder for the results.
+        cases: What ``--cases`` chooses from, by name.
+        default: The cases of a run without it.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('--out', type=Path, default=Path(out), help='folder for the results')
+    parser.add_argument('--rounds', type=int, default=7, help='figures are medians of so many rounds (7)')
+    parser.add_argument('--threads', type=int, default=1, help='threads of torch on the CPU (1)')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where (cpu)')
+    parser.add_argument('--dtype', choices=tuple(DTYPES), default='float32', help='precision (float32)')
+    parser.add_argument(
+        '--cases', nargs='+', choices=cases, default=list(default), metavar='CASE', help=', '.join(cases)
+    )
+    return parser
+
+
+def prepare(args: argparse.Namespace, min_rounds: int = 1) -> None:
+    """Set seed and threads.
+
+    Raises:
+        SystemExit: There is no such device, or the rounds are too few.
+    """
+    if args.rounds < min_rounds:
+        raise SystemExit(f'--rounds must be at least {min_rounds}, got {args.rounds}')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise SystemExit('--device cuda: torch sees no CUDA device here')
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures of a run depend on, for its results."""
+    if args.device == 'cuda':
+        device = torch.cuda.get_device_name()
+    else:
+        device = f'CPU ({torch.backends.cpu.get_cpu_capability()}), threads: {args.threads}'
+    return dict(device=device, dtype=args.dtype, rounds=args.rounds, torch=torch.__version__)
+
+
+def build_model(config: str, changes: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model of a config without its pre-trained weights, the same one each time.
+
+    Args:
+        config: Path under ``configs/``.
+        changes: Settings over those of the config, keys with dots.
+    """
+    cfg = load_config(str(ROOT / 'configs' / config))
+    cfg.merge_from_dict(dict(changes or {}))
+    cfg.model.pop('pretrained', None)
+    cfg.model.backbone.pop('init_cfg', None)
+    if cfg.get('data_preprocessor') is not None:  # MMPretrain's stands beside the model
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(0)
+    return MODELS.build(cfg.model)
+
+
+def progress_bar() -> Progress:
+    """Progress over the cases, a bar each."""
+    return Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    progress: Progress,
+    description: str,
+    device: str = 'cpu',
+    min_seconds: float = 0.02,
+) -> dict[str, list[float]]:
+    """Time contestants in turn, round by round, so that slow drifts of the machine hit all of them alike.
+
+    Args:
+        contestants: The calls, by name; each is made once before the rounds, to warm up.
+        rounds: Number of rounds.
+        progress: Where a bar is shown.
+        description: Its label.
+        device: ``'cuda'`` to wait for the device.
+        min_seconds: A shorter call is repeated until it takes as long as that, and the mean counts.
+            With 0 there is one call a round, and none to find the number of repetitions.
+
+    Returns:
+        The seconds of a call in every round, by the contestants' names.
+    """
+
+    def seconds(call: Callable[[], object], number: int) -> float:
+        start = time.perf_counter()
+        for _ in range(number):
+            call()
+        if device == 'cuda':
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / number
+
+    bar = progress.add_task(description, total=(rounds + 1) * len(contestants))
+    numbers = {}
+    for name, call in contestants.items():
+        seconds(call, 1)
+        numbers[name] = math.ceil(min_seconds / seconds(call, 1)) if min_seconds else 1
+        progress.advance(bar)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            times[name].append(seconds(call, numbers[name]))
+            progress.advance(bar)
+    return times
+
+
+def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(times, reference))
+
+
+def rows_of(
+    times: Mapping[str, Sequence[float]], references: Mapping[str, str], **columns: Any
+) -> list[dict[str, Any]]:
+    """What :func:`interleave` returned as rows of a table.
+
+    Args:
+        times: Seconds of every round, by contestant.
+        references: Contestants that the others are compared with, by the column of the ratio.
+        **columns: What all rows have in common, for the first columns.
+
+    Returns:
+        A row a contestant: these columns, ``contestant``, ``ms`` (median), the ratios
+        to references that took part, and ``seconds`` of every round.
+    """
+    rows = []
+    for name, seconds in times.items():
+        row = dict(columns, contestant=name, ms=1000 * statistics.median(seconds))
+        for column, reference in references.items():
+            if reference in times:
+                row[column] = ratio(seconds, times[reference])
+        rows.append(dict(row, seconds=list(seconds)))
+    return rows
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of results.
+
+    Attributes:
+        name: Key in the JSON file and title.
+        columns: The columns that are shown, with their format: ``''`` for text, ``'.2f'`` for numbers.
+        rows: Columns and values; a value that is missing is shown as ``-``.
+    """
+
+    name: str
+    columns: Mapping[str, str]
+    rows: Sequence[Mapping[str, Any]]
+
+    def cells(self) -> list[list[str]]:
+        """The rows as text."""
+        return [
+            [format(row[column], form) if row.get(column) is not None else '-' for column, form in self.columns.items()]
+            for row in self.rows
+        ]
+
+    def to_markdown(self) -> str:
+        """The table under its title."""
+        return f'## {self.name}\n\n{to_markdown(list(self.columns), self.cells())}'
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot of one quantity.
+
+    Attributes:
+        title: Title.
+        series: Places and heights of points, by the name of what they belong to; places are names or numbers.
+        ylabel: Label of the heights.
+        xlabel: Label of the places.
+        log: Axes with a logarithmic scale, ``'x'``, ``'y'`` or ``'xy'``.
+        line: Height of a horizontal line, such as 1 for ratios.
+    """
+
+    title: str
+    series: Mapping[str, tuple[Sequence[Any], Sequence[float]]]
+    ylabel: str
+    xlabel: str = ''
+    log: str = ''
+    line: float | None = None
+
+
+def series_of(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> dict[str, tuple[list[Any], list[float]]]:
+    """A series a contestant, of the rows which have the value.
+
+    Args:
+        rows: Rows with a column ``contestant``.
+        x: Column of the places.
+        y: Column of the heights.
+    """
+    series: dict[str, tuple[list[Any], list[float]]] = {}
+    for row in rows:
+        if row.get(y) is not None:
+            places, heights = series.setdefault(row['contestant'], ([], []))
+            places.append(row[x])
+            heights.append(row[y])
+    return series
+
+
+def plot(panels: Sequence[Panel], path: Path) -> None:
+    """Plot panels one below another."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2 * len(panels)), layout='constrained')
+    FigureCanvasAgg(figure)
+    for panel, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0]):
+        for index, (name, (places, heights)) in enumerate(panel.series.items()):
+            style = '-' if 'x' in panel.log else ''
+            axes.plot(places, heights, 'os^DvP*X<>'[index % 10] + style, color=f'C{index % 10}', label=name, alpha=0.8)
+        if panel.line is not None:
+            axes.axhline(panel.line, color='black', linestyle='--', linewidth=1)
+        if 'x' in panel.log:
+            axes.set_xscale('log')
+        elif any(panel.series.values()):
+            axes.tick_params(axis='x', labelrotation=45)
+        if 'y' in panel.log:
+            axes.set_yscale('log')
+        axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axes.grid(alpha=0.3)
+        axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def write_results(
+    out: Path, tables: Sequence[Table], settings: Mapping[str, Any] | None = None, panels: Sequence[Panel] = ()
+) -> None:
+    """Print tables, and write ``results.json``, ``results.md`` and, if there are panels, ``results.png``.
+
+    Args:
+        out: Folder, which is made.
+        tables: The tables; the JSON file also has the columns that are not shown.
+        settings: What the figures depend on.
+        panels: The plot.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    text = '\n'.join(table.to_markdown() for table in tables)
+    if settings:
+        text = ', '.join(f'{name}: {value}' for name, value in settings.items()) + '\n\n' + text
+    print(text)
+    (out / 'results.md').write_text(text, encoding='utf-8')
+    content = {'settings': settings or {}, **{table.name: table.rows for table in tables}}
+    (out / 'results.json').write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+    if panels:
+        plot(panels, out / 'results.png')

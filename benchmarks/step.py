@@ -1,0 +1,362 @@
+"""Training steps and inference of whole models under PEFT methods, with the peak memory of a step.
+
+    python benchmarks/step.py --out work_dirs/step
+    python benchmarks/step.py --cases upernet-swin-b --methods full icon adaptformer --memory --rounds 0
+
+A step is forward, backward and AdamW over what is trained, without clipping of gradients. Weights and images
+are random.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+import numpy as np
+import torch
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData, PixelData
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from iconformer_mm import inject
+from measure import (
+    DTYPES,
+    Panel,
+    Table,
+    build_model,
+    interleave,
+    make_parser,
+    prepare,
+    progress_bar,
+    rows_of,
+    series_of,
+    settings_of,
+    write_results,
+)
+
+UNADAPTED = 'unadapted'
+METHODS = ('full', 'frozen', 'icon', 'icon-static', 'adaptformer', 'lora', 'mona')
+CLASSES = 5  # that labels are drawn from: every head has as many, and which it is changes no work
+BOXES = 8  # an image
+MEMORY_STEPS = 3
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its images.
+
+    Attributes:
+        config: Its config, a path under ``configs/``.
+        size: Height and width of the images in pixels.
+        batch: Images a step.
+        changes: Settings over those of the config, keys with dots.
+    """
+
+    config: str
+    size: tuple[int, int]
+    batch: int
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+_VIT = 'cifar100/vit-base-p16-mae_full_8xb128-100e_cifar100.py'
+_SWIN = 'cifar100/swin-base-in21k_full_1xb128-100e_cifar100.py'
+_VIT_S = {'model.backbone.arch': 'deit-small', 'model.neck.input_features': 384, 'model.head.in_channels': 384}
+_SWIN_T = {'model.backbone.arch': 'tiny', 'model.head.in_channels': 768}
+CASES = {
+    'vit-s': Case(_VIT, (224, 224), 8, _VIT_S),
+    'swin-t': Case(_SWIN, (224, 224), 8, _SWIN_T),
+    'vit-b': Case(_VIT, (224, 224), 8),
+    'swin-b': Case(_SWIN, (224, 224), 8),
+    'upernet-swin-b': Case('ade20k/swin-base-in22k_upernet_full_8xb2-160k_ade20k-512x512.py', (512, 512), 2),
+    'upernet-swin-l': Case('ade20k/swin-large-in22k_upernet_full_8xb2-160k_ade20k-512x512.py', (512, 512), 2),
+    # Untrained scores are below the threshold of detections: at inference its mask heads have nothing to do.
+    'cascade-swin-b': Case('coco/cascade-mask-rcnn_swin-b-in22k_fpn_full_1x_coco.py', (800, 1333), 1),
+}
+DEFAULT_CASES = ('vit-s', 'swin-t')
+
+
+def _labelled(size: tuple[int, int]) -> Any:
+    """A data sample of MMPretrain with a random label."""
+    from mmpretrain.structures import DataSample
+
+    return DataSample().set_gt_label(int(torch.randint(CLASSES, ())))
+
+
+def _segmented(size: tuple[int, int]) -> Any:
+    """A data sample of MMSegmentation with a random map of labels."""
+    from mmseg.structures import SegDataSample
+
+    sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
+    sample.gt_sem_seg = PixelData(data=torch.randint(CLASSES, (1, *size)))
+    return sample
+
+
+def _detected(size: tuple[int, int]) -> Any:
+    """A data sample of MMDetection with random boxes, and masks which fill them."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    height, width = size
+    lower = torch.rand(BOXES, 2) * 0.5
+    upper = lower + 0.1 + torch.rand(BOXES, 2) * 0.4
+    boxes = torch.cat((lower, upper), dim=1) * torch.tensor([width, height, width, height])
+    masks = np.zeros((BOXES, height, width), np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
+        mask[top : bottom + 1, left : right + 1] = 1
+    sample = DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0), img_id=0))
+    sample.gt_instances = InstanceData(
+        bboxes=boxes, labels=torch.randint(CLASSES, (BOXES,)), masks=BitmapMasks(masks, height, width)
+    )
+    return sample
+
+
+SAMPLES = {'mmpretrain': _labelled, 'mmseg': _segmented, 'mmdet': _detected}
+
+
+def make_data(model: nn.Module, case: Case, batch: int, training: bool) -> dict[str, Any]:
+    """Random images and their truth, through the model's own data preprocessor."""
+    torch.manual_seed(0)
+    make_sample = SAMPLES[DefaultScope.get_current_instance().scope_name]
+    images = [torch.randint(256, (3, *case.size), dtype=torch.uint8) for _ in range(batch)]
+    samples = [make_sample(case.size) for _ in range(batch)]
+    return model.data_preprocessor(dict(inputs=images, data_samples=samples), training)
+
+
+def build(case: Case, device: str) -> nn.Module:
+    """The model of a case, with its random initialisation."""
+    MMLogger.get_current_instance().setLevel('WARNING')  # of which it reports every tensor
+    model = revert_sync_batchnorm(build_model(case.config, case.changes))
+    model.init_weights()
+    return model.to(device)
+
+
+def adapt(model: nn.Module, method: str) -> nn.Module:
+    """Put a method into a model, unless it is to stay as it is."""
+    if method != UNADAPTED:
+        device = next(model.parameters()).device
+        inject(model, method)
+        model.to(device)
+    return model
+
+
+def build_all(case: Case, methods: Sequence[str], device: str) -> dict[str, nn.Module]:
+    """A model a method.
+
+    All but that of full fine-tuning share the parameters of one backbone, which none of them
+    changes, so that large models fit into memory side by side.
+    """
+    base = build(case, device)
+    shared = {id(parameter): parameter for parameter in base.backbone.parameters()}
+    # All copies are made before a method freezes what they share.
+    copies = {m: copy.deepcopy(base, {} if m == 'full' else dict(shared)) for m in methods}
+    return {method: adapt(model, method) for method, model in copies.items()}
+
+
+def inference(model: nn.Module, data: dict, dtype: torch.dtype) -> Callable[[], None]:
+    """Prediction of a batch by a model in eval mode."""
+    model.eval()
+    device = data['inputs'].device.type
+
+    def step() -> None:
+        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            model(**data, mode='predict')
+
+    return step
+
+
+def training(model: nn.Module, data: dict, dtype: torch.dtype) -> Callable[[], None]:
+    """A training step of a model in train mode."""
+    model.train()
+    device = data['inputs'].device.type
+    # A rate so small that the work of the heads, which depends on the weights, stays the same.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-8)
+
+    def step() -> None:
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            loss, _ = model.parse_losses(model(**data, mode='loss'))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure_case(
+    name: str,
+    case: Case,
+    methods: Sequence[str],
+    batch: int,
+    device: str,
+    dtype: torch.dtype,
+    rounds: int,
+    progress: Progress,
+) -> tuple[list[dict], list[dict]]:
+    """The rows of a case: of training steps, and of inference."""
+    adapted = [method for method in methods if method != 'full']
+    models = build_all(case, [*methods, UNADAPTED], device)
+    # Inference is first: as long as the adapters add nothing, all have the same predictions to work on.
+    data = make_data(models[UNADAPTED], case, batch, training=False)
+    steps = {method: inference(models[method], data, dtype) for method in [UNADAPTED, *adapted]}
+    times = interleave(steps, rounds, progress, f'{name}, inference', device, min_seconds=0)
+    inferred = rows_of(times, {'to unadapted': UNADAPTED}, case=name)
+
+    data = make_data(models.pop(UNADAPTED), case, batch, training=True)
+    steps = {method: training(model, data, dtype) for method, model in models.items()}
+    times = interleave(steps, rounds, progress, f'{name}, training', device, min_seconds=0)
+    trained = rows_of(times, {'to full': 'full', 'to adaptformer': 'adaptformer'}, case=name)
+    for row in (*inferred, *trained):
+        row['images/s'] = 1000 * batch / row['ms']
+    return trained, inferred
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made under it and alive at a time.
+
+    What an operator takes and gives back within itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, and count what it returned unless it is the memory of another tensor."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._known:
+                    self._known.add(key)
+                    self.alive += size
+                    self.peak = max(self.peak, self.alive)
+                    finalize(storage, self._free, key, size)
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+def resident_peak() -> int:
+    """Peak resident set of this process in bytes.
+
+    Not ``ru_maxrss``, which starts with what the parent process had before this one became another program.
+    """
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith('VmHWM'))
+
+
+def peak_memory(case: Case, method: str, batch: int, device: str, dtype: torch.dtype, threads: int) -> dict[str, float]:
+    """Peak memory of a model and its training steps; to be called in a process of its own.
+
+    Returns:
+        ``peak (MiB)``: on CUDA what its allocator gave out, on the CPU the resident set of the process
+        with all libraries, Numba among them where it is used. On the CPU also ``live tensors (MiB)``,
+        see :class:`LiveTensors`.
+    """
+    torch.set_num_threads(threads)
+    live = LiveTensors()
+    with nullcontext() if device == 'cuda' else live:
+        model = adapt(build(case, device), method)
+        step = training(model, make_data(model, case, batch, training=True), dtype)
+        for _ in range(MEMORY_STEPS):
+            step()
+    if device == 'cuda':
+        return {'peak (MiB)': torch.cuda.max_memory_allocated() / MIB}
+    return {'peak (MiB)': resident_peak() / MIB, 'live tensors (MiB)': live.peak / MIB}
+
+
+def measure_memory(name: str, case: Case, methods: Sequence[str], *settings: Any, progress: Progress) -> list[dict]:
+    """The rows of a case: peaks of the methods, a fresh process each.
+
+    Args:
+        name: Name of the case.
+        case: The case.
+        methods: The methods.
+        *settings: The further arguments of :func:`peak_memory`.
+        progress: Where a bar is shown.
+
+    Raises:
+        RuntimeError: A process died, as one does for which there is not enough memory.
+    """
+    rows = []
+    for method in progress.track(methods, description=f'{name}, memory'):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+            try:
+                peaks = pool.submit(peak_memory, case, method, *settings).result()
+            except BrokenProcessPool:
+                raise RuntimeError(f'{name}, {method}: the process died; is there enough memory?') from None
+        rows.append(dict(case=name, contestant=method, **peaks))
+    for column in ('peak (MiB)', 'live tensors (MiB)'):
+        peaks = {row['contestant']: row.get(column) for row in rows}
+        for row in rows:
+            for reference in ('full', 'adaptformer'):
+                if peaks.get(reference):
+                    row[f'{column.removesuffix(" (MiB)")} to {reference}'] = row[column] / peaks[reference]
+    return rows
+
+
+def main() -> None:
+    """Run the tool."""
+    parser = make_parser(__doc__.partition('\n')[0], 'work_dirs/step', [*CASES], DEFAULT_CASES)
+    parser.add_argument('--methods', nargs='+', choices=METHODS, default=METHODS, metavar='METHOD', help='PEFT methods')
+    parser.add_argument('--batch', type=int, help="images a step, in place of the case's own number")
+    parser.add_argument('--memory', action='store_true', help='also peak memory; with --rounds 0 nothing else')
+    args = parser.parse_args()
+    if args.batch is not None and args.batch < 1:
+        parser.error(f'--batch must be at least 1, got {args.batch}')
+    prepare(args, min_rounds=0 if args.memory else 1)
+    dtype = DTYPES[args.dtype]
+    trained, inferred, memory = [], [], []
+    with progress_bar() as progress:
+        for name in args.cases:
+            case = CASES[name]
+            batch = args.batch or case.batch
+            settings = (batch, args.device, dtype)
+            if args.memory:  # before the models for timing take it
+                memory += measure_memory(name, case, args.methods, *settings, args.threads, progress=progress)
+            if args.rounds:
+                rows = measure_case(name, case, args.methods, *settings, args.rounds, progress)
+                trained += rows[0]
+                inferred += rows[1]
+
+    tables, panels = [], []
+    for title, rows, references in (
+        ('training step', trained, ('to full', 'to adaptformer')),
+        ('inference', inferred, ('to unadapted',)),
+    ):
+        if rows:
+            columns = {'case': '', 'contestant': '', 'ms': '.1f', **dict.fromkeys(references, '.3f'), 'images/s': '.2f'}
+            tables.append(Table(title, columns, rows))
+            panels += [Panel(title, series_of(rows, 'case', r), f'time {r}', line=1) for r in references]
+    if memory:
+        columns = {'case': '', 'contestant': ''}
+        for quantity in ('peak', 'live tensors'):
+            columns[f'{quantity} (MiB)'] = ',.0f'
+            columns |= {f'{quantity} to {reference}': '.3f' for reference in ('full', 'adaptformer')}
+        tables.append(Table('memory of a training step', columns, memory))
+        panels.append(Panel('memory of a training step', series_of(memory, 'case', 'peak (MiB)'), 'MiB'))
+    write_results(args.out, tables, settings_of(args), [panel for panel in panels if panel.series])
+
+
+if __name__ == '__main__':
+    main()
