@@ -1,9 +1,9 @@
 """The dynamic convolution as compiled CPU code, by Numba: no compiler on the user's machine is needed.
 
-Maps are walked in memory order, all taps of an output at once, channels
-innermost, so that they fill vector registers; the nine neighbours of a row come from
-the cache. One thread does a run of rows; the threads are ours, since those of
-Numba neither survive a fork nor follow ``torch.set_num_threads``.
+Maps are walked in memory order, channels innermost, so that they fill vector registers, and
+their number is a constant of the code. The K rows around an output row are kept with
+zeros at both ends, so that there is no border to look for. One thread does a run of rows; the threads are
+ours, since those of Numba neither survive a fork nor follow ``torch.set_num_threads``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -22,129 +23,140 @@ _compiled = njit(nogil=True, fastmath={'contract', 'nsz', 'reassoc'}, error_mode
 
 
 @_compiled
-def _correlate_3x3(x, kernels, out, start, height, width, channels, first, last):
-    """Rows first to last (of all maps, one after another) of a 3 x 3 correlation.
+def _shift_in(rows, x, start, length, row, first, height, half, channels):
+    """Bring the rows around ``row`` of maps x (B, L) into ``rows`` (K + 1, channels * (width + K - 1)).
 
-    x and out are (B, L), maps from column ``start`` on; kernels are (B, 9, C).
-    Beyond the border stands a row of zeros.
+    Row r of a map is kept in ``rows[r % K]``; ``rows[K]`` stays zero, for those beyond the border.
     """
-    length = width * channels
-    zeros = np.zeros(length, x.dtype)
-    edge = zeros[:channels]
-    for row in range(first, last):
-        b, h = row // height, row % height
-        here = start + h * length
-        above = x[b, here - length : here] if h > 0 else zeros
-        middle = x[b, here : here + length]
-        below = x[b, here + length : here + 2 * length] if h < height - 1 else zeros
-        k = kernels[b]
-        k0, k1, k2, k3, k4, k5, k6, k7, k8 = k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7], k[8]
-        target = out[b, here : here + length]
-        for w in range(width):
-            s = w * channels
-            e = s + channels
-            x1, x4, x7 = above[s:e], middle[s:e], below[s:e]
-            if w > 0:
-                x0, x3, x6 = above[s - channels : s], middle[s - channels : s], below[s - channels : s]
-            else:
-                x0, x3, x6 = edge, edge, edge
-            if w < width - 1:
-                x2, x5, x8 = above[e : e + channels], middle[e : e + channels], below[e : e + channels]
-            else:
-                x2, x5, x8 = edge, edge, edge
-            y = target[s:e]
-            for c in range(channels):
-                y[c] = (
-                    k0[c] * x0[c]
-                    + k1[c] * x1[c]
-                    + k2[c] * x2[c]
-                    + k3[c] * x3[c]
-                    + k4[c] * x4[c]
-                    + k5[c] * x5[c]
-                    + k6[c] * x6[c]
-                    + k7[c] * x7[c]
-                    + k8[c] * x8[c]
-                )
+    size = len(rows) - 1
+    b, h = row // height, row % height
+    # All of them at the beginning of a run or of a map, else the one that is new.
+    nearest = -half if row == first or h == 0 else half
+    for i in range(nearest, half + 1):
+        if 0 <= h + i < height:
+            there = start + (h + i) * length
+            rows[(h + i) % size, half * channels : half * channels + length] = x[b, there : there + length]
 
 
 @_compiled
-def _correlate(x, kernels, out, start, height, width, channels, first, last):
-    """As :func:`_correlate_3x3`, for kernels (B, K * K, C) of any size, tap by tap."""
-    size = int(np.sqrt(kernels.shape[1]))
-    half = size // 2
-    length = width * channels
-    for row in range(first, last):
-        b, h = row // height, row % height
-        here = start + h * length
-        target = out[b, here : here + length]
-        target[:] = 0
-        for i in range(max(0, half - h), min(size, height + half - h)):
-            there = here + (i - half) * length
-            source = x[b, there : there + length]
-            for j in range(size):
-                tap = kernels[b, i * size + j]
-                for w in range(max(0, half - j), min(width, width + half - j)):
-                    s = (w + j - half) * channels
-                    values = source[s : s + channels]
-                    y = target[w * channels : (w + 1) * channels]
-                    for c in range(channels):
-                        y[c] += tap[c] * values[c]
+def _neighbour(rows, h, i, height):
+    """Row h + i of a map, zeros beyond its border."""
+    return rows[(h + i) % (len(rows) - 1) if 0 <= h + i < height else len(rows) - 1]
 
 
-@_compiled
-def _kernel_gradient(grad, x, out, size, start, height, width, channels, first, last):
-    """Adds to out (B, K * K, C) what rows first to last of grad give.
+@cache
+def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
+    """The two functions for K and C; both do rows first to last of all maps, one map after another.
 
-    Three taps and four columns at a time, so that sums stay in registers; a row
-    is summed by itself first, which keeps rounding small on large maps.
+    Maps are (B, L), each from column ``start`` on; kernels and their gradient are (B, K * K, C).
     """
     half = size // 2
-    length = width * channels
-    triples = (size + 2) // 3
-    sums = np.zeros((3, channels), x.dtype)
-    sum0, sum1, sum2 = sums[0], sums[1], sums[2]
-    for row in range(first, last):
-        b, h = row // height, row % height
-        here = start + h * length
-        g = grad[b, here : here + length]
-        for i in range(max(0, half - h), min(size, height + half - h)):
-            there = here + (i - half) * length
-            values = x[b, there : there + length]
-            for triple in range(triples):
-                # Taps 3 * triple + (0, 1, 2); those beyond the kernel are summed and dropped.
-                shift = 3 * triple - half
-                sums[:] = 0
-                w = 0
-                while w < width:
-                    s = w * channels
-                    g0 = g[s : s + channels]
-                    if w + shift >= 0 and w + max(shift + 5, 3) < width:
-                        g1 = g[s + channels : s + 2 * channels]
-                        g2 = g[s + 2 * channels : s + 3 * channels]
-                        g3 = g[s + 3 * channels : s + 4 * channels]
-                        s = (w + shift) * channels
-                        x0, x1 = values[s : s + channels], values[s + channels : s + 2 * channels]
-                        s += 2 * channels
-                        x2, x3 = values[s : s + channels], values[s + channels : s + 2 * channels]
-                        s += 2 * channels
-                        x4, x5 = values[s : s + channels], values[s + channels : s + 2 * channels]
+
+    @_compiled
+    def correlate_3x3(x, kernels, out, start, height, width, first, last):
+        length = width * channels
+        rows = np.zeros((size + 1, length + (size - 1) * channels), x.dtype)
+        for row in range(first, last):
+            b, h = row // height, row % height
+            _shift_in(rows, x, start, length, row, first, height, half, channels)
+            above, middle, below = (
+                _neighbour(rows, h, -1, height),
+                _neighbour(rows, h, 0, height),
+                _neighbour(rows, h, 1, height),
+            )
+            k = kernels[b]
+            here = start + h * length
+            y = out[b, here : here + length]
+            for w in range(width):
+                left = w * channels
+                centre = left + channels
+                right = centre + channels
+                for c in range(channels):
+                    y[left + c] = (
+                        k[0, c] * above[left + c]
+                        + k[1, c] * above[centre + c]
+                        + k[2, c] * above[right + c]
+                        + k[3, c] * middle[left + c]
+                        + k[4, c] * middle[centre + c]
+                        + k[5, c] * middle[right + c]
+                        + k[6, c] * below[left + c]
+                        + k[7, c] * below[centre + c]
+                        + k[8, c] * below[right + c]
+                    )
+
+    @_compiled
+    def correlate(x, kernels, out, start, height, width, first, last):
+        length = width * channels
+        rows = np.zeros((size + 1, length + (size - 1) * channels), x.dtype)
+        for row in range(first, last):
+            b, h = row // height, row % height
+            _shift_in(rows, x, start, length, row, first, height, half, channels)
+            here = start + h * length
+            y = out[b, here : here + length]
+            y[:] = 0
+            for i in range(size):
+                source = _neighbour(rows, h, i - half, height)
+                for j in range(size):
+                    tap = kernels[b, i * size + j]
+                    for w in range(width):
+                        s = w * channels
                         for c in range(channels):
-                            sum0[c] += g0[c] * x0[c] + g1[c] * x1[c] + g2[c] * x2[c] + g3[c] * x3[c]
-                            sum1[c] += g0[c] * x1[c] + g1[c] * x2[c] + g2[c] * x3[c] + g3[c] * x4[c]
-                            sum2[c] += g0[c] * x2[c] + g1[c] * x3[c] + g2[c] * x4[c] + g3[c] * x5[c]
-                        w += 4
-                    else:
-                        for j in range(3):
-                            column = w + shift + j
-                            if 0 <= column < width:
-                                x0 = values[column * channels : (column + 1) * channels]
-                                tap = sums[j]
-                                for c in range(channels):
-                                    tap[c] += g0[c] * x0[c]
-                        w += 1
-                for j in range(min(3, size - 3 * triple)):
-                    tap = out[b, i * size + 3 * triple + j]
-                    tap += sums[j]
+                            y[s + c] += tap[c] * source[s + j * channels + c]
+
+    @_compiled
+    def kernel_gradient_3x3(grad, x, out, start, height, width, first, last):
+        length = width * channels
+        rows = np.zeros((size + 1, length + (size - 1) * channels), x.dtype)
+        sums = np.zeros((9, channels), x.dtype)
+        for row in range(first, last):
+            b, h = row // height, row % height
+            _shift_in(rows, x, start, length, row, first, height, half, channels)
+            above, middle, below = (
+                _neighbour(rows, h, -1, height),
+                _neighbour(rows, h, 0, height),
+                _neighbour(rows, h, 1, height),
+            )
+            here = start + h * length
+            g = grad[b, here : here + length]
+            sums[:] = 0  # a row is summed by itself first, which keeps rounding small on large maps
+            for w in range(width):
+                left = w * channels
+                centre = left + channels
+                right = centre + channels
+                for c in range(channels):
+                    value = g[left + c]
+                    sums[0, c] += value * above[left + c]
+                    sums[1, c] += value * above[centre + c]
+                    sums[2, c] += value * above[right + c]
+                    sums[3, c] += value * middle[left + c]
+                    sums[4, c] += value * middle[centre + c]
+                    sums[5, c] += value * middle[right + c]
+                    sums[6, c] += value * below[left + c]
+                    sums[7, c] += value * below[centre + c]
+                    sums[8, c] += value * below[right + c]
+            out[b] += sums
+
+    @_compiled
+    def kernel_gradient(grad, x, out, start, height, width, first, last):
+        length = width * channels
+        rows = np.zeros((size + 1, length + (size - 1) * channels), x.dtype)
+        sums = np.zeros(channels, x.dtype)
+        for row in range(first, last):
+            b, h = row // height, row % height
+            _shift_in(rows, x, start, length, row, first, height, half, channels)
+            here = start + h * length
+            g = grad[b, here : here + length]
+            for i in range(size):
+                source = _neighbour(rows, h, i - half, height)
+                for j in range(size):
+                    sums[:] = 0
+                    for w in range(width):
+                        s = w * channels
+                        for c in range(channels):
+                            sums[c] += g[s + c] * source[s + j * channels + c]
+                    out[b, i * size + j] += sums
+
+    return (correlate_3x3, kernel_gradient_3x3) if size == 3 else (correlate, kernel_gradient)
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -192,10 +204,10 @@ def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tenso
     y = np.empty_like(x)
     start = (num_tokens - height * width) * channels
     y[:, :start] = x[:, :start]
-    compiled = _correlate_3x3 if size == 3 else _correlate
+    compiled = _functions(size, channels)[0]
 
     def rows(first: int, last: int) -> None:
-        compiled(x, taps, y, start, height, width, channels, first, last)
+        compiled(x, taps, y, start, height, width, first, last)
 
     _in_parallel(rows, batch * height, x.size)
     return torch.from_numpy(y).view(tokens.shape).to(tokens.dtype)
@@ -206,11 +218,12 @@ def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width:
     batch, num_tokens, channels = tokens.shape
     g, x = _as_array(grad), _as_array(tokens)
     start = (num_tokens - height * width) * channels
+    compiled = _functions(size, channels)[1]
     parts: dict[int, np.ndarray] = {}
 
     def rows(first: int, last: int) -> None:
         part = parts[first] = np.zeros((batch, size * size, channels), x.dtype)
-        _kernel_gradient(g, x, part, size, start, height, width, channels, first, last)
+        compiled(g, x, part, start, height, width, first, last)
 
     _in_parallel(rows, batch * height, x.size)
     # In order of the rows, so that a result does not depend on which thread was first.
