@@ -18,8 +18,15 @@ import torch
 from numba import njit
 from torch import Tensor
 
-# Sums may be reordered; infinities and NaN must still pass, as loss scaling looks for them.
-_compiled = njit(nogil=True, fastmath={'contract', 'nsz', 'reassoc'}, error_model='numpy', cache=True)
+
+def _compiled(function: Callable) -> Callable:
+    """Compile at the first call, and keep the code on disk where that can be written to."""
+    # Sums may be reordered; infinities and NaN must still pass, as loss scaling looks for them.
+    options = dict(nogil=True, fastmath={'contract', 'nsz', 'reassoc'}, error_model='numpy')
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:
+        return njit(**options)(function)
 
 
 @_compiled

@@ -1,0 +1,272 @@
+"""Prediction with one adapter or several on one base, by the inferencers of the OpenMMLab libraries."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.infer import BaseInferencer
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from mmengine.structures import BaseDataElement
+from torch import nn
+
+from iconformer_mm.checkpoint import load_adapter
+from iconformer_mm.tuning import active_adapter, inject, list_adapters, set_adapter
+from iconformer_mm.tuning.injection import DEFAULT_NAME
+
+from .launch import load_config
+
+AdapterSpec = str | os.PathLike | Mapping[str, Any]
+
+
+class AdapterInferencer:
+    """Predicts on images, with one base in memory however many adapters there are.
+
+    Classification, detection and instance segmentation, semantic segmentation and depth: whatever
+    the config's library (its ``default_scope``) has an inferencer for, with the test pipeline of the config.
+
+    Args:
+        config: The config of the model: a path, ``library::path``, or a loaded one.
+        adapter: An adapter file; or several by name, each a file or, where neck and head are not those of ``config``,
+            ``dict(file=..., config=...)`` with the config they were trained by. Defaults to None: the
+            model as ``base`` has it, adapted by the config's own PEFTHook if there is one.
+        base: Checkpoint with the base weights. Defaults to None, which takes what the config
+            names (``init_cfg``).
+        device: Where to run. Defaults to None, the best there is.
+
+    Attributes:
+        model: The model.
+        classes: Names of the classes of the active adapter, if they are known.
+
+    Raises:
+        AdapterFileError: An adapter file cannot be read or does not fit.
+        FileNotFoundError: A file is missing.
+        ValueError: The library is unknown, or there are no weights.
+
+    Example:
+        >>> inferencer = AdapterInferencer('configs/cifar100/vit-base-p16-mae_icon_8xb128-100e_cifar100.py',
+        ...                                adapter='adapter.safetensors', base='mae.pth')
+        >>> inferencer(['cat.png'])[0].pred_label
+    """
+
+    def __init__(
+        self,
+        config: str | os.PathLike | Config,
+        adapter: AdapterSpec | Mapping[str, AdapterSpec] | None = None,
+        base: str | os.PathLike | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.cfg = copy.deepcopy(config) if isinstance(config, Config) else load_config(os.fspath(config))
+        self.scope = self.cfg.get('default_scope')
+        if self.scope not in _INFERENCERS:
+            raise ValueError(
+                f"the config's default_scope is {self.scope!r}; prediction is there for {', '.join(_INFERENCERS)}"
+            )
+        init_default_scope(self.scope)
+        specs = _by_name(adapter)
+        self.model = self._make_model(base, as_config=not specs)
+        self._metas = {name: {**_metainfo(self.cfg), **self._load(name, spec)} for name, spec in specs.items()}
+        self._inferencer = _INFERENCERS[self.scope](self.cfg, self.model, device or get_device())
+        if specs:
+            self.set_adapter(next(iter(specs)))
+
+    def _make_model(self, base: str | os.PathLike | None, as_config: bool) -> nn.Module:
+        cfg = self.cfg
+        if cfg.get('data_preprocessor') is not None:  # MMPretrain's stands beside the model
+            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+        if base is None and not _names_weights(cfg.model):
+            raise ValueError(
+                'there are no base weights: the config names none (init_cfg of the backbone), so give the checkpoint '
+                'that the adapter was trained on as `base`'
+            )
+        if base is not None and not Path(base).is_file():
+            raise FileNotFoundError(f'the base {base} does not exist')
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        hooks = [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]
+        for hook in hooks:
+            if as_config and hook and hook['type'] == 'PEFTHook':
+                inject(model, hook.get('method', 'icon'))
+        if base is None:
+            logger = MMLogger.get_current_instance()
+            level = logger.level
+            logger.setLevel('WARNING')  # of which it would report every tensor
+            try:
+                model.init_weights()
+            finally:
+                logger.setLevel(level)
+        else:
+            load_checkpoint(model, str(base), map_location='cpu')
+        return model
+
+    def _load(self, name: str, spec: AdapterSpec) -> dict:
+        """Load an adapter; what is known of its classes."""
+        parts, meta = None, {}
+        if isinstance(spec, Mapping):
+            unknown = set(spec) - {'file', 'config'}
+            if unknown or 'file' not in spec:
+                raise ValueError(f"adapter '{name}' must be a file or dict(file=..., config=...), got {dict(spec)}")
+            if spec.get('config') is not None:
+                own = spec['config']
+                own = own if isinstance(own, Config) else load_config(os.fspath(own))
+                parts = {n: own.model[n] for n, _ in self.model.named_children() if n in own.model and n != 'backbone'}
+                parts.pop('data_preprocessor', None)
+                meta = _metainfo(own)
+            spec = spec['file']
+        # Without a name an adapter file fits a model that was born adapted, too.
+        content = load_adapter(self.model, spec, name=None if name == DEFAULT_NAME else name, parts=parts)
+        if content.get('classes'):
+            meta = {**meta, 'classes': tuple(content['classes'])}
+        return meta
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters."""
+        return list_adapters(self.model)
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """Names of the classes of the active adapter; None if they are unknown."""
+        return self.meta.get('classes')
+
+    @property
+    def meta(self) -> dict:
+        """Classes and palette of the active adapter, as far as they are known."""
+        return self._metas.get(active_adapter(self.model)) or _metainfo(self.cfg)
+
+    def set_adapter(self, name: str) -> None:
+        """Make an adapter the active one, with its neck, head and classes; nothing is copied.
+
+        Args:
+            name: One of :attr:`adapters`.
+
+        Raises:
+            ValueError: There is no such adapter.
+        """
+        set_adapter(self.model, name)
+
+    def __call__(self, images: Any, adapter: str | None = None, batch_size: int = 1) -> list[BaseDataElement]:
+        """Predict.
+
+        Args:
+            images: Paths or images (H, W, 3), uint8, BGR, or one of them. A model of grey
+                images gets grey ones.
+            adapter: Makes this adapter the active one first. Defaults to None, the active one.
+            batch_size: Images at a time. Defaults to 1.
+
+        Returns:
+            The library's data samples, one an image.
+
+        Raises:
+            ValueError: There is no such adapter, or an image cannot be read.
+        """
+        if adapter is not None:
+            self.set_adapter(adapter)
+        if isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence):
+            images = [images]
+        images = [os.fspath(image) if isinstance(image, os.PathLike) else image for image in images]
+        if _num_channels(self.model) == 1:
+            images = [_to_grey(image) for image in images]
+        self.model.eval()
+        return list(self._inferencer.predict(images, batch_size))
+
+
+def _by_name(adapter: AdapterSpec | Mapping[str, AdapterSpec] | None) -> dict[str, AdapterSpec]:
+    """Adapters by name, a single one under the name that a single one has."""
+    if adapter is None:
+        return {}
+    if isinstance(adapter, Mapping) and 'file' not in adapter:
+        if not adapter:
+            raise ValueError('there is no adapter in the empty dictionary')
+        return dict(adapter)
+    return {DEFAULT_NAME: adapter}
+
+
+def _names_weights(node: Any) -> bool:
+    """Whether a model's config says where its weights come from."""
+    if isinstance(node, Mapping):
+        found = (node.get('init_cfg') or {}, node.get('type'))
+        inits = found[0] if isinstance(found[0], list) else [found[0]]
+        return any(init.get('type') == 'Pretrained' for init in inits) or any(map(_names_weights, node.values()))
+    return isinstance(node, (list, tuple)) and any(map(_names_weights, node))
+
+
+def _metainfo(cfg: Config) -> dict:
+    """Classes and palette of the config's test data, without reading the data."""
+    dataset = (cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get('dataset') or {}
+    kind = dataset.get('type')
+    if isinstance(kind, str):
+        kind = DATASETS.get(kind if '.' in kind else f'{cfg.default_scope}.{kind}')
+    known = getattr(kind, 'METAINFO', {})
+    meta = {**known, **(dataset.get('metainfo') or {})}
+    return {key: meta[key] for key in ('classes', 'palette') if meta.get(key) is not None}
+
+
+def _num_channels(model: nn.Module) -> int | None:
+    """Channels of the images a model takes, by the means its preprocessor subtracts."""
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    return None if mean is None else len(mean)
+
+
+def _to_grey(image: str | np.ndarray) -> np.ndarray:
+    """An image (H, W) of a file or of an image (H, W, 3), BGR."""
+    if isinstance(image, str):
+        path, image = image, mmcv.imread(image, 'grayscale')
+        if image is None:
+            raise ValueError(f'Failed to read image {path}.')
+    return mmcv.bgr2gray(image) if image.ndim == 3 and image.shape[2] == 3 else image
+
+
+class _Inferencer:
+    """What a library's inferencer is asked for: the test pipeline and the forward pass."""
+
+    def __init__(self, cfg: Config, model: nn.Module, device: str) -> None:
+        self.cfg, self.given = cfg, model
+        super().__init__(copy.deepcopy(cfg), device=device, show_progress=False)
+
+    def _init_model(self, cfg: Any, weights: Any, device: str = 'cpu') -> nn.Module:
+        self.given.cfg = cfg
+        self.given.dataset_meta = _metainfo(cfg)
+        return self.given.to(device).eval()
+
+    def predict(self, images: list, batch_size: int) -> Iterator[BaseDataElement]:
+        """The data samples of images."""
+        for batch in self.preprocess(images, batch_size=batch_size):
+            # MMDetection's gives the images beside the batch.
+            yield from self.forward(batch if isinstance(batch, dict) else batch[1])
+
+
+def _detection(cfg: Config, model: nn.Module, device: str) -> BaseInferencer:
+    from mmdet.apis import DetInferencer
+
+    return type('Detection', (_Inferencer, DetInferencer), {})(cfg, model, device)
+
+
+def _segmentation(cfg: Config, model: nn.Module, device: str) -> BaseInferencer:
+    from mmseg.apis import MMSegInferencer
+
+    return type('Segmentation', (_Inferencer, MMSegInferencer), {})(cfg, model, device)
+
+
+def _classification(cfg: Config, model: nn.Module, device: str) -> Any:
+    from mmpretrain.apis import ImageClassificationInferencer
+
+    class Classification(ImageClassificationInferencer):
+        def predict(self, images: list, batch_size: int) -> Iterator[BaseDataElement]:
+            for batch in self.preprocess(images, batch_size=batch_size):
+                yield from self.forward(batch)
+
+    model._config, model._dataset_meta = copy.deepcopy(cfg), _metainfo(cfg)
+    return Classification(model, pretrained=False, device=device)
+
+
+_INFERENCERS = {'mmpretrain': _classification, 'mmdet': _detection, 'mmseg': _segmentation}

@@ -1,0 +1,168 @@
+"""Prediction over the libraries' inferencers, against the models called directly."""
+
+import json
+import sys
+from importlib import import_module
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from families import stir
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from iconformer_mm import inject, save_adapter
+from iconformer_mm.apis import AdapterInferencer, load_config
+
+DIGITS = 'configs/quickstart/vit-quickstart_icon_digits.py'
+SCENES = {
+    'instance': 'configs/scenes/mask-rcnn_swin-scenes_fpn_icon_target.py',
+    'semantic': 'configs/scenes/upernet_swin-scenes_icon_target.py',
+    'depth': 'configs/scenes/depth_swin-scenes_icon_target.py',
+}
+
+
+def trained(root, config, path, seed=0, num_classes=None, **notes):
+    """A model with the config's base and something like a trained adapter; and its file."""
+    cfg = load_config(str(root / config))
+    init_default_scope(cfg.default_scope)
+    if num_classes is not None:
+        cfg.model.head.num_classes = num_classes
+    torch.manual_seed(seed)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    inject(model, 'icon', bottleneck=16)
+    stir(model).eval()
+    save_adapter(model, path, **notes)
+    return model
+
+
+def digit(seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (28, 28), dtype=np.uint8)
+
+
+def scores(model, image):
+    with torch.no_grad():
+        data = dict(inputs=[torch.from_numpy(image)[None]])
+        return model(**model.data_preprocessor(data), mode='predict')[0].pred_score
+
+
+def predict(monkeypatch, root, *arguments):
+    """Run tools/predict.py; what it exits with."""
+    monkeypatch.syspath_prepend(str(root / 'tools'))
+    monkeypatch.setattr(sys, 'argv', ['predict.py', *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        import_module('predict').main()
+    return exit_info.value.code
+
+
+@pytest.fixture
+def photo():
+    return np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+
+
+def test_classification(root, tmp_path):
+    model = trained(root, DIGITS, tmp_path / 'a.safetensors')
+    inferencer = AdapterInferencer(root / DIGITS, tmp_path / 'a.safetensors', device='cpu')
+    predictions = inferencer([digit(0), digit(1), digit(2)], batch_size=2)
+    for seed, prediction in enumerate(predictions):
+        torch.testing.assert_close(prediction.pred_score, scores(model, digit(seed)))
+    assert inferencer.classes == tuple('0123456789')
+    cv2.imwrite(str(tmp_path / 'digit.png'), digit(1))
+    (from_file,) = inferencer(tmp_path / 'digit.png')
+    torch.testing.assert_close(from_file.pred_score, predictions[1].pred_score)
+
+
+def test_several_adapters_with_heads_of_their_own(root, tmp_path):
+    first = trained(root, DIGITS, tmp_path / 'a.safetensors', classes=[f'digit {i}' for i in range(10)])
+    second = trained(root, DIGITS, tmp_path / 'b.safetensors', seed=1, num_classes=3, classes=['x', 'y', 'z'])
+    other = load_config(str(root / DIGITS))
+    other.model.head.num_classes = 3
+    inferencer = AdapterInferencer(
+        root / DIGITS,
+        dict(a=tmp_path / 'a.safetensors', b=dict(file=tmp_path / 'b.safetensors', config=other)),
+        device='cpu',
+    )
+    assert inferencer.adapters == ['a', 'b'] and inferencer.classes[3] == 'digit 3'
+    for _ in range(2):
+        torch.testing.assert_close(inferencer(digit(), adapter='a')[0].pred_score, scores(first, digit()))
+        torch.testing.assert_close(inferencer(digit(), adapter='b')[0].pred_score, scores(second, digit()))
+    assert inferencer.classes == ('x', 'y', 'z')
+    with pytest.raises(ValueError, match="no adapter 'c'; there are: a, b"):
+        inferencer(digit(), adapter='c')
+
+
+@pytest.mark.parametrize('task', SCENES)
+@pytest.mark.filterwarnings('ignore')
+def test_dense_tasks(task, root, photo, tmp_path):
+    """The same as the model gives without the library's inferencer around it."""
+    model = trained(root, SCENES[task], tmp_path / 'a.safetensors')
+    inferencer = AdapterInferencer(root / SCENES[task], tmp_path / 'a.safetensors', device='cpu')
+    (prediction,) = inferencer(photo)
+    sample = prediction.new(metainfo=dict(prediction.metainfo))
+    data = model.data_preprocessor(dict(inputs=[torch.from_numpy(photo).permute(2, 0, 1)], data_samples=[sample]))
+    with torch.no_grad():
+        (expected,) = model(**data, mode='predict')
+    key = dict(instance='pred_instances', semantic='pred_sem_seg', depth='pred_depth_map')[task]
+    actual, expected = prediction.get(key), expected.get(key)
+    if task == 'instance':
+        torch.testing.assert_close(actual.bboxes, expected.bboxes)
+        assert len(inferencer.classes) == 5
+    else:
+        torch.testing.assert_close(actual.data, expected.data)
+        assert actual.data.shape[-2:] == photo.shape[:2]
+
+
+def test_without_a_file_the_checkpoint_is_taken_as_it_is(root, tmp_path):
+    """A checkpoint of an adapted model, adapted by the hook of its config."""
+    model = trained(root, DIGITS, tmp_path / 'a.safetensors')
+    torch.save(dict(state_dict=model.state_dict(), meta={}), tmp_path / 'whole.pth')
+    inferencer = AdapterInferencer(root / DIGITS, base=tmp_path / 'whole.pth', device='cpu')
+    torch.testing.assert_close(inferencer(digit())[0].pred_score, scores(model, digit()))
+
+
+def test_mistakes(root, tmp_path):
+    trained(root, DIGITS, tmp_path / 'a.safetensors')
+    with pytest.raises(FileNotFoundError, match='none.safetensors does not exist'):
+        AdapterInferencer(root / DIGITS, tmp_path / 'none.safetensors', device='cpu')
+    with pytest.raises(FileNotFoundError, match='the base .*none.pth does not exist'):
+        AdapterInferencer(root / DIGITS, tmp_path / 'a.safetensors', base=tmp_path / 'none.pth', device='cpu')
+    with pytest.raises(ValueError, match="default_scope is 'mmpose'; prediction is there for mmpretrain, mmdet"):
+        AdapterInferencer(Config(dict(default_scope='mmpose', model=dict())), device='cpu')
+    bare = load_config(str(root / DIGITS))
+    bare.model.backbone.pop('init_cfg')
+    with pytest.raises(ValueError, match='there are no base weights'):
+        AdapterInferencer(bare, tmp_path / 'a.safetensors', device='cpu')
+    with pytest.raises(ValueError, match="adapter 'a' must be a file or dict"):
+        AdapterInferencer(root / DIGITS, dict(a=dict(path='a.safetensors')), device='cpu')
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('task', ['digits', *SCENES])
+def test_the_tool_draws_and_names_what_it_cannot_read(task, root, photo, tmp_path, monkeypatch, capsys):
+    config = DIGITS if task == 'digits' else SCENES[task]
+    trained(root, config, tmp_path / 'a.safetensors')
+    folder = tmp_path / 'images'
+    (folder / 'more').mkdir(parents=True)
+    for name in ('one.png', 'two.png', 'more/one.png'):
+        cv2.imwrite(str(folder / name), photo)
+    (folder / 'broken.jpg').write_bytes(b'no image')
+    (folder / 'notes.txt').write_text('not looked at')
+    arguments = [folder, folder / 't*.png', '--config', root / config, '--adapter', tmp_path / 'a.safetensors']
+    assert predict(monkeypatch, root, *arguments, '--out', tmp_path / 'out', '--device', 'cpu') == 1
+    assert 'broken.jpg is no image' in ' '.join(capsys.readouterr().err.split())
+    content = json.loads((tmp_path / 'out' / 'predictions.json').read_text())
+    assert content['skipped'] == [str(folder / 'broken.jpg')]
+    assert set(content['predictions']) == {str(folder / n) for n in ('one.png', 'two.png', 'more/one.png')}
+    pictures = {str(p.relative_to(tmp_path / 'out')) for p in (tmp_path / 'out').rglob('*.png.png')}
+    assert pictures == {'one.png.png', 'two.png.png', 'more/one.png.png'}
+    for picture in pictures:
+        assert cv2.imread(str(tmp_path / 'out' / picture)).std() > 0
+    if task == 'depth':
+        assert np.load(tmp_path / 'out' / 'two.png_depth.npy').shape == photo.shape[:2]
+
+
+def test_the_tool_refuses_what_is_not_there(root, tmp_path, monkeypatch):
+    arguments = [tmp_path / 'none.png', '--config', root / DIGITS, '--out', tmp_path]
+    assert 'no image, no folder' in predict(monkeypatch, root, *arguments)
