@@ -52,7 +52,7 @@ class DivergenceHook(Hook):
         Raises:
             Diverged: It is infinite or no number.
         """
-        if not math.isfinite(outputs['loss']):
+        if not outputs['loss'].isfinite():
             raise Diverged
 
 
