@@ -48,7 +48,13 @@ from measure import (
 )
 
 UNADAPTED = 'unadapted'
-METHODS = ('full', 'frozen', 'icon', 'icon-static', 'adaptformer', 'lora', 'mona')
+# By the names of the contestants, what inject is given.
+METHODS: dict[str, dict[str, Any]] = {
+    **{name: dict(method=name) for name in ('full', 'frozen', 'icon', 'icon-static', 'adaptformer', 'lora', 'mona')},
+    'icon, with_cp': dict(method='icon', with_cp=True),
+    'icon, bfloat16 base': dict(method='icon', frozen_dtype='bfloat16'),
+}
+DEFAULT_METHODS = ('full', 'frozen', 'icon', 'icon-static', 'adaptformer', 'lora', 'mona')
 CLASSES = 5  # that labels are drawn from: every head has as many, and which it is changes no work
 BOXES = 8  # an image
 MEMORY_STEPS = 3
@@ -148,7 +154,7 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
     """Put a method into a model, unless it is to stay as it is."""
     if method != UNADAPTED:
         device = next(model.parameters()).device
-        inject(model, method)
+        inject(model, **METHODS[method])
         model.to(device)
     return model
 
@@ -156,13 +162,14 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
 def build_all(case: Case, methods: Sequence[str], device: str) -> dict[str, nn.Module]:
     """A model a method.
 
-    All but that of full fine-tuning share the parameters of one backbone, which none of them
-    changes, so that large models fit into memory side by side.
+    All that leave the parameters of the backbone as they are share them, so that large models fit into
+    memory side by side.
     """
     base = build(case, device)
     shared = {id(parameter): parameter for parameter in base.backbone.parameters()}
+    own = [m for m in methods if m == 'full' or 'frozen_dtype' in METHODS.get(m, {})]
     # All copies are made before a method freezes what they share.
-    copies = {m: copy.deepcopy(base, {} if m == 'full' else dict(shared)) for m in methods}
+    copies = {m: copy.deepcopy(base, {} if m in own else dict(shared)) for m in methods}
     return {method: adapt(model, method) for method, model in copies.items()}
 
 
@@ -318,7 +325,9 @@ def measure_memory(name: str, case: Case, methods: Sequence[str], *settings: Any
 def main() -> None:
     """Run the tool."""
     parser = make_parser(__doc__.partition('\n')[0], 'work_dirs/step', [*CASES], DEFAULT_CASES)
-    parser.add_argument('--methods', nargs='+', choices=METHODS, default=METHODS, metavar='METHOD', help='PEFT methods')
+    parser.add_argument(
+        '--methods', nargs='+', choices=METHODS, default=DEFAULT_METHODS, metavar='METHOD', help=', '.join(METHODS)
+    )
     parser.add_argument('--batch', type=int, help="images a step, in place of the case's own number")
     parser.add_argument('--memory', action='store_true', help='also peak memory; with --rounds 0 nothing else')
     args = parser.parse_args()

@@ -5,17 +5,20 @@ import json
 import math
 import statistics
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
 from conftest import ROOT
+from torch import nn
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import measure  # noqa: E402
 import op  # noqa: E402
 import step  # noqa: E402
+import stored  # noqa: E402
 
 SPEC = importlib.util.spec_from_file_location('adapter_benchmark', ROOT / 'benchmarks' / 'adapter.py')
 adapter = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)  # tools have another adapter.py
@@ -198,6 +201,28 @@ def test_live_tensors():
         assert live.alive == 0
         torch.cat((values, values))
     assert live.alive == 0 and live.peak == 2 * values.nbytes
+
+
+def test_stored_bytes():
+    """Full fine-tuning stores what the layers read, a frozen model only what GELU read (3 samples, 4 bytes a value)."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+    x = torch.randn(3, 4, requires_grad=True)
+    assert stored.stored_bytes(model, model(x).sum()) == dict(Addmm=3 * (4 + 8) * 4, Gelu=3 * 8 * 4)
+    model.requires_grad_(False)
+    assert stored.stored_bytes(model, model(x).sum()) == dict(Gelu=3 * 8 * 4)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_stored_of_a_model(monkeypatch, tmp_path):
+    shrink(monkeypatch, 'vit-s')
+    monkeypatch.setitem(step.CASES, 'vit-s', replace(step.CASES['vit-s'], batch=2))
+    options = ['--out', str(tmp_path), '--cases', 'vit-s', '--methods', 'full', 'icon']
+    monkeypatch.setattr(sys, 'argv', ['program', *options])
+    stored.main()
+    *parts, whole = json.loads((tmp_path / 'results.json').read_text())['vit-s, MiB stored']
+    for method in ('full', 'icon'):
+        assert sum(row[method] for row in parts) == pytest.approx(whole[method])
+    assert whole['icon'] < whole['full']
 
 
 def test_interleaved_rounds():
