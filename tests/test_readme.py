@@ -2,15 +2,17 @@
 
 import re
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 
 import iconformer_mm  # noqa: F401
-from iconformer_mm import summarize
+from iconformer_mm import inject, save_adapter, summarize
 from iconformer_mm.apis import load_config
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -48,6 +50,24 @@ def test_in_python(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert '2,466,048' in printed and 'PEFT method: none' in printed
     assert (tmp_path / 'birds.safetensors').stat().st_size < 12 * 2**20
+
+
+def test_predict(tmp_path, monkeypatch):
+    """The block about prediction, with files of its names, small."""
+    monkeypatch.chdir(tmp_path)
+    digits = ROOT / 'configs' / 'quickstart' / 'vit-quickstart_icon_digits.py'
+    (tmp_path / 'config.py').write_text(f"_base_ = '{digits}'\n")
+    cfg = load_config(str(digits))
+    init_default_scope('mmpretrain')
+    model = MODELS.build(cfg.model)
+    torch.save(dict(state_dict=model.state_dict()), 'swin_base.pth')
+    inject(model)
+    for name in ('birds', 'dogs'):
+        save_adapter(model, f'{name}.safetensors')
+    cv2.imwrite('photo.jpg', np.zeros((40, 30, 3), np.uint8))
+    scope = {}
+    exec(block('## Predict'), scope)
+    assert scope['inferencer'].adapters == ['birds', 'dogs']
 
 
 @pytest.mark.parametrize('path', re.findall(r'\]\(((?!http)[^)#]+)\)', README))
