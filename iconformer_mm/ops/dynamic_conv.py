@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -96,10 +97,25 @@ class _KernelGradient(torch.autograd.Function):
         return grad_grad, grad_tokens, None, None, None, None
 
 
+def _differentiable(name: str, function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+    """The operator as seen by autograd: without the function where there is nothing to differentiate."""
+    operator = getattr(torch.ops.iconformer_mm, name)
+
+    def call(first: Tensor, second: Tensor, *settings: Any) -> Tensor:
+        if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
+            return function.apply(first, second, *settings)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(first, second, *settings)
+
+    return call
+
+
 _library.impl('dynamic_conv', _correlate, 'CompositeExplicitAutograd')
-_library.impl('dynamic_conv', _Correlation.apply, 'Autograd')
+_library.impl('dynamic_conv', _differentiable('dynamic_conv', _Correlation), 'Autograd')
 _library.impl('dynamic_conv_kernel_gradient', _kernel_gradient, 'CompositeExplicitAutograd')
-_library.impl('dynamic_conv_kernel_gradient', _KernelGradient.apply, 'Autograd')
+_library.impl(
+    'dynamic_conv_kernel_gradient', _differentiable('dynamic_conv_kernel_gradient', _KernelGradient), 'Autograd'
+)
 
 
 @register_fake(f'{_NAMESPACE}::dynamic_conv')

@@ -1,9 +1,9 @@
 """The dynamic convolution as compiled CPU code, by Numba: no compiler on the user's machine is needed.
 
 Maps are walked in memory order, channels innermost, so that they fill vector registers, and
-their number is a constant of the code. The K rows around an output row are kept with
-zeros at both ends, so that there is no border to look for. One thread does a run of rows; the threads are
-ours, since those of Numba neither survive a fork nor follow ``torch.set_num_threads``.
+their number is a constant of the code. For 3 x 3 kernels all nine taps of an output are taken
+at once, straight from the rows around it. One thread does a run of rows; the threads are ours, since those of Numba
+neither survive a fork nor follow ``torch.set_num_threads``.
 """
 
 from __future__ import annotations
@@ -29,28 +29,6 @@ def _compiled(function: Callable) -> Callable:
         return njit(**options)(function)
 
 
-@_compiled
-def _shift_in(rows, x, start, length, row, first, height, half, channels):
-    """Bring the rows around ``row`` of maps x (B, L) into ``rows`` (K + 1, channels * (width + K - 1)).
-
-    Row r of a map is kept in ``rows[r % K]``; ``rows[K]`` stays zero, for those beyond the border.
-    """
-    size = len(rows) - 1
-    b, h = row // height, row % height
-    # All of them at the beginning of a run or of a map, else the one that is new.
-    nearest = -half if row == first or h == 0 else half
-    for i in range(nearest, half + 1):
-        if 0 <= h + i < height:
-            there = start + (h + i) * length
-            rows[(h + i) % size, half * channels : half * channels + length] = x[b, there : there + length]
-
-
-@_compiled
-def _neighbour(rows, h, i, height):
-    """Row h + i of a map, zeros beyond its border."""
-    return rows[(h + i) % (len(rows) - 1) if 0 <= h + i < height else len(rows) - 1]
-
-
 @cache
 def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
     """The two functions for K and C; both do rows first to last of all maps, one map after another.
@@ -62,24 +40,31 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
     @_compiled
     def correlate_3x3(x, kernels, out, start, height, width, first, last):
         length = width * channels
-        rows = np.zeros((size + 1, length + (size - 1) * channels), x.dtype)
+        zeros = np.zeros(length, x.dtype)  # a row beyond the border
         for row in range(first, last):
             b, h = row // height, row % height
-            _shift_in(rows, x, start, length, row, first, height, half, channels)
-            above, middle, below = (
-                _neighbour(rows, h, -1, height),
-                _neighbour(rows, h, 0, height),
-                _neighbour(rows, h, 1, height),
-            )
-            k = kernels[b]
             here = start + h * length
+            above = x[b, here - length : here] if h > 0 else zeros
+            middle = x[b, here : here + length]
+            below = x[b, here + length : here + 2 * length] if h < height - 1 else zeros
+            k = kernels[b]
             y = out[b, here : here + length]
-            for w in range(width):
+            for edge in range(min(width, 2)):
+                w = edge * (width - 1)
+                s = w * channels
+                y[s : s + channels] = 0
+                for j in range(max(0, 1 - w), min(3, width + 1 - w)):
+                    near = s + (j - 1) * channels
+                    for c in range(channels):
+                        y[s + c] += (
+                            k[j, c] * above[near + c] + k[3 + j, c] * middle[near + c] + k[6 + j, c] * below[near + c]
+                        )
+            for w in range(width - 2):
                 left = w * channels
                 centre = left + channels
                 right = centre + channels
                 for c in range(channels):
-                    y[left + c] = (
+                    y[centre + c] = (
                         k[0, c] * above[left + c]
                         + k[1, c] * above[centre + c]
                         + k[2, c] * above[right + c]
@@ -94,44 +79,50 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
     @_compiled
     def correlate(x, kernels, out, start, height, width, first, last):
         length = width * channels
-        rows = np.zeros((size + 1, length + (size - 1) * channels), x.dtype)
         for row in range(first, last):
             b, h = row // height, row % height
-            _shift_in(rows, x, start, length, row, first, height, half, channels)
             here = start + h * length
             y = out[b, here : here + length]
             y[:] = 0
-            for i in range(size):
-                source = _neighbour(rows, h, i - half, height)
+            for i in range(max(0, half - h), min(size, height + half - h)):
+                there = here + (i - half) * length
+                source = x[b, there : there + length]
                 for j in range(size):
                     tap = kernels[b, i * size + j]
-                    for w in range(width):
+                    for w in range(max(0, half - j), min(width, width + half - j)):
                         s = w * channels
+                        near = s + (j - half) * channels
                         for c in range(channels):
-                            y[s + c] += tap[c] * source[s + j * channels + c]
+                            y[s + c] += tap[c] * source[near + c]
 
     @_compiled
     def kernel_gradient_3x3(grad, x, out, start, height, width, first, last):
         length = width * channels
-        rows = np.zeros((size + 1, length + (size - 1) * channels), x.dtype)
+        zeros = np.zeros(length, x.dtype)
         sums = np.zeros((9, channels), x.dtype)
         for row in range(first, last):
             b, h = row // height, row % height
-            _shift_in(rows, x, start, length, row, first, height, half, channels)
-            above, middle, below = (
-                _neighbour(rows, h, -1, height),
-                _neighbour(rows, h, 0, height),
-                _neighbour(rows, h, 1, height),
-            )
             here = start + h * length
+            above = x[b, here - length : here] if h > 0 else zeros
+            middle = x[b, here : here + length]
+            below = x[b, here + length : here + 2 * length] if h < height - 1 else zeros
             g = grad[b, here : here + length]
             sums[:] = 0  # a row is summed by itself first, which keeps rounding small on large maps
-            for w in range(width):
+            for edge in range(min(width, 2)):
+                w = edge * (width - 1)
+                s = w * channels
+                for j in range(max(0, 1 - w), min(3, width + 1 - w)):
+                    near = s + (j - 1) * channels
+                    for c in range(channels):
+                        sums[j, c] += g[s + c] * above[near + c]
+                        sums[3 + j, c] += g[s + c] * middle[near + c]
+                        sums[6 + j, c] += g[s + c] * below[near + c]
+            for w in range(width - 2):
                 left = w * channels
                 centre = left + channels
                 right = centre + channels
                 for c in range(channels):
-                    value = g[left + c]
+                    value = g[centre + c]
                     sums[0, c] += value * above[left + c]
                     sums[1, c] += value * above[centre + c]
                     sums[2, c] += value * above[right + c]
@@ -146,21 +137,21 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
     @_compiled
     def kernel_gradient(grad, x, out, start, height, width, first, last):
         length = width * channels
-        rows = np.zeros((size + 1, length + (size - 1) * channels), x.dtype)
         sums = np.zeros(channels, x.dtype)
         for row in range(first, last):
             b, h = row // height, row % height
-            _shift_in(rows, x, start, length, row, first, height, half, channels)
             here = start + h * length
             g = grad[b, here : here + length]
-            for i in range(size):
-                source = _neighbour(rows, h, i - half, height)
+            for i in range(max(0, half - h), min(size, height + half - h)):
+                there = here + (i - half) * length
+                source = x[b, there : there + length]
                 for j in range(size):
                     sums[:] = 0
-                    for w in range(width):
+                    for w in range(max(0, half - j), min(width, width + half - j)):
                         s = w * channels
+                        near = s + (j - half) * channels
                         for c in range(channels):
-                            sums[c] += g[s + c] * source[s + j * channels + c]
+                            sums[c] += g[s + c] * source[near + c]
                     out[b, i * size + j] += sums
 
     return (correlate_3x3, kernel_gradient_3x3) if size == 3 else (correlate, kernel_gradient)
@@ -208,7 +199,9 @@ def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tenso
     size = kernels.shape[-1]
     x = _as_array(tokens)
     taps = _as_array(kernels.flatten(2).transpose(1, 2)).reshape(batch, size * size, channels)
-    y = np.empty_like(x)
+    # torch aligns memory to cache lines, NumPy does not.
+    out = torch.empty(x.shape, dtype=torch.float64 if x.dtype == np.float64 else torch.float32)
+    y = out.numpy()
     start = (num_tokens - height * width) * channels
     y[:, :start] = x[:, :start]
     compiled = _functions(size, channels)[0]
@@ -217,7 +210,7 @@ def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tenso
         compiled(x, taps, y, start, height, width, first, last)
 
     _in_parallel(rows, batch * height, x.size)
-    return torch.from_numpy(y).view(tokens.shape).to(tokens.dtype)
+    return out.view(tokens.shape).to(tokens.dtype)
 
 
 def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int) -> Tensor:
