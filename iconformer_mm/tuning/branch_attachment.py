@@ -17,11 +17,6 @@ INPUTS = ('normed', 'residual', 'output', 'sum')
 _NAMES = {FFN: 'adapter', ATTENTION: 'adapter_attention'}
 
 
-def _add(out: Tensor, delta: Tensor) -> Tensor:
-    """Their sum, in the memory of what an adapter has just made where that has the right dtype."""
-    return delta.add_(out) if delta.dtype == out.dtype else out + delta
-
-
 class BranchAttachment(BlockAttachment):
     """Adds an adapter's output to a branch of a block: attention, FFN, or both.
 
@@ -84,7 +79,7 @@ class BranchAttachment(BlockAttachment):
 
     def _join_attention(self, out: Tensor) -> Tensor:
         """Adds to the output of attention what its adapter says."""
-        return _add(out, self._apply(self.module.adapter_attention, self._parallel_input(), out))
+        return out + self._apply(self.module.adapter_attention, self._parallel_input(), out)
 
     def _between_branches(self, x: Tensor) -> Tensor:
         """Sees x' on its way to the FFN; adds to it what the adapter of attention says, unless that was done before."""
@@ -126,6 +121,6 @@ class BranchAttachment(BlockAttachment):
                 tokens = residual
             else:
                 tokens = out if self.input == 'sum' else out - residual.reshape(out.shape)
-            out = _add(out, self._apply(self.module.adapter, tokens, out))
+            out = out + self._apply(self.module.adapter, tokens, out)
         self._grid_now = None
         return out
