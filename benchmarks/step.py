@@ -4,7 +4,8 @@
     python benchmarks/step.py --cases upernet-swin-b --methods full icon adaptformer --memory --rounds 0
 
 A step is forward, backward and AdamW over what is trained, without clipping of gradients. Weights and images
-are random.
+are random. GFLOP are billions of floating-point operations an image, as torch counts them: their ratio is what that of the
+times would be if nothing else took time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from iconformer_mm import inject
 from measure import (
@@ -220,14 +222,33 @@ def measure_case(
     steps = {method: inference(models[method], data, dtype) for method in [UNADAPTED, *adapted]}
     times = interleave(steps, rounds, progress, f'{name}, inference', device, min_seconds=0)
     inferred = rows_of(times, {'to unadapted': UNADAPTED}, case=name)
+    add_operations(inferred, count_operations(steps, batch), UNADAPTED)
 
     data = make_data(models.pop(UNADAPTED), case, batch, training=True)
     steps = {method: training(model, data, dtype) for method, model in models.items()}
     times = interleave(steps, rounds, progress, f'{name}, training', device, min_seconds=0)
     trained = rows_of(times, {'to full': 'full', 'to adaptformer': 'adaptformer'}, case=name)
+    add_operations(trained, count_operations(steps, batch), 'full', 'adaptformer')
     for row in (*inferred, *trained):
         row['images/s'] = 1000 * batch / row['ms']
     return trained, inferred
+
+
+def count_operations(steps: Mapping[str, Callable[[], None]], batch: int) -> dict[str, float]:
+    """Floating-point operations an image of matrix products, convolutions and attention, in billions."""
+    counts = {}
+    for method, step in steps.items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counts[method] = counter.get_total_flops() / batch / 1e9
+    return counts
+
+
+def add_operations(rows: list[dict], counts: Mapping[str, float], *references: str) -> None:
+    """Put numbers of operations, and their ratios, into the rows of a case."""
+    for row in rows:
+        row['GFLOP'] = counts[row['contestant']]
+        row |= {f'GFLOP to {r}': row['GFLOP'] / counts[r] for r in references if r in counts}
 
 
 class LiveTensors(TorchDispatchMode):
@@ -355,6 +376,7 @@ def main() -> None:
     ):
         if rows:
             columns = {'case': '', 'contestant': '', 'ms': '.1f', **dict.fromkeys(references, '.3f'), 'images/s': '.2f'}
+            columns |= {'GFLOP': '.2f', **{f'GFLOP {reference}': '.3f' for reference in references}}
             tables.append(Table(title, columns, rows))
             panels += [Panel(title, series_of(rows, 'case', r), f'time {r}', line=1) for r in references]
     if memory:

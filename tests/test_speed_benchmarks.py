@@ -189,6 +189,16 @@ def test_memory_in_a_process_of_its_own(monkeypatch, tmp_path):
     assert 3 * weights < row['live tensors (MiB)'] < row['peak (MiB)'] < step.resident_peak() / 2**20 + 2000
 
 
+def test_count_of_operations():
+    """A layer of 4 x 8: forward, and without the images' gradient as much for its weight."""
+    layer, x = nn.Linear(4, 8), torch.ones(3, 4)
+    counts = step.count_operations(dict(a=lambda: layer(x), b=lambda: layer(x).sum().backward()), batch=3)
+    assert counts == pytest.approx(dict(a=2 * 4 * 8 / 1e9, b=2 * 2 * 4 * 8 / 1e9))
+    rows = [dict(contestant='a'), dict(contestant='b')]
+    step.add_operations(rows, counts, 'a', 'none')
+    assert rows[1]['GFLOP to a'] == 2 and 'GFLOP to none' not in rows[1]
+
+
 def test_live_tensors():
     values = torch.zeros(1024)
     with step.LiveTensors() as live:
