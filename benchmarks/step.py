@@ -4,8 +4,8 @@
     python benchmarks/step.py --cases upernet-swin-b --methods full icon adaptformer --memory --rounds 0
 
 A step is forward, backward and AdamW over what is trained, without clipping of gradients. Weights and images
-are random. GFLOP are billions of floating-point operations an image, as torch counts them: their ratio is what that of the
-times would be if nothing else took time.
+are random. GFLOP are billions of floating-point operations an image, as torch counts them: their ratio is
+that of the times if nothing else took time.
 """
 
 from __future__ import annotations
