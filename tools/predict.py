@@ -126,7 +126,7 @@ def main() -> None:
             image = cv2.imread(str(path))
             if image is None:
                 skipped.append(str(path))
-                console.print(f'skipped: {path} is no image that can be read', style='yellow', highlight=False)
+                console.print(f'skipped: {path} is no image that can be read', style='yellow', soft_wrap=True)
                 continue
             (prediction,) = inferencer([image])
             prediction = prediction.cpu()
@@ -135,7 +135,7 @@ def main() -> None:
             write_maps(prediction, target)
             results[str(path)] = describe(prediction, inferencer.classes, args.score)
     write_json(args.out / 'predictions.json', dict(predictions=results, skipped=skipped))
-    console.print(f'{len(results)} predictions in {args.out}, {len(skipped)} images skipped', highlight=False)
+    console.print(f'{len(results)} predictions in {args.out}, {len(skipped)} images skipped', soft_wrap=True)
     sys.exit(1 if skipped else 0)
 
 
