@@ -10,6 +10,7 @@ from mmengine.device import is_cuda_available
 
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis import build_runner, leave_process_group, load_config, make_parser
+from iconformer_mm.apis.inspection import find_mistakes
 from iconformer_mm.datasets.checks import DataError
 
 
@@ -61,7 +62,10 @@ def main() -> None:
     cfg = load_config(args.config, args.peft)
     merge_args(cfg, args)
     try:
-        build_runner(cfg).train()
+        runner = build_runner(cfg)
+        for mistake in find_mistakes(cfg):
+            runner.logger.warning(mistake)
+        runner.train()
     except DataError as error:
         raise SystemExit(f'error in the data: {error}') from None
 

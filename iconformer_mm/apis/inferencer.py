@@ -14,8 +14,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.infer import BaseInferencer
 from mmengine.logging import MMLogger
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import load_checkpoint
 from mmengine.structures import BaseDataElement
 from torch import nn
@@ -24,6 +23,7 @@ from iconformer_mm.checkpoint import load_adapter
 from iconformer_mm.tuning import active_adapter, inject, list_adapters, set_adapter
 from iconformer_mm.tuning.injection import DEFAULT_NAME
 
+from .inspection import build_model, method_of, names_weights
 from .launch import load_config
 
 AdapterSpec = str | os.PathLike | Mapping[str, Any]
@@ -82,20 +82,17 @@ class AdapterInferencer:
 
     def _make_model(self, base: str | os.PathLike | None, as_config: bool) -> nn.Module:
         cfg = self.cfg
-        if cfg.get('data_preprocessor') is not None:  # MMPretrain's stands beside the model
-            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-        if base is None and not _names_weights(cfg.model):
+        if base is None and not names_weights(cfg.model):
             raise ValueError(
                 'there are no base weights: the config names none (init_cfg of the backbone), so give the checkpoint '
                 'that the adapter was trained on as `base`'
             )
         if base is not None and not Path(base).is_file():
             raise FileNotFoundError(f'the base {base} does not exist')
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        hooks = [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]
-        for hook in hooks:
-            if as_config and hook and hook['type'] == 'PEFTHook':
-                inject(model, hook.get('method', 'icon'))
+        model = build_model(cfg)
+        method = method_of(cfg)
+        if as_config and method is not None:
+            inject(model, **method)
         if base is None:
             logger = MMLogger.get_current_instance()
             level = logger.level
@@ -189,15 +186,6 @@ def _by_name(adapter: AdapterSpec | Mapping[str, AdapterSpec] | None) -> dict[st
             raise ValueError('there is no adapter in the empty dictionary')
         return dict(adapter)
     return {DEFAULT_NAME: adapter}
-
-
-def _names_weights(node: Any) -> bool:
-    """Whether a model's config says where its weights come from."""
-    if isinstance(node, Mapping):
-        found = (node.get('init_cfg') or {}, node.get('type'))
-        inits = found[0] if isinstance(found[0], list) else [found[0]]
-        return any(init.get('type') == 'Pretrained' for init in inits) or any(map(_names_weights, node.values()))
-    return isinstance(node, (list, tuple)) and any(map(_names_weights, node))
 
 
 def _metainfo(cfg: Config) -> dict:

@@ -1,0 +1,79 @@
+"""Show what a config would adapt, train and cost, before any training.
+
+python tools/inspect_model.py CONFIG --peft icon --shape 512 512
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+import iconformer_mm  # noqa: F401 (registers its parts)
+from iconformer_mm.apis import load_config, make_parser
+from iconformer_mm.apis.inspection import Inspection, inspect_model
+
+ROWS = {
+    'gflop': 'forward pass of the backbone (GFLOP an image)',
+    'stored_mib': 'stored for its backward pass (MiB an image)',
+    'gradient_mib': 'gradients (MiB)',
+    'optimizer_mib': "AdamW's state (MiB)",
+    'checkpoint_mib': 'what was trained, as a file (MiB)',
+}
+
+
+def tree_of(inspection: Inspection) -> Tree:
+    """The adapted modules; runs of alike ones are one line."""
+    tree = Tree(f'adapted: {len(inspection.sites)} modules')
+    for (folder, kind, count), run in groupby(
+        inspection.sites, key=lambda site: (site[0].rpartition('.')[0], site[1], site[2])
+    ):
+        names = [name.rpartition('.')[2] for name, *_ in run]
+        span = names[0] if len(names) == 1 else f'{names[0]} to {names[-1]}'
+        place = f'{folder}.{span}' if folder else span
+        tree.add(f'{place}: {len(names)} x {kind}, {count:,} parameters each')
+    return tree
+
+
+def table_of(inspection: Inspection) -> Table:
+    """The costs beside those of full fine-tuning."""
+    method = inspection.summary.method or 'full'
+    table = Table(title='estimates', title_justify='left')
+    table.add_column('')
+    for title in (method, 'full fine-tuning', 'ratio'):
+        table.add_column(title, justify='right')
+    for field, title in ROWS.items():
+        own, full = getattr(inspection.cost, field), getattr(inspection.full, field)
+        table.add_row(title, f'{own:,.2f}', f'{full:,.2f}', f'{own / full:.3f}' if full else '-')
+    return table
+
+
+def main() -> None:
+    """Run the tool."""
+    parser = make_parser(__doc__.partition('\n')[0])
+    parser.add_argument('--shape', nargs=2, type=int, default=(224, 224), help='height and width in pixels (224 224)')
+    parser.add_argument('--json', action='store_true', help='print JSON')
+    args = parser.parse_args()
+    try:
+        cfg = load_config(args.config, args.peft)
+        if args.cfg_options is not None:
+            cfg.merge_from_dict(args.cfg_options)
+        inspection = inspect_model(cfg, tuple(args.shape))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f'error: {error}') from None
+    if args.json:
+        print(json.dumps(inspection.as_dict(), indent=1))
+        return
+    console = Console()
+    console.print(tree_of(inspection))
+    print(inspection.summary)
+    console.print(table_of(inspection))
+    for mistake in inspection.mistakes:
+        console.print(f'warning: {mistake}', style='yellow', highlight=False)
+
+
+if __name__ == '__main__':
+    main()
