@@ -8,6 +8,7 @@ from mmengine.registry import MODELS, init_default_scope
 import iconformer_mm  # noqa: F401
 from iconformer_mm import inject, summarize
 from iconformer_mm.apis import load_config
+from iconformer_mm.apis.inspection import find_mistakes
 
 CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*/*.py'))
 COUNTS = {'cifar100': 8, 'svhn': 8, 'food101': 8, 'quickstart': 5, 'coco': 32, 'ade20k': 24, 'nyu': 8, 'scenes': 13}
@@ -123,3 +124,8 @@ def test_methods_of_a_benchmark_share_one_recipe(benchmark):
             del cfg['optim_wrapper']['optimizer']['lr']
         recipes.append(cfg)
     assert all(recipe == recipes[0] for recipe in recipes)
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if 'pretrain' not in name])
+def test_none_has_a_usual_mistake(name):
+    assert find_mistakes(load_config(str(ROOT / name))) == []

@@ -40,6 +40,8 @@ def names_weights(node: Any) -> bool:
     if isinstance(node, Mapping):
         inits = node.get('init_cfg') or []
         inits = inits if isinstance(inits, (list, tuple)) else [inits]
+        if isinstance(node.get('pretrained'), str):  # as older configs of MMSegmentation have it
+            return True
         return any(init.get('type') == 'Pretrained' for init in inits) or any(map(names_weights, node.values()))
     return isinstance(node, (list, tuple)) and any(map(names_weights, node))
 
@@ -66,7 +68,7 @@ def find_mistakes(cfg: Config) -> list[str]:
     method = method_of(cfg)
     born_adapted = str(backbone.get('type', '')).rpartition('.')[2].startswith('ICoN')
     if method is None and not born_adapted:
-        return ['nothing adapts the model: add a PEFTHook to custom_hooks, or give --peft to our tools']
+        return []  # stock fine-tuning
     name = (method or {}).get('method', 'icon')
     name = name if isinstance(name, str) else name.get('type')
     if name == 'full':
@@ -87,7 +89,7 @@ def find_mistakes(cfg: Config) -> list[str]:
         found.append('find_unused_parameters costs time and is not needed: frozen parameters are not waited for')
     optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
     rate = optimizer.get('lr')
-    if str(optimizer.get('type', '')).startswith('Adam') and rate is not None and rate < 1e-4 and name != 'frozen':
+    if str(optimizer.get('type', '')).startswith('Adam') and rate is not None and rate < 3e-5 and name != 'frozen':
         found.append(
             f'lr={rate:g} is a rate for full fine-tuning; adapters start from zero and want more, 1e-3 to 1e-2 with '
             f'{optimizer["type"]}'

@@ -60,7 +60,6 @@ def config(**changes):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'custom_hooks': []}, 'nothing adapts the model'),
         ({'model.backbone.init_cfg': None}, 'no pre-trained weights are named'),
         ({'model.backbone.frozen_stages': 1}, 'frozen_stages=1 has no effect'),
         ({'find_unused_parameters': True}, 'find_unused_parameters costs time'),
@@ -77,7 +76,9 @@ def test_mistakes(changes, message):
     'changes',
     [
         {},
+        {'custom_hooks': [], 'model.backbone.init_cfg': None},
         {'model.backbone.init_cfg': None, 'load_from': 'whole.pth'},
+        {'model.backbone.init_cfg': None, 'model.pretrained': 'backbone.pth'},
         {'custom_hooks': [], 'model.backbone.type': 'ICoNSwinTransformer'},
         {'custom_hooks': [dict(type='PEFTHook', method='full')], 'model.backbone.frozen_stages': 1},
         {'optim_wrapper.optimizer': dict(type='SGD', lr=1e-5)},
