@@ -52,13 +52,14 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
             for edge in range(min(width, 2)):
                 w = edge * (width - 1)
                 s = w * channels
-                y[s : s + channels] = 0
+                target = y[s : s + channels]
+                target[:] = 0
                 for j in range(max(0, 1 - w), min(3, width + 1 - w)):
-                    near = s + (j - 1) * channels
+                    # Slices, whose indices are known not to count from the end: vectors need that.
+                    near = slice(s + (j - 1) * channels, s + j * channels)
+                    a, m, z = above[near], middle[near], below[near]
                     for c in range(channels):
-                        y[s + c] += (
-                            k[j, c] * above[near + c] + k[3 + j, c] * middle[near + c] + k[6 + j, c] * below[near + c]
-                        )
+                        target[c] += k[j, c] * a[c] + k[3 + j, c] * m[c] + k[6 + j, c] * z[c]
             for w in range(width - 2):
                 left = w * channels
                 centre = left + channels
@@ -92,8 +93,10 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
                     for w in range(max(0, half - j), min(width, width + half - j)):
                         s = w * channels
                         near = s + (j - half) * channels
+                        # Slices, whose indices are known not to count from the end: vectors need that.
+                        target, seen = y[s : s + channels], source[near : near + channels]
                         for c in range(channels):
-                            y[s + c] += tap[c] * source[near + c]
+                            target[c] += tap[c] * seen[c]
 
     @_compiled
     def kernel_gradient_3x3(grad, x, out, start, height, width, first, last):
@@ -111,12 +114,14 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
             for edge in range(min(width, 2)):
                 w = edge * (width - 1)
                 s = w * channels
+                values = g[s : s + channels]
                 for j in range(max(0, 1 - w), min(3, width + 1 - w)):
-                    near = s + (j - 1) * channels
+                    near = slice(s + (j - 1) * channels, s + j * channels)
+                    a, m, z = above[near], middle[near], below[near]
                     for c in range(channels):
-                        sums[j, c] += g[s + c] * above[near + c]
-                        sums[3 + j, c] += g[s + c] * middle[near + c]
-                        sums[6 + j, c] += g[s + c] * below[near + c]
+                        sums[j, c] += values[c] * a[c]
+                        sums[3 + j, c] += values[c] * m[c]
+                        sums[6 + j, c] += values[c] * z[c]
             for w in range(width - 2):
                 left = w * channels
                 centre = left + channels
@@ -150,8 +155,9 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
                     for w in range(max(0, half - j), min(width, width + half - j)):
                         s = w * channels
                         near = s + (j - half) * channels
+                        values, seen = g[s : s + channels], source[near : near + channels]
                         for c in range(channels):
-                            sums[c] += g[s + c] * source[near + c]
+                            sums[c] += values[c] * seen[c]
                     out[b, i * size + j] += sums
 
     return (correlate_3x3, kernel_gradient_3x3) if size == 3 else (correlate, kernel_gradient)
