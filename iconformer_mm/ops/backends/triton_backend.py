@@ -46,7 +46,7 @@ def _correlate(
     c = tl.program_id(1) * block + tl.arange(0, block)
     kernel = kernels + b.to(tl.int64) * channels * size * size + c * size * size
     total = tl.zeros((run, block), tl.float64 if tokens.dtype.element_ty == tl.float64 else tl.float32)
-    for i in tl.static_range(size):
+    for i in range(size):  # only the inner loop is unrolled: with both, large kernels compile for minutes
         for j in tl.static_range(size):
             tap = tl.load(kernel + i * size + j, c < channels, 0.0).to(total.dtype)
             seen = _neighbour(tokens, b, p, c, i, j, num_tokens, height, width, channels, size)
@@ -66,7 +66,7 @@ def _kernel_gradient(
     c = tl.program_id(1) * block + tl.arange(0, block)
     g = _neighbour(grad, b, p, c, size // 2, size // 2, num_tokens, height, width, channels, size)
     part = (b * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * size * size
-    for i in tl.static_range(size):
+    for i in range(size):
         for j in tl.static_range(size):
             seen = _neighbour(tokens, b, p, c, i, j, num_tokens, height, width, channels, size)
             tl.store(out + (part + i * size + j) * channels + c, tl.sum(g * seen, axis=0), c < channels)
