@@ -248,7 +248,8 @@ def plot(panels: Sequence[Panel], path: Path) -> None:
         if 'x' in panel.log:
             axes.set_xscale('log')
         elif any(panel.series.values()):
-            axes.tick_params(axis='x', labelrotation=45)
+            for label in axes.get_xticklabels():
+                label.set(rotation=45, ha='right', rotation_mode='anchor')
         if 'y' in panel.log:
             axes.set_yscale('log')
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)

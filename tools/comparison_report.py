@@ -185,13 +185,13 @@ def axis_title(task: Task) -> str:
 
 
 def tradeoff_panels(board: Board, rows: Rows) -> list[TradeoffPanel]:
-    """What is plotted of scores against trained parameters."""
+    """What is plotted of scores against trained parameters: a panel a task that was run."""
     panels = []
     for task in board.comparison.tasks.values():
         found = [row for row in rows.values() if row.task == task.name and row.mean is not None]
         points = {board.comparison.methods[r.method].title: (r.trained_backbone, r.mean, r.std or 0.0) for r in found}
         panels.append(TradeoffPanel(axis_title(task), points))
-    return panels
+    return [panel for panel in panels if panel.points] or panels
 
 
 def curve_panels(board: Board, rows: Rows) -> list[CurvePanel]:
@@ -205,7 +205,7 @@ def curve_panels(board: Board, rows: Rows) -> list[CurvePanel]:
                 runs = [cell['curve'] for cell in board.results(task, method)]
                 curves[method.title] = [(points[0][0], statistics.mean(p[1] for p in points)) for points in zip(*runs)]
         panels.append(CurvePanel(f'{task.name}: training loss', curves))
-    return panels
+    return [panel for panel in panels if panel.curves] or panels
 
 
 def write(path: Path, writer: Callable[[Path], None]) -> None:

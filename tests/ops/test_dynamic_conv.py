@@ -202,6 +202,27 @@ def interpreted_triton(shape, size, dtype):
 
 
 @pytest.mark.skipif(backends.find('triton') is None, reason='Triton has no release for this platform')
+@pytest.mark.parametrize('name', ['_correlate', '_kernel_gradient'])
+def test_triton_compiles_for_a_gpu_that_is_not_there(name):
+    """What the interpreter does not tell: that there is machine code for the kernels."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(backends.find('triton'), name)
+    tensors, counts, constants = kernel.arg_names[:3], kernel.arg_names[3:-3], dict(size=3, run=128, block=64)
+    signature = {
+        **dict.fromkeys(tensors, '*bf16'),
+        **dict.fromkeys(counts, 'i32'),
+        **dict.fromkeys(constants, 'constexpr'),
+    }
+    if name == '_kernel_gradient':
+        signature['out'] = '*fp32'
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=8)).asm['cubin']
+
+
+@pytest.mark.skipif(backends.find('triton') is None, reason='Triton has no release for this platform')
 def test_triton_refuses_the_cpu():
     with pytest.raises(RuntimeError, match="'triton' needs tensors on a CUDA device, got them on cpu"):
         dynamic_depthwise_conv2d(torch.ones(1, 2, 2, 1), torch.ones(1, 1, 3, 3), 'triton')
