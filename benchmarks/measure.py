@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.registry import MODELS, init_default_scope
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from iconformer_mm.apis import load_config
+from iconformer_mm.apis import inspection, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / 'tools'))
@@ -82,11 +81,8 @@ def build_model(config: str, changes: Mapping[str, Any] | None = None) -> nn.Mod
     cfg.merge_from_dict(dict(changes or {}))
     cfg.model.pop('pretrained', None)
     cfg.model.backbone.pop('init_cfg', None)
-    if cfg.get('data_preprocessor') is not None:  # MMPretrain's stands beside the model
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
-    return MODELS.build(cfg.model)
+    return inspection.build_model(cfg)
 
 
 def progress_bar() -> Progress:

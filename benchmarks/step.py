@@ -24,7 +24,6 @@ from weakref import finalize
 import numpy as np
 import torch
 from mmengine.logging import MMLogger
-from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from rich.progress import Progress
@@ -147,7 +146,7 @@ def make_data(model: nn.Module, case: Case, batch: int, training: bool) -> dict[
 def build(case: Case, device: str) -> nn.Module:
     """The model of a case, with its random initialisation."""
     MMLogger.get_current_instance().setLevel('WARNING')  # of which it reports every tensor
-    model = revert_sync_batchnorm(build_model(case.config, case.changes))
+    model = build_model(case.config, case.changes)
     model.init_weights()
     return model.to(device)
 

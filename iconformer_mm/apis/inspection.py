@@ -180,11 +180,10 @@ def inspect_model(cfg: Config, shape: tuple[int, int] = (224, 224)) -> Inspectio
     method = method_of(cfg)
     if get_injection(model) is None:
         full = cost_of(model, shape)
-        inject(model, **(method or dict(method='full')))
+        inject(model, **(dict(method='full') if method is None else method))
     else:
         plain = copy.deepcopy(cfg)
-        kind = plain.model.backbone.type
-        plain.model.backbone = dict(plain.model.backbone, type=kind, peft=dict(type='full'))
+        plain.model.backbone.peft = dict(type='full')
         full = cost_of(build_model(plain), shape)
     sites = [
         (a.name, a.kind, sum(p.numel() for adapter in a.adapters.values() for p in adapter.parameters()))

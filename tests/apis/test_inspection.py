@@ -88,6 +88,12 @@ def test_nothing_to_say(changes):
     assert find_mistakes(config(**changes)) == []
 
 
+def test_the_hook_alone_is_icon():
+    """A PEFTHook without a method has one by default."""
+    hook = config(custom_hooks=[dict(type='PEFTHook')])
+    assert inspect_model(hook, (64, 64)).as_dict() == inspect_model(config(), (64, 64)).as_dict()
+
+
 def test_born_adapted_backbones():
     """The same as by the hook."""
     by_hook = inspect_model(config(), (64, 64))
