@@ -22,6 +22,12 @@ TASKS = {
     'depth_swin-scenes': ('nyu', 'rmse'),
 }
 METHODS = ('icon', 'adaptformer', 'frozen', 'full')
+# The comparison's own configs, whose methods tools/compare.py sets.
+COMPARED = {
+    '../comparison/semantic_swin-scenes': ('ade20k', 'mIoU'),
+    '../comparison/instance_swin-scenes': ('coco', 'coco/segm_mAP'),
+}
+RUNS = [(task, method) for task in TASKS for method in METHODS] + [(task, 'full') for task in COMPARED]
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +41,7 @@ def data(tmp_path_factory):
 
 def small_config(task, method, data, work_dir, iterations):
     cfg = load_config(str(FOLDER / f'{task}_{method}_target.py'))
-    kind, _ = TASKS[task]
+    kind, _ = (TASKS | COMPARED)[task]
     for part in ('train', 'val', 'test'):
         cfg[f'{part}_dataloader'].dataset.data_root = str(data / kind)
         if kind == 'coco' and part != 'train':
@@ -49,11 +55,10 @@ def small_config(task, method, data, work_dir, iterations):
     return cfg
 
 
-@pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize(('task', 'method'), RUNS)
 @pytest.mark.filterwarnings('ignore')
 def test_trains_resumes_and_tests(task, method, data, tmp_path):
-    metric = TASKS[task][1]
+    metric = (TASKS | COMPARED)[task][1]
     build_runner(small_config(task, method, data, tmp_path, 2)).train()
     cfg = small_config(task, method, data, tmp_path, 3)
     cfg.resume = True
@@ -77,7 +82,7 @@ def test_trains_resumes_and_tests(task, method, data, tmp_path):
     assert all(torch.equal(value, trained[name]) for name, value in runner.model.state_dict().items())
 
 
-@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize('task', [*TASKS, *COMPARED])
 def test_every_model_takes_the_whole_base(task):
     cfg = load_config(str(FOLDER / f'{task}_full_target.py'))
     init_default_scope(cfg.default_scope)
