@@ -38,6 +38,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=('iconformer_mm', 'iconformer_mm.*')),
+    package_data={'iconformer_mm': ['py.typed']},
     python_requires='>=3.10',
     install_requires=read_requirements('runtime'),
     extras_require={name: read_requirements(name) for name in EXTRAS},

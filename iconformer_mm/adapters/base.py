@@ -71,7 +71,7 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if bias:
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def zero_(self) -> None:

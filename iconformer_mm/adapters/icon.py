@@ -81,6 +81,7 @@ class ICoN(nn.Module):
             self.generator = Projection(channels if generator_layers == 2 else context, identity.numel(), bias=bias)
             self.hidden = Projection(context, channels) if generator_layers == 2 else None
             if kernel_norm is None:
+                assert self.generator.bias is not None
                 with torch.no_grad():
                     self.generator.bias.copy_(identity.flatten())
         if kernel_norm is not None:
@@ -229,12 +230,10 @@ class ICoNAdapter(BottleneckAdapter):
         self.window_size = window_size
         self.icon = ICoN(bottleneck, kernel_size, kernel_norm, kernel, pooling, generator_layers, generator_bias)
 
-    def _filter_windows(self, maps: Tensor) -> Tensor:
-        return filter_windows(maps, self.icon(maps, self.window_size), self.window_size)
-
     def transform(self, z: Tensor, grid: TokenGrid) -> Tensor:
         """Filter the patch tokens of ``z`` (B, N, c); prefix tokens pass."""
-        if self.window_size is not None:
-            return self.on_maps(self._filter_windows, z, grid)
+        window = self.window_size
+        if window is not None:
+            return self.on_maps(lambda maps: filter_windows(maps, self.icon(maps, window), window), z, grid)
         kernels = self.icon(z[:, grid.num_prefix_tokens :].unflatten(1, (grid.height, grid.width)))
         return dynamic_depthwise_conv_tokens(z, kernels, grid.height, grid.width)

@@ -55,4 +55,5 @@ def _init_as_linear(projection: Projection) -> None:
     """Initialise as ``nn.Linear`` does."""
     bound = 1 / math.sqrt(projection.weight.shape[1])
     nn.init.uniform_(projection.weight, -bound, bound)
-    nn.init.uniform_(projection.bias, -bound, bound)
+    if projection.bias is not None:
+        nn.init.uniform_(projection.bias, -bound, bound)

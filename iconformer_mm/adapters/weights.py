@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ class DeltaAdapter(WeightAdapter):
         shapes: Shapes of the weights by name.
     """
 
-    def __init__(self, shapes: dict[str, Sequence[int]]) -> None:
+    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
         super().__init__()
         self.names = tuple(shapes)
         self.deltas = nn.ParameterDict({_key(name): torch.zeros(*shape) for name, shape in shapes.items()})

@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.infer import BaseInferencer
 from mmengine.logging import MMLogger
+from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import load_checkpoint
 from mmengine.structures import BaseDataElement
@@ -80,7 +81,7 @@ class AdapterInferencer:
         if specs:
             self.set_adapter(next(iter(specs)))
 
-    def _make_model(self, base: str | os.PathLike | None, as_config: bool) -> nn.Module:
+    def _make_model(self, base: str | os.PathLike | None, as_config: bool) -> BaseModel:
         cfg = self.cfg
         if base is None and not names_weights(cfg.model):
             raise ValueError(
@@ -118,9 +119,11 @@ class AdapterInferencer:
                 parts = {n: own.model[n] for n, _ in self.model.named_children() if n in own.model and n != 'backbone'}
                 parts.pop('data_preprocessor', None)
                 meta = _metainfo(own)
-            spec = spec['file']
+            file = spec['file']
+        else:
+            file = spec
         # Without a name an adapter file fits a model that was born adapted, too.
-        content = load_adapter(self.model, spec, name=None if name == DEFAULT_NAME else name, parts=parts)
+        content = load_adapter(self.model, file, name=None if name == DEFAULT_NAME else name, parts=parts)
         if content.get('classes'):
             meta = {**meta, 'classes': tuple(content['classes'])}
         return meta
@@ -138,7 +141,8 @@ class AdapterInferencer:
     @property
     def meta(self) -> dict:
         """Classes and palette of the active adapter, as far as they are known."""
-        return self._metas.get(active_adapter(self.model)) or _metainfo(self.cfg)
+        name = active_adapter(self.model)
+        return self._metas[name] if name in self._metas else _metainfo(self.cfg)
 
     def set_adapter(self, name: str) -> None:
         """Make an adapter the active one, with its neck, head and classes; nothing is copied.
@@ -208,20 +212,21 @@ def _num_channels(model: nn.Module) -> int | None:
 def _to_grey(image: str | np.ndarray) -> np.ndarray:
     """An image (H, W) of a file or of an image (H, W, 3), BGR."""
     if isinstance(image, str):
-        path, image = image, mmcv.imread(image, 'grayscale')
-        if image is None:
-            raise ValueError(f'Failed to read image {path}.')
+        grey = mmcv.imread(image, 'grayscale')
+        if grey is None:
+            raise ValueError(f'Failed to read image {image}.')
+        return grey
     return mmcv.bgr2gray(image) if image.ndim == 3 and image.shape[2] == 3 else image
 
 
-class _Inferencer:
+class _Inferencer(BaseInferencer):
     """What a library's inferencer is asked for: the test pipeline and the forward pass."""
 
-    def __init__(self, cfg: Config, model: nn.Module, device: str) -> None:
+    def __init__(self, cfg: Config, model: BaseModel, device: str) -> None:
         self.cfg, self.given = cfg, model
         super().__init__(copy.deepcopy(cfg), device=device, show_progress=False)
 
-    def _init_model(self, cfg: Any, weights: Any, device: str = 'cpu') -> nn.Module:
+    def _init_model(self, cfg: Any, weights: Any, device: str = 'cpu') -> BaseModel:
         self.given.cfg = cfg
         self.given.dataset_meta = _metainfo(cfg)
         return self.given.to(device).eval()
@@ -233,19 +238,19 @@ class _Inferencer:
             yield from self.forward(batch if isinstance(batch, dict) else batch[1])
 
 
-def _detection(cfg: Config, model: nn.Module, device: str) -> BaseInferencer:
+def _detection(cfg: Config, model: BaseModel, device: str) -> BaseInferencer:
     from mmdet.apis import DetInferencer
 
     return type('Detection', (_Inferencer, DetInferencer), {})(cfg, model, device)
 
 
-def _segmentation(cfg: Config, model: nn.Module, device: str) -> BaseInferencer:
+def _segmentation(cfg: Config, model: BaseModel, device: str) -> BaseInferencer:
     from mmseg.apis import MMSegInferencer
 
     return type('Segmentation', (_Inferencer, MMSegInferencer), {})(cfg, model, device)
 
 
-def _classification(cfg: Config, model: nn.Module, device: str) -> Any:
+def _classification(cfg: Config, model: BaseModel, device: str) -> Any:
     from mmpretrain.apis import ImageClassificationInferencer
 
     class Classification(ImageClassificationInferencer):

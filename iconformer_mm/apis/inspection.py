@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,7 +46,7 @@ def names_weights(node: Any) -> bool:
     return isinstance(node, (list, tuple)) and any(map(names_weights, node))
 
 
-def build_model(cfg: Config) -> nn.Module:
+def build_model(cfg: Config) -> BaseModel:
     """The model of a config, on one process, without its pre-trained weights."""
     init_default_scope(cfg.default_scope)
     model = copy.deepcopy(cfg.model)
@@ -185,8 +185,9 @@ def inspect_model(cfg: Config, shape: tuple[int, int] = (224, 224)) -> Inspectio
         plain = copy.deepcopy(cfg)
         plain.model.backbone.peft = dict(type='full')
         full = cost_of(build_model(plain), shape)
+    injection = get_injection(model)
     sites = [
         (a.name, a.kind, sum(p.numel() for adapter in a.adapters.values() for p in adapter.parameters()))
-        for a in get_injection(model).attachments
+        for a in (injection.attachments if injection else ())
     ]
     return Inspection(summarize(model), sites, cost_of(model, shape), full, find_mistakes(cfg))

@@ -58,7 +58,7 @@ def find_config(name: str) -> Path:
         path = Path(name)
     else:
         spec = find_spec(library)
-        if spec is None:
+        if spec is None or not spec.submodule_search_locations:
             raise FileNotFoundError(f"config '{name}': the package {library} is not installed")
         path = Path(spec.submodule_search_locations[0], '.mim', 'configs', inner)
         if path.suffix != '.py':

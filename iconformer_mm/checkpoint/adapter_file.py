@@ -331,10 +331,11 @@ def _complete(method: dict, path: str | os.PathLike) -> dict:
 
 def _switch_back(model: nn.Module, name: str | None) -> None:
     """Make the adapter active that was, or none."""
-    if name is None:
-        get_injection(model).activate(None)
-    else:
+    injection = get_injection(model)
+    if name is not None:
         set_adapter(model, name)
+    elif injection is not None:
+        injection.activate(None)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], problems: list[str], strict: bool, path: Any) -> None:

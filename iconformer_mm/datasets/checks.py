@@ -30,6 +30,7 @@ def describe(dataset: Any) -> str:
     Args:
         dataset: A data set, or its config.
     """
+    read: Callable[[str], Any]
     if isinstance(dataset, dict):
         kind, read = dataset.get('type'), dataset.get
         kind = kind if isinstance(kind, str) else getattr(kind, '__name__', str(kind))

@@ -70,7 +70,7 @@ def _colour(rng: np.random.Generator, style: str) -> np.ndarray:
     hue, saturation, value = rng.uniform(0, 180), rng.uniform(0.6, 1), rng.uniform(0.6, 1)
     if style != 'source':
         saturation, value = 0.4 * saturation, 0.75 * value
-    pixel = np.uint8([[[hue, 255 * saturation, 255 * value]]])
+    pixel = np.array([[[hue, 255 * saturation, 255 * value]]]).astype(np.uint8)
     colour = cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0] / 255
     return colour * ([1.0, 1.0, 1.0] if style == 'source' else [1.0, 0.9, 0.75])
 
@@ -210,7 +210,8 @@ def _encode_mask(mask: np.ndarray) -> dict:
 
 def write_coco(root: Path, split: str, items: Iterator[Scene]) -> None:
     """Write ``<split>2017/*.jpg`` and ``annotations/instances_<split>2017.json``."""
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for number, scene in enumerate(items):
         name = f'{number:012d}.jpg'
         _save_image(root / f'{split}2017' / name, scene.image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class DepthDeconvHead(BaseDecodeHead):
         norm_cfg: dict | None = None,
         loss_decode: dict | None = None,
         in_index: int = -1,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if max_depth <= 0:
             raise ValueError(f'max_depth must be positive (metres), got {max_depth}')
@@ -102,5 +103,6 @@ class DepthDeconvHead(BaseDecodeHead):
         losses: dict[str, Tensor] = {}
         for loss in [self.loss_decode] if not isinstance(self.loss_decode, nn.ModuleList) else self.loss_decode:
             value = loss(depth[known], target[known]) if known.any() else depth.sum() * 0
-            losses[loss.loss_name] = losses.get(loss.loss_name, 0) + value
+            name = str(loss.loss_name)
+            losses[name] = losses.get(name, 0) + value
         return losses

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from iconformer_mm.tuning import inject
 
 
-class PEFTBackbone:
+class PEFTBackbone(nn.Module):
     """Mixin before a backbone's class: builds the backbone, then adapts it.
 
     Args:

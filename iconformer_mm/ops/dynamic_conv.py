@@ -12,6 +12,7 @@ from torch import Tensor
 from iconformer_mm.compat import register_fake
 
 from . import backends
+from .backends import grouped_backend, looped_backend, reference_backend
 
 _NAMESPACE = 'iconformer_mm'
 _library = torch.library.Library(_NAMESPACE, 'DEF')
@@ -29,14 +30,14 @@ def _backend(name: str, tokens: Tensor, height: int, width: int) -> ModuleType:
             raise RuntimeError(f"backend '{name}' needs the package {name}, which cannot be imported here")
         return found
     if tokens.numel() == 0:
-        return backends.find('reference')
+        return reference_backend
     if tokens.is_cuda:
-        return backends.find('triton') or backends.find('grouped')
+        return backends.find('triton') or grouped_backend
     if tokens.device.type == 'cpu':
         # Without Numba: a convolution a sample pays once a map is large.
-        without = 'looped' if height * width * tokens.shape[2] >= 2**15 else 'grouped'
-        return backends.find('numba') or backends.find(without)
-    return backends.find('grouped')
+        without = looped_backend if height * width * tokens.shape[2] >= 2**15 else grouped_backend
+        return backends.find('numba') or without
+    return grouped_backend
 
 
 def _correlate(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> Tensor:
@@ -169,7 +170,7 @@ def dynamic_depthwise_conv_tokens(
         raise ValueError(f'{tokens.shape[1]} tokens are fewer than those of a map of {height} x {width}')
     kernels = kernels.to(tokens.dtype)
     if _exporting():  # to plain operators, which any runtime knows
-        return backends.find('reference').correlate(tokens, kernels, height, width)
+        return reference_backend.correlate(tokens, kernels, height, width)
     if backend not in ('auto', *backends.NAMES):
         raise ValueError(f"unknown backend '{backend}', choose from: auto, {', '.join(backends.NAMES)}")
     return torch.ops.iconformer_mm.dynamic_conv(tokens, kernels, height, width, backend)

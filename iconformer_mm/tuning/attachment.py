@@ -26,11 +26,11 @@ class GridTracker:
     """
 
     def __init__(self, host: nn.Module, source: FromPatchEmbed) -> None:
-        self.host = host
+        self.host: Any = host  # of any library, with attributes of its own
         self.source = source
         self.size: Size | None = None
         self.with_cp = False
-        self._handle = host.patch_embed.register_forward_hook(self._watch)
+        self._handle = host.get_submodule('patch_embed').register_forward_hook(self._watch)
 
     def _watch(self, patch_embed: nn.Module, inputs: tuple, output: Any) -> None:
         self.size = self.source.read(patch_embed, inputs, output)
@@ -70,7 +70,7 @@ class Replacement:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module  # of any library, with attributes of its own
         self._replaced: Callable | None = None
 
     def replace(self) -> None:
@@ -211,6 +211,7 @@ class BlockAttachment(Attachment):
     def _grid(self, args: tuple, kwargs: dict) -> TokenGrid:
         source = self.family.grid
         if isinstance(source, FromPatchEmbed):
+            assert self.tracker is not None
             return self.tracker.grid()
         if isinstance(source, FromShape):
             return TokenGrid(*args[0].shape[1:3])

@@ -57,6 +57,7 @@ class BranchAttachment(BlockAttachment):
             # In post-norm blocks the FFN reads x' itself.
             taps.append(Tap(getattr(block, family.norm or family.ffn), before=self._between_branches))
         if self._joins_attention:
+            assert family.attention_out is not None
             taps.append(Tap(getattr(block, family.attention_out), after=self._join_attention))
         if FFN in self.branches and self.input == 'normed' and family.norm is not None:
             taps.append(Tap(getattr(block, family.ffn), before=self._see_ffn_input))

@@ -31,7 +31,7 @@ class Freezing:
         self._requires_grad = {n: p.requires_grad for n, p in backbone.named_parameters() if not is_adapter(n)}
         self._replaced = backbone.__dict__.get('train')
         self._host_train = backbone.train
-        backbone.train = self.train
+        backbone.__dict__['train'] = self.train
         self.train(backbone.training)
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -51,7 +51,7 @@ class Freezing:
         if self._replaced is None:
             del self.backbone.train
         else:
-            self.backbone.train = self._replaced
+            self.backbone.__dict__['train'] = self._replaced
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(self._requires_grad[name])
         self.backbone.train(self.backbone.training)

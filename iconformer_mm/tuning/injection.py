@@ -119,11 +119,12 @@ class Injection:
         return NamedAdapter(method, attachments)
 
     def _tracker(self, site: Site) -> GridTracker | None:
-        if not isinstance(site.family.grid, FromPatchEmbed):
+        host, source = site.host, site.family.grid
+        if host is None or not isinstance(source, FromPatchEmbed):
             return None
-        if site.host not in self.trackers:
-            self.trackers[site.host] = GridTracker(site.host, site.family.grid)
-        return self.trackers[site.host]
+        if host not in self.trackers:
+            self.trackers[host] = GridTracker(host, source)
+        return self.trackers[host]
 
     def add(self, name: str, method: PEFTMethod) -> None:
         """Make another adapter, which stays inactive."""
@@ -170,9 +171,10 @@ class Injection:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside of (distributed or test-time-augmentation) wrappers."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
+    inner: Any = model
+    while is_model_wrapper(inner) or isinstance(inner, BaseTTAModel):
+        inner = inner.module
+    return inner
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
@@ -320,13 +322,14 @@ def merge(model: nn.Module) -> None:
             'delete_adapter(model, name) those first, or merge a copy of the model'
         )
     (adapter,) = injection.adapters.values()
-    if not adapter.attachments or not all(isinstance(a, WeightAttachment) for a in adapter.attachments):
+    attachments = [a for a in adapter.attachments if isinstance(a, WeightAttachment)]
+    if not attachments or len(attachments) < len(adapter.attachments):
         raise ValueError(
             f"method '{adapter.method.name}' cannot be merged into the base weights; those that can: lora, dora, ssf, "
             'bitfit, norm, partial'
         )
     injection.undo()
-    for attachment in adapter.attachments:
+    for attachment in attachments:
         attachment.merge()
 
 

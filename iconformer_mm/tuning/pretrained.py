@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -30,11 +32,20 @@ class PretrainedCheck:
             backbone.register_load_state_dict_post_hook(self._end),
         ]
 
-    def _begin(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+    def _begin(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         self._prefix = prefix
         self._errors = errors
 
-    def _end(self, backbone: nn.Module, incompatible_keys) -> None:
+    def _end(self, backbone: nn.Module, incompatible_keys: Any) -> None:
         needed = {self._prefix + name for name in self._needed}
         unfit = [e for e in self._errors if 'size mismatch' in e and any(f'for {name}:' in e for name in needed)]
         missing = [key for key in incompatible_keys.missing_keys if key in needed]

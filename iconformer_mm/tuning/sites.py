@@ -92,7 +92,7 @@ def _read_resolution(patch_embed: nn.Module, inputs: tuple, output: Any) -> Size
     return int(height), int(width)
 
 
-def _read_timm(patch_embed: nn.Module, inputs: tuple, output: Tensor) -> Size:
+def _read_timm(patch_embed: Any, inputs: tuple, output: Tensor) -> Size:
     """timm: a map (B, H, W, d) for dynamic image sizes, else a sequence."""
     if output.dim() == 4:
         return int(output.shape[1]), int(output.shape[2])
@@ -226,7 +226,7 @@ def family_of(block: nn.Module) -> BlockFamily | None:
     """The family a module belongs to, None for any other module."""
     for cls in type(block).__mro__:
         for family in FAMILIES:
-            if family.block == class_path(cls) and type(block).forward is cls.forward:
+            if family.block == class_path(cls) and type(block).forward is getattr(cls, 'forward', None):
                 return family
     return None
 

@@ -81,17 +81,16 @@ def add_adapter(
         if part not in present:
             raise ValueError(f"the model has no part '{part}' beside its backbone; it has: {', '.join(present)}")
     own = {n: p if isinstance(p, nn.Module) else MODELS.build(p) for n, p in (parts or {}).items()}
-    injection = get_injection(model)
-    if injection is None:
+    if get_injection(model) is None:
         inject(model, method, **options)
-        injection = get_injection(model)
-        injection.adapters = {name: injection.adapters.pop(injection.active)}
-        injection.active = name
+        injection = _require(model)
+        (only,) = injection.adapters.values()
+        injection.adapters, injection.active = {name: only}, name
         for part, module in own.items():
             setattr(model, part, module)
         return
 
-    _require(model)
+    injection = _require(model)
     if name in injection.adapters:
         raise ValueError(f"there is an adapter '{name}' already; delete_adapter(model, '{name}') first")
     built = build_method(method, **options)
@@ -121,7 +120,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     """
     injection = _require(model, name)
     injection.activate(name)
-    for part, module in (injection.current.parts or {}).items():
+    for part, module in (injection.adapters[name].parts or {}).items():
         setattr(model, part, module.train(model.training))
 
 

@@ -19,7 +19,7 @@ class _Place:
         path, _, self.name = name.rpartition('.')
         owner = module.get_submodule(path)
         # FSDP has plain tensors in the place of parameters while it runs.
-        self.store = owner.__dict__ if self.name in owner.__dict__ else owner._parameters
+        self.store: dict[str, Any] = owner.__dict__ if self.name in owner.__dict__ else owner._parameters
 
     @property
     def value(self) -> Tensor:
@@ -47,9 +47,10 @@ class WeightAttachment(Attachment):
 
     def __init__(self, name: str, module: nn.Module, kind: str, adapter: WeightAdapter) -> None:
         super().__init__(name, module, kind, {'adapter': adapter})
+        self.adapter = adapter
 
     def _places(self) -> dict[str, _Place]:
-        return {name: _Place(self.module, name) for name in self.adapters['adapter'].names}
+        return {name: _Place(self.module, name) for name in self.adapter.names}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward with the other weights."""
@@ -58,7 +59,7 @@ class WeightAttachment(Attachment):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         places = self._places()
         originals = {name: place.value for name, place in places.items()}
-        made = self.adapters['adapter'](originals)
+        made = self.adapter(originals)
         try:
             for name, place in places.items():
                 place.value = made[name]
@@ -71,5 +72,5 @@ class WeightAttachment(Attachment):
     def merge(self) -> None:
         """Write the weights into the module's parameters."""
         originals = {name: place.value for name, place in self._places().items()}
-        for name, value in self.adapters['adapter'](originals).items():
+        for name, value in self.adapter(originals).items():
             originals[name].copy_(value)

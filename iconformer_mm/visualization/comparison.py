@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = 'os^DvP*X<>hpd'
-REFERENCE = dict(color='black', linestyle='--', linewidth=1.2)
+REFERENCE: dict[str, Any] = dict(color='black', linestyle='--', linewidth=1.2)
 
 
 @dataclass
@@ -108,7 +108,7 @@ def plot_tradeoff(
                 axes.axhline(mean, label=name, **REFERENCE)
                 axes.axhspan(mean - std, mean + std, color='black', alpha=0.06)
             else:
-                look = dict(fmt=MARKERS[index % len(MARKERS)], color=f'C{index % 10}', alpha=0.9)
+                look: dict[str, Any] = dict(fmt=MARKERS[index % len(MARKERS)], color=f'C{index % 10}', alpha=0.9)
                 axes.errorbar(trained, mean, yerr=std, label=name, markersize=7, capsize=3, **look)
         _scale_parameters(axes, [x for name, (x, _, _) in panel.points.items() if name != reference])
         axes.margins(0.1)
@@ -204,5 +204,5 @@ def _shared_legend(figure: Figure, grid: Sequence[Axes], names: Sequence[str]) -
         handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels())})
     found = [name for name in names if name in handles]
     if found:
-        look = dict(loc='outside lower center', ncols=min(len(found), 4), frameon=False)
+        look: dict[str, Any] = dict(loc='outside lower center', ncols=min(len(found), 4), frameon=False)
         figure.legend([handles[name] for name in found], found, **look)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from mmpretrain.datasets import BaseDataset
 from mmpretrain.registry import DATASETS
@@ -30,7 +32,7 @@ class Digits(BaseDataset):
     METAINFO = {'classes': tuple(str(digit) for digit in range(10))}
     num_test = 900
 
-    def __init__(self, split: str = 'train', num_per_class: int | None = None, **kwargs) -> None:
+    def __init__(self, split: str = 'train', num_per_class: int | None = None, **kwargs: Any) -> None:
         if split not in ('train', 'val', 'test'):
             raise ValueError(f"split must be 'train', 'val' or 'test', got {split!r}")
         if split == 'val' and num_per_class is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 from mmpretrain.datasets import BaseDataset
@@ -90,7 +92,7 @@ class Strokes(BaseDataset):
         num_classes: int = 50,
         image_size: int = 28,
         seed: int = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if split not in _SPLITS:
             raise ValueError(f'split must be one of {", ".join(_SPLITS)}, got {split!r}')

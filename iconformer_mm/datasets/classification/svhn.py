@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mmengine.dist as dist
 import numpy as np
@@ -41,7 +42,7 @@ class SVHN(BaseDataset):
         'extra': 'a93ce644f1a588dc4d68dda5feec44a7',
     }
 
-    def __init__(self, data_root: str, split: str = 'train', download: bool = False, **kwargs) -> None:
+    def __init__(self, data_root: str, split: str = 'train', download: bool = False, **kwargs: Any) -> None:
         if split not in self.md5:
             raise ValueError(f'split must be one of {", ".join(self.md5)}, got {split!r}')
         self.split = split

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import BaseModule
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner, load_checkpoint
 from mmengine.runner import runner as runner_module
@@ -64,6 +65,8 @@ class AdapterCheckpointHook(CheckpointHook):
     Example:
         >>> default_hooks = dict(checkpoint=dict(type='AdapterCheckpointHook', interval=1, max_keep_ckpts=2))
     """
+
+    file_backend: Any  # MMEngine's hook makes it before training
 
     def __init__(self, *args: Any, filename_tmpl: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, filename_tmpl=filename_tmpl, **kwargs)
@@ -140,7 +143,7 @@ class AdapterCheckpointHook(CheckpointHook):
             return  # an ordinary checkpoint
         model = unwrap(runner.model)
         needed, actual = note['base_fingerprint'], fingerprint(model)
-        if not same_base(needed, actual) and not getattr(model, 'is_init', True):
+        if not same_base(needed, actual) and isinstance(model, BaseModule) and not model.is_init:
             model.init_weights()  # in tests MMEngine leaves out what `init_cfg` says
             actual = fingerprint(model)
         if not same_base(needed, actual) and note['load_from']:
@@ -191,7 +194,8 @@ class AdapterCheckpointHook(CheckpointHook):
 
     def after_val(self, runner: Runner) -> None:
         """Restore it."""
-        set_random_state(self._before_val)
+        if self._before_val is not None:
+            set_random_state(self._before_val)
         self._before_val = None
 
     # Saving
@@ -242,6 +246,7 @@ class AdapterCheckpointHook(CheckpointHook):
             ema = checkpoint['ema_state_dict']
             checkpoint['ema_state_dict'] = {n: v for n, v in ema.items() if n.removeprefix('module.') not in frozen}
         injection = get_injection(model)
+        assert injection is not None  # else before_run stops
         checkpoint[NOTE] = dict(
             method=injection.method.config,
             task=type(model).__name__,

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint import save_adapter
 from iconformer_mm.tuning import get_injection, inject
-from iconformer_mm.tuning.injection import unwrap
+from iconformer_mm.tuning.injection import Injection, unwrap
 
 
 @HOOKS.register_module()
@@ -60,7 +60,7 @@ class PEFTHook(Hook):
         self.save_adapter = save_adapter
         self.frozen_dtype = frozen_dtype
         self.with_cp = with_cp
-        self._injection = None
+        self._injection: Injection | None = None
 
     def before_run(self, runner: Runner) -> None:
         """Adapt the model, and rebuild what knew its old parameters."""
@@ -102,7 +102,7 @@ class PEFTHook(Hook):
     @master_only
     def after_train(self, runner: Runner) -> None:
         """Write the adapter file."""
-        if self.save_adapter and self._injection.method.freezes:
+        if self.save_adapter and self._injection is not None and self._injection.method.freezes:
             path = Path(runner.work_dir) / 'adapter.safetensors'
             classes = (getattr(runner.train_dataloader.dataset, 'metainfo', None) or {}).get('classes')
             save_adapter(runner.model, path, task=type(unwrap(runner.model)).__name__, classes=classes)

@@ -38,7 +38,9 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
     half = size // 2
 
     @_compiled
-    def correlate_3x3(x, kernels, out, start, height, width, first, last):
+    def correlate_3x3(
+        x: np.ndarray, kernels: np.ndarray, out: np.ndarray, start: int, height: int, width: int, first: int, last: int
+    ) -> None:
         length = width * channels
         zeros = np.zeros(length, x.dtype)  # a row beyond the border
         for row in range(first, last):
@@ -78,7 +80,9 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
                     )
 
     @_compiled
-    def correlate(x, kernels, out, start, height, width, first, last):
+    def correlate(
+        x: np.ndarray, kernels: np.ndarray, out: np.ndarray, start: int, height: int, width: int, first: int, last: int
+    ) -> None:
         length = width * channels
         for row in range(first, last):
             b, h = row // height, row % height
@@ -99,7 +103,9 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
                             target[c] += tap[c] * seen[c]
 
     @_compiled
-    def kernel_gradient_3x3(grad, x, out, start, height, width, first, last):
+    def kernel_gradient_3x3(
+        grad: np.ndarray, x: np.ndarray, out: np.ndarray, start: int, height: int, width: int, first: int, last: int
+    ) -> None:
         length = width * channels
         zeros = np.zeros(length, x.dtype)
         sums = np.zeros((9, channels), x.dtype)
@@ -140,7 +146,9 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
             out[b] += sums
 
     @_compiled
-    def kernel_gradient(grad, x, out, start, height, width, first, last):
+    def kernel_gradient(
+        grad: np.ndarray, x: np.ndarray, out: np.ndarray, start: int, height: int, width: int, first: int, last: int
+    ) -> None:
         length = width * channels
         sums = np.zeros(channels, x.dtype)
         for row in range(first, last):

@@ -16,9 +16,13 @@ from triton import knobs
 
 _ELEMENTS = 8192  # of a program's tile
 
+# Triton takes annotations of a kernel's arguments for its own types, so these have none that mypy would know.
+
 
 @triton.jit
-def _neighbour(values, b, p, c, i, j, num_tokens, height, width, channels, size: tl.constexpr):
+def _neighbour(  # type: ignore[no-untyped-def]
+    values, b, p, c, i, j, num_tokens, height, width, channels, size: tl.constexpr
+):
     """What tap (i, j) of the kernels at patches p sees of channels c: zero beyond the border; float32 (float64)."""
     h = p // width + i - size // 2
     w = p % width + j - size // 2
@@ -29,7 +33,7 @@ def _neighbour(values, b, p, c, i, j, num_tokens, height, width, channels, size:
 
 
 @triton.jit
-def _correlate(
+def _correlate(  # type: ignore[no-untyped-def]
     tokens,
     kernels,
     out,
@@ -57,7 +61,7 @@ def _correlate(
 
 
 @triton.jit
-def _kernel_gradient(
+def _kernel_gradient(  # type: ignore[no-untyped-def]
     grad, tokens, out, num_tokens, height, width, channels, size: tl.constexpr, run: tl.constexpr, block: tl.constexpr
 ):
     """Sums over one run of tokens; out is (B, runs, K * K, C)."""

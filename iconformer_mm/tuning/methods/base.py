@@ -98,21 +98,23 @@ def build_method(method: str | dict, **options: Any) -> PEFTMethod:
     Raises:
         ValueError: The method or an option is unknown.
     """
-    if not isinstance(method, str):
+    if isinstance(method, str):
+        name = method
+    else:
         options = {**method, **options}
-        method = options.pop('type', None)
-        if method is None:
+        name = options.pop('type', None)
+        if name is None:
             raise ValueError(f"a PEFT method's config needs a type, e.g. dict(type='icon'); got {options}")
     known = PEFT_METHODS.module_dict
-    if method not in known:
-        raise ValueError(f"unknown PEFT method '{method}'{_hint(method, known)}; known: {', '.join(sorted(known))}")
-    names = list(known[method].option_defaults())
-    for name in options:
-        if name not in names:
-            takes = f'its options: {", ".join(names)}' if names else 'it takes none'
-            raise ValueError(f"unknown option '{name}' of PEFT method '{method}'{_hint(name, names)}; {takes}")
-    built = known[method](**options)
-    built.name = method
+    if name not in known:
+        raise ValueError(f"unknown PEFT method '{name}'{_hint(name, known)}; known: {', '.join(sorted(known))}")
+    takes = list(known[name].option_defaults())
+    for option in options:
+        if option not in takes:
+            hint = f'its options: {", ".join(takes)}' if takes else 'it takes none'
+            raise ValueError(f"unknown option '{option}' of PEFT method '{name}'{_hint(option, takes)}; {hint}")
+    built = known[name](**options)
+    built.name = name
     return built
 
 

@@ -49,6 +49,7 @@ class VPTMethod(PEFTMethod):
                 f'{site.family.name} blocks ({site.family.block}) take no prompt tokens: their attention is windowed '
                 'or depends on positions. Visual prompt tuning needs plain ViT blocks'
             )
-        convolution = next(m for m in site.host.patch_embed.modules() if isinstance(m, nn.Conv2d))
+        assert site.host is not None  # plain ViTs have a patch embedding
+        convolution = next(m for m in site.host.get_submodule('patch_embed').modules() if isinstance(m, nn.Conv2d))
         patch_dims = convolution.weight[0].numel()
         return PromptAdapter(site.embed_dims, patch_dims, self.num_tokens, self.dropout)

@@ -164,7 +164,9 @@ class PartialMethod(PEFTMethod):
         attachments: list[Attachment] = []
         for site in sites[-self.num_blocks :]:
             names = [n for n, _ in site.block.named_parameters() if n.partition('.')[0] not in site.family.idle]
-            attachments.append(WeightAttachment(site.name, site.block, site.family.name, _deltas(site.block, names)))
+            adapter = _deltas(site.block, names)
+            assert adapter is not None  # no block is without weights
+            attachments.append(WeightAttachment(site.name, site.block, site.family.name, adapter))
         return attachments
 
 
