@@ -161,12 +161,16 @@ def test_what_cannot_be_read_is_status_2(files, capsys, tmp_path, monkeypatch):
     torch.save(dict(state_dict=dict(x=Evil())), tmp_path / 'evil.pth')
     (tmp_path / 'half.safetensors').write_bytes(file.read_bytes()[:1000])
     torch.save(dict(state_dict=dict(x=torch.ones(1))), tmp_path / 'foreign.pth')
+    torch.save(dict(state_dict=dict(x='text')), tmp_path / 'text.pth')
+    (tmp_path / 'half.pth').write_bytes((files / 'base.pth').read_bytes()[:1000])
     for arguments, message in (
         (('info', tmp_path / 'none.safetensors'), 'does not exist'),
         (('info', tmp_path / 'half.safetensors'), 'no intact safetensors file'),
         (('verify', file, '--base', tmp_path / 'evil.pth'), 'could execute code'),
         (('extract', tmp_path / 'evil.pth', '--config', files / 'config.py'), 'could execute code'),
         (('extract', tmp_path / 'foreign.pth'), 'its --config is needed'),
+        (('verify', file, '--base', tmp_path / 'text.pth'), 'it holds no `state_dict` of tensors'),
+        (('verify', file, '--base', tmp_path / 'half.pth'), 'half.pth is no intact checkpoint'),
         (('verify', file, '--base', tmp_path / 'foreign.pth'), 'lacks .* parameters of the base'),
     ):
         status, result = call(capsys, *arguments)

@@ -11,7 +11,16 @@ from families import FAMILIES, VIT, flatten, image, stir
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from iconformer_mm import inject, load_adapter, save_adapter, summarize
+from iconformer_mm import (
+    active_adapter,
+    add_adapter,
+    delete_adapter,
+    inject,
+    list_adapters,
+    load_adapter,
+    save_adapter,
+    summarize,
+)
 from iconformer_mm.checkpoint import AdapterFileError, fingerprint, load_safetensors, same_base, save_safetensors
 
 
@@ -202,6 +211,18 @@ def test_models_without_an_adapter_are_refused(tmp_path):
     with pytest.raises(ValueError, match="method 'full' trains the backbone itself"):
         save_adapter(model, tmp_path / 'a.safetensors')
     assert not list(tmp_path.iterdir())
+
+
+def test_without_an_active_adapter_a_name_is_needed(tmp_path):
+    model = trained()
+    save_adapter(model, tmp_path / 'a.safetensors')
+    add_adapter(model, 'other')
+    delete_adapter(model, 'default')
+    with pytest.raises(ValueError, match='no adapter is active: set_adapter first, or give a name'):
+        load_adapter(model, tmp_path / 'a.safetensors')
+    assert list_adapters(model) == ['other'] and active_adapter(model) is None
+    load_adapter(model, tmp_path / 'a.safetensors', name='again')
+    assert list_adapters(model) == ['other', 'again'] and active_adapter(model) is None
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):

@@ -248,3 +248,9 @@ def test_nyu_converter_refuses(tmp_path):
     nyu_files(tmp_path)
     savemat(tmp_path / 'splits.mat', dict(trainNdxs=np.array([[1]]), testNdxs=np.array([[9]])))
     refuse('names image 9, there are 3')
+
+
+def test_an_image_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / 'val2017' / '000000000000.jpg').mkdir(parents=True)
+    with pytest.raises(OSError, match='000000000000.jpg could not be written'):
+        WRITERS['coco'](tmp_path, 'val', scenes(1, 0, size=(48, 64)))

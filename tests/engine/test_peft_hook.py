@@ -1,5 +1,6 @@
 import copy
 import uuid
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from mmengine.runner import Runner
 
 import iconformer_mm  # noqa: F401
 from iconformer_mm import inject, load_adapter, summarize
-from iconformer_mm.engine import PEFTOptimWrapperConstructor
+from iconformer_mm.engine import PEFTHook, PEFTOptimWrapperConstructor
 from iconformer_mm.engine.optim_wrapper_constructor import only_trainable
 
 
@@ -216,6 +217,11 @@ def test_a_runner_without_configs_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match='PEFTHook cannot rebuild the optimizer'):
         runner.train()
+
+
+def test_a_flexible_runner_is_refused():
+    with pytest.raises(ValueError, match='with FlexibleRunner use a backbone that is born adapted'):
+        PEFTHook().before_run(SimpleNamespace(strategy=object()))
 
 
 def test_registered_backbone_trains_with_our_constructor(tmp_path):

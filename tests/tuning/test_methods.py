@@ -465,6 +465,8 @@ def test_attention_in_other_blocks(name, input):
         (dict(method='icon', input='before'), 'input must be one of normed, residual, output, sum'),
         (dict(method='icon', kernel='fixed'), "kernel must be 'dynamic' or 'static', got 'fixed'"),
         (dict(method='icon', pooling='max'), "pooling must be 'mean' or 'mean_std', got 'max'"),
+        (dict(method='icon', generator_layers=3), 'generator_layers must be 1 or 2, got 3'),
+        (dict(method=dict(rank=4)), r"config needs a type, e\.g\. dict\(type='icon'\); got \{'rank': 4\}"),
         (dict(method='icon', window_size=0), 'window_size must be None or an integer of at least 1'),
         (dict(method='icon', kernel='static', window_size=4), 'a static kernel is the same for all windows'),
         (dict(method='icon-static', kernel='dynamic'), "kernel must be 'static' in icon-static"),
