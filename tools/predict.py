@@ -57,6 +57,15 @@ def output_names(images: list[Path]) -> list[Path]:
     return [path.relative_to(common) for path in paths]
 
 
+def read_image(path: Path, console: Console, skipped: list[str]) -> np.ndarray | None:
+    """An image (H, W, 3), BGR; if it cannot be read, None, which is said and noted."""
+    image = cv2.imread(str(path))
+    if image is None:
+        skipped.append(str(path))
+        console.print(f'skipped: {path} is no image that can be read', style='yellow', soft_wrap=True)
+    return image
+
+
 def describe(prediction: BaseDataElement, classes: Any, score_threshold: float) -> dict[str, Any]:
     """A prediction as plain data."""
 
@@ -123,10 +132,8 @@ def main() -> None:
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         for path, name in zip(progress.track(images, description='predicting'), output_names(images)):
-            image = cv2.imread(str(path))
+            image = read_image(path, console, skipped)
             if image is None:
-                skipped.append(str(path))
-                console.print(f'skipped: {path} is no image that can be read', style='yellow', soft_wrap=True)
                 continue
             (prediction,) = inferencer([image])
             prediction = prediction.cpu()

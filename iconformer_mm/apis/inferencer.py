@@ -172,13 +172,28 @@ class AdapterInferencer:
         """
         if adapter is not None:
             self.set_adapter(adapter)
+        self.model.eval()
+        batches = self.batches(images, batch_size)
+        return [prediction for batch in batches for prediction in self._inferencer.forward(batch)]
+
+    def batches(self, images: Any, batch_size: int = 1) -> Iterator[dict]:
+        """What the model's ``test_step`` takes: images that went through the test pipeline of the config.
+
+        Args:
+            images: As for a prediction.
+            batch_size: Images at a time. Defaults to 1.
+
+        Raises:
+            ValueError: An image cannot be read.
+        """
         if isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence):
             images = [images]
         images = [os.fspath(image) if isinstance(image, os.PathLike) else image for image in images]
         if _num_channels(self.model) == 1:
             images = [_to_grey(image) for image in images]
-        self.model.eval()
-        return list(self._inferencer.predict(images, batch_size))
+        for batch in self._inferencer.preprocess(images, batch_size=batch_size):
+            # MMDetection's gives the images beside the batch.
+            yield batch if isinstance(batch, dict) else batch[1]
 
 
 def _by_name(adapter: AdapterSpec | Mapping[str, AdapterSpec] | None) -> dict[str, AdapterSpec]:
@@ -220,7 +235,7 @@ def _to_grey(image: str | np.ndarray) -> np.ndarray:
 
 
 class _Inferencer(BaseInferencer):
-    """What a library's inferencer is asked for: the test pipeline and the forward pass."""
+    """What a library's inferencer is asked for: the test pipeline and the forward pass of a model that is there."""
 
     def __init__(self, cfg: Config, model: BaseModel, device: str) -> None:
         self.cfg, self.given = cfg, model
@@ -230,12 +245,6 @@ class _Inferencer(BaseInferencer):
         self.given.cfg = cfg
         self.given.dataset_meta = _metainfo(cfg)
         return self.given.to(device).eval()
-
-    def predict(self, images: list, batch_size: int) -> Iterator[BaseDataElement]:
-        """The data samples of images."""
-        for batch in self.preprocess(images, batch_size=batch_size):
-            # MMDetection's gives the images beside the batch.
-            yield from self.forward(batch if isinstance(batch, dict) else batch[1])
 
 
 def _detection(cfg: Config, model: BaseModel, device: str) -> BaseInferencer:
@@ -253,13 +262,8 @@ def _segmentation(cfg: Config, model: BaseModel, device: str) -> BaseInferencer:
 def _classification(cfg: Config, model: BaseModel, device: str) -> Any:
     from mmpretrain.apis import ImageClassificationInferencer
 
-    class Classification(ImageClassificationInferencer):
-        def predict(self, images: list, batch_size: int) -> Iterator[BaseDataElement]:
-            for batch in self.preprocess(images, batch_size=batch_size):
-                yield from self.forward(batch)
-
     model._config, model._dataset_meta = copy.deepcopy(cfg), _metainfo(cfg)
-    return Classification(model, pretrained=False, device=device)
+    return ImageClassificationInferencer(model, pretrained=False, device=device)
 
 
 _INFERENCERS = {'mmpretrain': _classification, 'mmdet': _detection, 'mmseg': _segmentation}

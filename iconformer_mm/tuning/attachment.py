@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from iconformer_mm.adapters import TokenGrid
 
-from .sites import Argument, FromPatchEmbed, FromShape, Site, Size
+from .sites import Argument, BlockFamily, FromPatchEmbed, FromShape, Site, Size
 
 
 class GridTracker:
@@ -57,6 +57,24 @@ class GridTracker:
         self._handle.remove()
         if self.with_cp:
             self.host.grad_checkpointing = True
+
+
+def grid_of_call(family: BlockFamily, args: tuple, kwargs: dict, tracker: GridTracker | None) -> TokenGrid:
+    """The grid of the tokens that a block is called with.
+
+    Args:
+        family: The block's family.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        tracker: The host's tracker, for families that need one.
+    """
+    source = family.grid
+    if isinstance(source, FromPatchEmbed):
+        return tracker.grid()
+    if isinstance(source, FromShape):
+        return TokenGrid(*args[0].shape[1:3])
+    assert isinstance(source, Argument)
+    return TokenGrid(*(kwargs[source.name] if source.name in kwargs else args[source.position]))
 
 
 class Replacement:
@@ -209,11 +227,4 @@ class BlockAttachment(Attachment):
         self.family = site.family
 
     def _grid(self, args: tuple, kwargs: dict) -> TokenGrid:
-        source = self.family.grid
-        if isinstance(source, FromPatchEmbed):
-            assert self.tracker is not None
-            return self.tracker.grid()
-        if isinstance(source, FromShape):
-            return TokenGrid(*args[0].shape[1:3])
-        assert isinstance(source, Argument)
-        return TokenGrid(*(kwargs[source.name] if source.name in kwargs else args[source.position]))
+        return grid_of_call(self.family, args, kwargs, self.tracker)

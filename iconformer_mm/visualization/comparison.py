@@ -6,8 +6,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .figures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +64,7 @@ def plot_comparison(
         ylabel: Label of the score.
         title: Title, if any.
     """
-    figure = _figure(6.4, 4.2)
+    figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     for index, (name, x, y, spread) in enumerate(zip(names, trained, means, stds)):
         axes.errorbar(x, y, yerr=spread, fmt='o', markersize=8, capsize=4, color=f'C{index}')
@@ -84,7 +85,7 @@ def plot_comparison(
     axes.grid(alpha=0.3)
     if title:
         axes.set_title(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_tradeoff(
@@ -115,7 +116,7 @@ def plot_tradeoff(
         axes.set(title=panel.title, xlabel='trained parameters of the backbone')
         axes.grid(alpha=0.3)
     _shared_legend(figure, grid, names)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(
@@ -141,7 +142,7 @@ def plot_curves(
         axes.set(title=panel.title, xlabel='step')
         axes.grid(alpha=0.3)
     _shared_legend(figure, grid, names)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
@@ -158,29 +159,15 @@ def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure with so many panels, in two rows if they are more than three."""
     columns = count if count <= 3 else math.ceil(count / 2)
     rows = math.ceil(count / columns)
-    figure = _figure(4.6 * columns, 3.4 * rows + 1.2)
+    figure = new_figure(4.6 * columns, 3.4 * rows + 1.2)
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[count:]:
         axes.set_axis_off()
     return figure, grid[:count]
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
 
 
 def _scale_parameters(axes: Axes, trained: Sequence[int]) -> None:

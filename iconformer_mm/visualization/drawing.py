@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from mmengine.structures import BaseDataElement
 
+from .figures import new_figure, save_figure
+
 SCORE_THRESHOLD = 0.3
 
 
@@ -65,16 +67,12 @@ def draw_prediction(
 
 def _draw_depth(image: np.ndarray, depth: np.ndarray, path: str | os.PathLike) -> None:
     """The image and its depth map (H, W) in metres."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     height, width = depth.shape
-    figure = Figure(figsize=(8.6, 4 * height / width + 0.4), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.6, 4 * height / width + 0.4)
     left, right = figure.subplots(1, 2)
     left.imshow(image)
     drawn = right.imshow(depth, cmap='viridis_r')
     figure.colorbar(drawn, ax=right, label='depth (m)', fraction=0.046 * height / width, pad=0.02)
     for axes in (left, right):
         axes.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

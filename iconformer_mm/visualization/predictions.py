@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
+
+from .figures import new_figure, save_figure
 
 
 @dataclass
@@ -74,13 +75,9 @@ def plot_predictions(rows: Sequence[PredictionRow], columns: Sequence[str], path
         columns: Titles of the columns after the image's, the ground truth's first.
         path: Image file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     height, width = rows[0].image.shape[:2]
     cells = len(columns) + 1
-    figure = Figure(figsize=(1.9 * cells + 0.6, 1.98 * len(rows) * height / width + 0.3), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.9 * cells + 0.6, 1.98 * len(rows) * height / width + 0.3)
     grid = figure.subplots(len(rows), cells + 1, squeeze=False, width_ratios=[1] * cells + [0.06])
     for row, axes in zip(rows, grid):
         axes[0].imshow(row.image)
@@ -98,5 +95,4 @@ def plot_predictions(rows: Sequence[PredictionRow], columns: Sequence[str], path
             axes[cells].axis('off')
     for cell, title in zip(grid[0], ['image', *columns]):
         cell.set_title(title, fontsize=10)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)

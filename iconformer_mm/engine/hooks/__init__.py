@@ -1,4 +1,5 @@
 from .adapter_checkpoint_hook import AdapterCheckpointHook
+from .adapter_statistics_hook import AdapterStatisticsHook
 from .peft_hook import PEFTHook
 
-__all__ = ['AdapterCheckpointHook', 'PEFTHook']
+__all__ = ['AdapterCheckpointHook', 'AdapterStatisticsHook', 'PEFTHook']

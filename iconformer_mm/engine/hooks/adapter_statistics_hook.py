@@ -1,0 +1,155 @@
+"""Logs what adapters do while they are trained."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from iconformer_mm.adapters import Adapter
+from iconformer_mm.adapters.icon import ICoN
+from iconformer_mm.tuning import get_injection
+from iconformer_mm.tuning.injection import find_backbone, unwrap
+
+
+@HOOKS.register_module()
+class AdapterStatisticsHook(Hook):
+    """Logs every so many iterations what the adapters do, for LoggerHook and all visualization backends.
+
+    Of each adapter:
+
+    - ``kernel_spread``: standard deviation of iCoN's kernels over the batch (and windows), mean over taps and
+      channels; 0 for static kernels and for batches of one image;
+    - ``kernel_norm``: norm of iCoN's kernels, mean over the batch and channels;
+    - ``adapter_ratio``: RMS of what the adapter adds over the RMS of the tokens it reads;
+    - ``adapter_gradient``: norm of the gradient of its parameters.
+
+    Each is logged as ``train/<scalar>/<name of the adapter in the backbone>`` and ``train/<scalar>/mean``; beside them
+    ``train/adapter_gradient/total``, the norm over all adapters, and ``train/head_gradient``, that of all that is
+    trained outside of the backbone. Methods without kernels, or without adapters of tokens (LoRA), have the other
+    scalars only. Gradients are what the optimizer steps by: accumulated, averaged over processes, unscaled and
+    clipped; with gradient accumulation those of the next step. All else is of the iteration's own batch, in each
+    process its own.
+
+    Between the intervals nothing is computed and no hook is on the model. Code that ``torch.compile`` made does not
+    call hooks: there only the gradients are logged.
+
+    Args:
+        interval: Iterations between two logs. Defaults to 50.
+        per_adapter: Whether each adapter is logged beside the mean. Defaults to True.
+
+    Raises:
+        ValueError: The model has no adapters, several optimizers, or ``interval`` is below 1.
+
+    Example:
+        >>> custom_hooks = [dict(type='PEFTHook'), dict(type='AdapterStatisticsHook', interval=50)]
+    """
+
+    priority = 'NORMAL'  # before LoggerHook
+
+    def __init__(self, interval: int = 50, per_adapter: bool = True) -> None:
+        if interval < 1:
+            raise ValueError(f'interval must be at least 1, got {interval!r}')
+        self.interval = interval
+        self.per_adapter = per_adapter
+        self._adapters: dict[str, nn.Module] = {}
+        self._head: list[nn.Parameter] = []
+        self._forward_handles: list[Any] = []
+        self._step_handle: Any = None
+        self._seen: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by scalar and adapter; without a graph
+
+    def before_train(self, runner: Runner) -> None:
+        """Find the adapters."""
+        injection = get_injection(runner.model)
+        attachments = injection.attachments if injection else []
+        self._adapters = {f'{a.name}.{n}'.lstrip('.'): module for a in attachments for n, module in a.adapters.items()}
+        if not self._adapters:
+            raise ValueError('AdapterStatisticsHook finds no adapters in the model: a PEFTHook puts them there')
+        if isinstance(runner.optim_wrapper, OptimWrapperDict):
+            raise ValueError('AdapterStatisticsHook reads the gradients of one optimizer, and there are several')
+        own = {id(p) for p in find_backbone(runner.model).parameters()}
+        self._head = [p for p in unwrap(runner.model).parameters() if p.requires_grad and id(p) not in own]
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Listen, if this iteration is to be logged."""
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        for name, adapter in self._adapters.items():
+            if isinstance(adapter, Adapter):
+                self._forward_handles.append(adapter.register_forward_hook(partial(self._see_tokens, name)))
+            for module in adapter.modules():
+                if isinstance(module, ICoN):
+                    self._forward_handles.append(module.register_forward_hook(partial(self._see_kernels, name)))
+        if self._step_handle is None:
+            self._step_handle = runner.optim_wrapper.optimizer.register_step_pre_hook(self._see_gradients)
+
+    @torch.no_grad()
+    def _see_kernels(self, name: str, icon: ICoN, args: tuple, kernels: Tensor) -> None:
+        kernels = kernels.float()
+        self._seen['kernel_spread'][name] = kernels.std(dim=0, correction=0).mean()
+        self._seen['kernel_norm'][name] = kernels.flatten(2).norm(dim=2).mean()
+
+    @torch.no_grad()
+    def _see_tokens(self, name: str, adapter: Adapter, args: tuple, delta: Tensor) -> None:
+        self._seen['adapter_ratio'][name] = _rms(delta) / _rms(args[0]).clamp_min(1e-12)
+
+    @torch.no_grad()
+    def _see_gradients(self, *optimizer_and_arguments: Any) -> None:
+        norms = {name: _gradient_norm(adapter.parameters()) for name, adapter in self._adapters.items()}
+        self._seen['adapter_gradient'] = norms
+        self._seen['adapter_gradient/total'] = {'': torch.stack(list(norms.values())).norm()}
+        if self._head:
+            self._seen['head_gradient'] = {'': _gradient_norm(self._head)}
+        self._step_handle.remove()
+        self._step_handle = None
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Hand on what was seen."""
+        self._stop_forward()
+        if not self._seen:
+            return
+        scalars = {}
+        for scalar, values in self._seen.items():
+            if '' in values:
+                scalars[scalar] = values['']
+                continue
+            scalars[f'{scalar}/mean'] = torch.stack(list(values.values())).mean()
+            if self.per_adapter:
+                scalars.update({f'{scalar}/{name}': value for name, value in values.items()})
+        self._seen.clear()
+        for name, value in zip(scalars, torch.stack(list(scalars.values())).tolist()):  # waits for the device once
+            runner.message_hub.update_scalar(f'train/{name}', value)
+
+    def after_train(self, runner: Runner) -> None:
+        """Leave nothing behind."""
+        self._stop_forward()
+        if self._step_handle is not None:
+            self._step_handle.remove()
+            self._step_handle = None
+        self._seen.clear()
+
+    def _stop_forward(self) -> None:
+        for handle in self._forward_handles:
+            handle.remove()
+        self._forward_handles.clear()
+
+
+def _rms(values: Tensor) -> Tensor:
+    return values.float().square().mean().sqrt()
+
+
+def _gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of all gradients as one vector; a parameter without one counts as 0."""
+    return torch.stack(
+        [p.new_zeros((), dtype=torch.float32) if p.grad is None else p.grad.float().norm() for p in parameters]
+    ).norm()
