@@ -112,8 +112,9 @@ def share_between_images(kernels: np.ndarray) -> float:
     Args:
         kernels: Kernels of images, (N, c, K, K).
     """
+    changes = kernels - kernels[:1]  # exactly 0 for static kernels, whose mean is rounded
     total = np.square(kernels - kernels.mean(axis=(0, 1))).sum()
-    between = np.square(kernels - kernels.mean(axis=0)).sum()
+    between = np.square(changes - changes.mean(axis=0)).sum()
     return float(between / total) if total > 0 else 0.0
 
 

@@ -101,7 +101,7 @@ def grad_cam(inferencer: AdapterInferencer, image: Any, block: str | None = None
         if not score.requires_grad:
             return None
         (gradient,) = torch.autograd.grad(score, leaf[0], allow_unused=True)
-    if gradient is None:
+    if gradient is None or not gradient.any():
         return None
     values, gradient = (seen.patch_tokens(x) for x in (leaf[0].detach(), gradient))
     cam = (values * gradient.mean(dim=0)).sum(dim=1).relu()
