@@ -13,6 +13,7 @@ import numpy as np
 from .figures import new_figure, save_figure
 
 THUMBNAILS = 60  # more of them cover each other
+PIXELS = 80  # of a montage an inch
 
 
 @dataclass
@@ -240,26 +241,33 @@ def _plot_montage(
     from matplotlib.colors import Normalize
 
     gap = 6
-    down, right = size[0] + gap, size[1] + gap
-    canvas = np.full((down * len(cells) - gap, right * len(columns) - gap, 3), 255, np.uint8)
+    down, across = size[0] + gap, size[1] + gap
+    canvas = np.full((down * len(cells) - gap, across * len(columns) - gap, 3), 255, np.uint8)
     for i, line in enumerate(cells):
         for j, cell in enumerate(line):
             if cell is not None:
                 tile = _fitted(cell, size)
-                top, left = i * down + (size[0] - len(tile)) // 2, j * right + (size[1] - tile.shape[1]) // 2
-                canvas[top : top + len(tile), left : left + tile.shape[1]] = tile
-    scale = 80  # pixels an inch
-    figure = new_figure(canvas.shape[1] / scale + (2.2 if bar else 1.4), canvas.shape[0] / scale + 0.7)
-    axes = figure.subplots()
+                y, x = i * down + (size[0] - len(tile)) // 2, j * across + (size[1] - tile.shape[1]) // 2
+                canvas[y : y + len(tile), x : x + tile.shape[1]] = tile
+    # The parts are placed by hand: constrained layouts do not see the labels of axes with a fixed aspect.
+    left = 0.2 + 0.068 * max(len(line) for label in rows for line in label.split('\n'))
+    right, below, above = 1.0 if bar else 0.2, 0.15, 0.7 if title else 0.5
+    wide, high = canvas.shape[1] / PIXELS, canvas.shape[0] / PIXELS
+    width, height = left + wide + right, below + high + above
+    figure = new_figure(width, height)
+    figure.set_layout_engine('none')
+    axes = figure.add_axes((left / width, below / height, wide / width, high / height))
     axes.imshow(canvas, interpolation='nearest')
     axes.set_yticks([i * down + size[0] / 2 for i in range(len(rows))], rows, fontsize=8)
-    axes.set_xticks([j * right + size[1] / 2 for j in range(len(columns))], columns, fontsize=8)
+    axes.set_xticks([j * across + size[1] / 2 for j in range(len(columns))], columns, fontsize=8)
     axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     if title:
         axes.set_title(title, fontsize=10)
     if bar is not None:
-        cmap, low, high, label = bar
-        figure.colorbar(ScalarMappable(Normalize(low, high), cmap), ax=axes, shrink=0.7, fraction=0.03, label=label)
+        cmap, low, most, label = bar
+        place = figure.add_axes(
+            ((left + wide + 0.15) / width, (below + 0.2 * high) / height, 0.13 / width, 0.6 * high / height)
+        )
+        figure.colorbar(ScalarMappable(Normalize(low, most), cmap), cax=place, label=label)
     save_figure(figure, path, dpi=100)
