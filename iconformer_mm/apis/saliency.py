@@ -85,6 +85,7 @@ def grad_cam(inferencer: AdapterInferencer, image: Any, block: str | None = None
         ValueError: There is no such block, or the image cannot be read.
     """
     model = inferencer.model
+    model.eval()
     leaf: list[Tensor] = []
     (data,) = inferencer.batches([image])
     with _at_block(find_block(model, block)) as seen, torch.enable_grad(), whole_images(model):
@@ -95,7 +96,7 @@ def grad_cam(inferencer: AdapterInferencer, image: Any, block: str | None = None
 
         handle = seen.site.block.register_forward_pre_hook(cut)
         try:
-            score = model_score(inferencer, model.eval().data_preprocessor(data, False))
+            score = model_score(inferencer, model.data_preprocessor(data, False))
         finally:
             handle.remove()
         if not score.requires_grad:

@@ -140,7 +140,8 @@ def test_training_is_as_without(tmp_path):
         assert second[name] == pytest.approx(values, rel=1e-5), name
 
 
-def test_in_a_distributed_wrapper(tmp_path):
+def test_in_a_distributed_wrapper(tmp_path, monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '0')
     alone = logged(run(tmp_path / 'alone', dict(interval=2)))
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
