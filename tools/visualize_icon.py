@@ -99,14 +99,19 @@ def describe(kernels: dict[str, np.ndarray], compared: dict[str, Any] | None) ->
 
 
 def draw_kernels(
-    args: argparse.Namespace, kernels: dict[str, np.ndarray], titles: dict[str, str], images: list, names: list[str]
+    args: argparse.Namespace,
+    kernels: dict[str, np.ndarray],
+    titles: dict[str, str],
+    images: list,
+    names: list[str],
+    console: Console,
 ) -> None:
     """The kernels of each layer for some of the images."""
     rows = pictures.spread_out(len(images), args.show)
-    for name, layer in kernels.items():
+    some = [images[i] for i in rows], [names[i] for i in rows]
+    for name in track(list(kernels), description='drawing kernels', console=console):
         path = args.out / 'kernels' / f'{name}.png'
-        some = [images[i] for i in rows], [names[i] for i in rows]
-        pictures.plot_kernels(layer[rows], *some, path, title=titles[name], channels=args.channels)
+        pictures.plot_kernels(kernels[name][rows], *some, path, title=titles[name], channels=args.channels)
 
 
 def draw_differences(args: argparse.Namespace, compared: dict[str, Any], titles: dict[str, str], images: list) -> None:
@@ -120,11 +125,17 @@ def draw_differences(args: argparse.Namespace, compared: dict[str, Any], titles:
 
 
 def draw_features(
-    args: argparse.Namespace, looks: list[dict[str, AdapterLook]], titles: dict[str, str], images: list, names: list
+    args: argparse.Namespace,
+    looks: list[dict[str, AdapterLook]],
+    titles: dict[str, str],
+    images: list,
+    names: list[str],
+    console: Console,
 ) -> None:
     """The maps before and behind the filter, of some layers for some of the images."""
     layers = [list(titles)[i] for i in pictures.spread_out(len(titles), LAYERS_OF_FEATURES)]
-    for index in pictures.spread_out(len(images), args.show):
+    some = pictures.spread_out(len(images), args.show)
+    for index in track(some, description='drawing features', console=console):
         rows = [pictures.FilteredMaps(titles[n], looks[index][n].before, looks[index][n].after) for n in layers]
         path = args.out / 'features' / f'{names[index]}.png'
         pictures.plot_filtered_maps(rows, images[index], path, channels=min(args.channels, 4))
@@ -189,8 +200,8 @@ def main() -> None:
         draw_differences(args, compared, titles, images)
     else:
         console.print('one image: there is nothing to compare its kernels with')
-    draw_kernels(args, kernels, titles, images, names)
-    draw_features(args, looks, titles, images, names)
+    draw_kernels(args, kernels, titles, images, names, console)
+    draw_features(args, looks, titles, images, names, console)
     draw_saliency(args, inferencer, images, names, console)
     content = dict(
         adapter=args.adapter,

@@ -38,7 +38,7 @@ class SaliencyRow:
     Attributes:
         title: Label.
         image: (H, W, 3), uint8, RGB.
-        maps: Maps (h, w) from 0 to 1, stretched over the image; None is drawn as nothing to see.
+        maps: Maps (h, w) from 0 to 1, stretched over the image; None is left blank.
     """
 
     title: str
