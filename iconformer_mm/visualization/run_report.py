@@ -1,0 +1,549 @@
+"""What is known of a training run or of a comparison, from its folder, as a page.
+
+A run is a work directory of ``tools/train.py``, a comparison the ``--out`` folder of ``tools/compare.py``.
+What is missing or damaged becomes a note on the page.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+from PIL import Image
+
+from iconformer_mm.checkpoint import AdapterFileError, read_adapter
+
+from .report_page import Page, Picture, Section, Table
+from .training import HistoryPanel, draw_history
+
+MIB = 2**20
+MAX_PICTURES = 48
+MAX_PANELS = 12
+IMAGE_KINDS = {'.png': 'png', '.jpg': 'jpeg', '.jpeg': 'jpeg', '.webp': 'webp'}
+TIMESTAMP = re.compile(r'\d{8}_\d{6}')  # MMEngine's name of the folder of one start
+NO_METRIC = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory', 'lr', 'base_lr', 'grad_norm'}
+# By the last part of a metric's name, such as top1 of accuracy/top1.
+LOWER_IS_BETTER = re.compile(r'loss|rmse|_rel$|log10|silog')
+HIGHER_IS_BETTER = re.compile(r'[aA]cc|^top|precision|recall|f1|AP|AR@|IoU|Dice|auc|^d[123]$')
+
+
+class ReportError(ValueError):
+    """A folder holds nothing to report, or nothing that can be read."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the log says that was trained, in numbers of parameters.
+
+    Attributes:
+        method: Name of the PEFT method.
+        parts: Of each part of the model: trained, frozen, all.
+        where: Share and adapted modules in words.
+    """
+
+    method: str
+    parts: dict[str, tuple[int, int, int]]
+    where: str
+
+
+@dataclass
+class Run:
+    """A training run.
+
+    Attributes:
+        folder: Work directory.
+        starts: Folders of its starts, in order; a resumed run has several.
+        train: What was logged of training, a dictionary every few steps.
+        val: What was logged of validations, a dictionary each.
+        config: The dumped config of the last start that has one.
+        log: The log of the last start that has one.
+        problems: What could not be read.
+    """
+
+    folder: Path
+    starts: list[Path]
+    train: list[dict] = field(default_factory=list)
+    val: list[dict] = field(default_factory=list)
+    config: str | None = None
+    log: str = ''
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Name of the config, as MMEngine dumped it into the folder; or of the folder."""
+        configs = sorted(self.folder.glob('*.py'), key=lambda path: path.stat().st_mtime)
+        return configs[-1].stem if configs else self.folder.resolve().name
+
+    @property
+    def unit(self) -> str:
+        """What validations are counted by."""
+        return 'epoch' if any('epoch' in record for record in self.train) else 'iteration'
+
+
+# Reading
+
+
+def read_run(folder: Path) -> Run:
+    """Read a work directory of ``tools/train.py``.
+
+    Args:
+        folder: The work directory.
+
+    Raises:
+        ReportError: It has no folder of a start.
+    """
+    starts = sorted(path for path in folder.iterdir() if path.is_dir() and TIMESTAMP.fullmatch(path.name))
+    if not starts:
+        raise ReportError(
+            f'{folder} is neither a work directory of tools/train.py (it has no folder such as 20250131_120000) nor an '
+            '--out folder of tools/compare.py (it has no results.json)'
+        )
+    run = Run(folder, starts)
+    for start in starts:
+        _append_start(run, read_scalars(start / 'vis_data' / 'scalars.json', run.problems))
+        config, log = start / 'vis_data' / 'config.py', start / f'{start.name}.log'
+        if config.is_file():
+            run.config = config.read_text(encoding='utf-8', errors='replace')
+        if log.is_file():
+            run.log = log.read_text(encoding='utf-8', errors='replace')
+    return run
+
+
+def read_scalars(path: Path, problems: list[str]) -> list[dict]:
+    """Read what MMEngine logged, one JSON object a line.
+
+    Args:
+        path: The file; none gives nothing.
+        problems: Gets a message on lines that cannot be read.
+
+    Returns:
+        The objects that have a step.
+    """
+    records, damaged = [], []
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and _is_number(record.get('step')):
+            records.append(record)
+        else:
+            damaged.append(number)
+    if damaged:
+        where = f'{path.parent.parent.name}/{path.parent.name}/{path.name}'
+        problems.append(f'left out of {where}: {len(damaged)} damaged lines, the first is line {damaged[0]}')
+    return records
+
+
+def _append_start(run: Run, records: list[dict]) -> None:
+    """Add what a start logged, in place of what earlier ones had logged of the same steps."""
+    train = [record for record in records if 'iter' in record]
+    val = [record for record in records if 'iter' not in record]
+    begin = min((record['step'] for record in train), default=math.inf)
+    begin_val = min([record['step'] for record in val] + [r.get('epoch', r['step']) for r in train], default=math.inf)
+    run.train = [record for record in run.train if record['step'] < begin] + train
+    run.val = [record for record in run.val if record['step'] < begin_val] + val
+
+
+def read_trained(log: str) -> Trained | None:
+    """Read the summary that PEFTHook wrote to a log; the last, None if there is none.
+
+    Args:
+        log: The log's text.
+    """
+    _, found, text = log.rpartition('PEFT method: ')
+    if not found:
+        return None
+    text = re.split(r'^\d{4}/\d\d/\d\d ', text, maxsplit=1, flags=re.MULTILINE)[0]  # the next entry
+    rows = re.findall(r'^│ (.+?) +│ +([\d,]+) │ +([\d,]+) │ +([\d,]+) │$', text, re.MULTILINE)
+    parts = {name: tuple(int(count.replace(',', '')) for count in counts) for name, *counts in rows}
+    where = re.search(r'^trained share of the backbone.*', text, re.MULTILINE | re.DOTALL)
+    if 'whole model' not in parts or where is None:
+        return None
+    return Trained(text.split(maxsplit=1)[0], parts, ' '.join(where.group().split()))
+
+
+def read_environment(log: str) -> dict[str, str]:
+    """Read the versions that MMEngine wrote to a log.
+
+    Args:
+        log: The log's text.
+    """
+    block = log.rpartition('System environment:\n')[2].partition('\n-----')[0] if 'System environment:' in log else ''
+    facts = re.findall(r'^ {4}(\w[^:\n]*): (.*)$', block, re.MULTILINE)
+    return {name: value for name, value in facts if name != 'PyTorch compiling details'}
+
+
+def metrics_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of the metrics in validations, in order."""
+    names: dict[str, None] = {}
+    for record in records:
+        names.update(dict.fromkeys(n for n, value in record.items() if n not in NO_METRIC and _is_number(value)))
+    return list(names)
+
+
+def best_of(name: str, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The record with a metric's best value; None where it is not known which direction is the better."""
+    last = name.rpartition('/')[2]
+    sign = -1 if LOWER_IS_BETTER.search(last) else 1 if HIGHER_IS_BETTER.search(last) else 0
+    known = [record for record in records if _is_number(record.get(name)) and math.isfinite(record[name])]
+    return max(known, key=lambda record: sign * record[name], default=None) if sign else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# Writing
+
+
+def format_value(value: Any) -> str:
+    """A number with six significant digits or thousands apart; a text as it is."""
+    if value is None:
+        return '–'
+    if isinstance(value, float):
+        return f'{value:.6g}'
+    return f'{value:,}' if _is_number(value) else str(value)
+
+
+def report_run(folder: Path, max_bytes: int) -> Page:
+    """The page of a run.
+
+    Args:
+        folder: Work directory of ``tools/train.py``.
+        max_bytes: Size that pictures of predictions may have in all.
+
+    Raises:
+        ReportError: It is none.
+    """
+    run = read_run(folder)
+    sections = [
+        _summary(run),
+        _curves(run),
+        _metrics(run),
+        _predictions(run, max_bytes),
+        _adapter(run),
+        _files(run),
+        Section('Environment', facts=read_environment(run.log)),
+        Section('Config', folded={'the config, as MMEngine wrote it': run.config} if run.config else {}),
+    ]
+    if not sections[-2].facts:
+        sections[-2].notes.append('no log with an environment was found')
+    if run.config is None:
+        sections[-1].notes.append('no config was found: no start has a vis_data/config.py')
+    return Page(run.name, f'training run in {run.folder}', sections)
+
+
+def _summary(run: Run) -> Section:
+    section = Section('Summary', notes=list(run.problems))
+    trained = read_trained(run.log)
+    if trained is None:
+        section.notes.append('the log says nothing of trained parameters: no PEFTHook adapted the model')
+    else:
+        section.facts.update({'method': trained.method, 'adapted': trained.where})
+        rows = [[name, *map(format_value, counts)] for name, counts in trained.parts.items()]
+        section.tables.append(Table(['part', 'trained', 'frozen', 'parameters'], rows))
+    if run.train:
+        last = run.train[-1]
+        epoch = f', epoch {last["epoch"]}' if 'epoch' in last else ''
+        section.facts['trained until'] = f'iteration {format_value(last["step"])}{epoch}'
+        times = [record['time'] for record in run.train if _is_number(record.get('time'))]
+        if times:
+            section.facts['seconds an iteration'] = f'{median(times):.3g} (median)'
+        memory = [record['memory'] for record in run.train if _is_number(record.get('memory'))]
+        if memory:
+            section.facts['GPU memory'] = f'{max(memory):,} MiB'
+    count = len(run.starts)
+    names = ', '.join(start.name for start in (run.starts if count < 4 else [run.starts[0], run.starts[-1]]))
+    section.facts['starts'] = names if count == 1 else f'{count}: {names if count < 4 else names.replace(", ", " to ")}'
+    if run.val:
+        section.tables.append(Table(['metric', 'last', 'best', f'best at {run.unit}'], list(_last_and_best(run))))
+    return section
+
+
+def _last_and_best(run: Run) -> Iterator[list[str]]:
+    for name in metrics_of(run.val):
+        last = [record[name] for record in run.val if name in record][-1]
+        best = best_of(name, run.val)
+        yield [name, format_value(last), *(format_value(best and best[key]) for key in (name, 'step'))]
+
+
+def _curves(run: Run) -> Section:
+    section = Section('Curves', look='plot')
+    losses = [name for name in metrics_of(run.train) if 'loss' in name]
+    losses.sort(key=lambda name: name != 'loss')  # the total first
+    rates = ['lr'] if all(r.get('lr') == r.get('base_lr', r.get('lr')) for r in run.train) else ['base_lr', 'lr']
+    panels = [
+        (HistoryPanel('training loss', 'iteration', _series(run.train, losses)), True),
+        (HistoryPanel('learning rate', 'iteration', _series(run.train, rates)), False),
+        (HistoryPanel('gradient norm', 'iteration', _series(run.train, ['grad_norm'])), True),
+    ]
+    metrics = metrics_of(run.val)
+    panels += [(HistoryPanel(name, run.unit, _series(run.val, [name])), False) for name in metrics[:MAX_PANELS]]
+    for panel, logarithmic in panels:
+        if panel.curves:
+            content = draw_history(panel, logarithmic).encode()
+            section.pictures.append(Picture(f'{panel.title} over {panel.xlabel}', content, 'svg+xml'))
+    if len(metrics) > MAX_PANELS:
+        section.notes.append(f'{len(metrics) - MAX_PANELS} more metrics are in the table below, without a curve')
+    if not section.pictures:
+        section.notes.append('nothing was logged yet: no start has a vis_data/scalars.json with steps')
+    return section
+
+
+def _series(records: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, list[tuple[float, float]]]:
+    series = {n: [(r['step'], r[n]) for r in records if _is_number(r.get(n))] for n in names}
+    return {name: points for name, points in series.items() if points}
+
+
+def _metrics(run: Run) -> Section:
+    section = Section('Metrics')
+    names = metrics_of(run.val)
+    if names:
+        rows = [[format_value(r['step']), *(format_value(r.get(name)) for name in names)] for r in run.val]
+        section.tables.append(Table([run.unit, *names], rows))
+    else:
+        section.notes.append('no validation was logged')
+    return section
+
+
+def _predictions(run: Run, max_bytes: int) -> Section:
+    section = Section('Predictions')
+    folder = run.folder / 'predictions'
+    files = [
+        p for f in (folder, *reversed(run.starts)) for p in sorted(f.rglob('*')) if p.suffix.lower() in IMAGE_KINDS
+    ]
+    # tools/predict.py writes maps of class indices beside its pictures.
+    maps = {p.with_name(f'{p.stem}_labels.png') for p in files}
+    files = [p for p in files if p not in maps]
+    captions = _captions(folder / 'predictions.json', section.notes)
+    left, damaged = 0, []
+    for file in files:
+        if len(section.pictures) == MAX_PICTURES or file.stat().st_size > max_bytes:
+            left += 1
+            continue
+        name = str(file.relative_to(run.folder))
+        caption = f'{name}: {captions[file.stem]}' if folder in file.parents and file.stem in captions else name
+        picture = read_picture(file, caption, captioned=True)
+        if picture is None:
+            damaged.append(name)
+            continue
+        section.pictures.append(picture)
+        max_bytes -= len(picture.content)
+    if left:
+        section.notes.append(
+            f'{left} of {len(files)} pictures are left out to limit the page (--max-mib; at most {MAX_PICTURES})'
+        )
+    if damaged:
+        section.notes.append(f'{len(damaged)} pictures cannot be read, such as {damaged[0]}')
+    if not files:
+        section.notes.append(
+            'no pictures were found, neither of a visualization hook nor in a folder `predictions` of tools/predict.py'
+        )
+    return section
+
+
+def read_picture(path: Path, caption: str, captioned: bool = False) -> Picture | None:
+    """Read a picture; None if it is damaged.
+
+    Args:
+        path: PNG, JPEG or WebP file.
+        caption: What it shows.
+        captioned: Whether the caption is shown. Defaults to False.
+    """
+    try:
+        content = path.read_bytes()
+        Image.open(io.BytesIO(content)).load()
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return Picture(caption, content, IMAGE_KINDS[path.suffix.lower()], captioned)
+
+
+def _captions(path: Path, notes: list[str]) -> dict[str, str]:
+    """What tools/predict.py says of its pictures, by their names without suffix."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))['predictions']
+        return {Path(name).stem: _describe(prediction) for name, prediction in content.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        notes.append(f'{path.name} cannot be read: {type(error).__name__}: {error}')
+        return {}
+
+
+def _describe(prediction: Mapping[str, Any]) -> str:
+    if 'depth_m' in prediction:
+        depth = prediction['depth_m']
+        return f'depth {depth["min"]:.2f} to {depth["max"]:.2f} m'
+    if 'area' in prediction:
+        largest = sorted(prediction['area'].items(), key=lambda item: -item[1])[:3]
+        return ', '.join(f'{name} {share:.0%}' for name, share in largest)
+    if 'instances' in prediction:
+        return f'{len(prediction["instances"])} instances'
+    return f'{prediction["name"]} ({prediction["score"]:.2f})'
+
+
+def _adapter(run: Run) -> Section:
+    section = Section('Adapter')
+    path = run.folder / 'adapter.safetensors'
+    try:
+        content, tensors = read_adapter(path)
+    except FileNotFoundError:
+        section.notes.append(
+            'there is no adapter.safetensors: training has not ended, or the method trains the backbone itself'
+        )
+        return section
+    except AdapterFileError as error:
+        section.notes.append(str(error))
+        return section
+    adapters = sum(value.numel() for name, value in tensors.items() if name.startswith('backbone.'))
+    classes = content.get('classes') or []
+    section.facts = {
+        'file': f'{path.name}, {path.stat().st_size:,} bytes',
+        'method': json.dumps(content['method']),
+        'parameters': f'{adapters:,} of adapters, {sum(v.numel() for v in tensors.values()) - adapters:,} beside them',
+        'adapted modules': f'{len(content["sites"])}: {", ".join(content["sites"])}',
+        'base': f'fingerprint {content["base_fingerprint"]}, {len(content["base_parameters"])} tensors',
+        'task': format_value(content.get('task')),
+        'classes': f'{len(classes)}: {", ".join(classes)}' if classes else '–',
+        'written by': f'iconformer_mm {content.get("package_version")}',
+    }
+    if content.get('notes'):
+        section.facts['notes'] = json.dumps(content['notes'])
+    return section
+
+
+def _files(run: Run) -> Section:
+    files = sorted(path for path in run.folder.iterdir() if path.suffix in ('.pth', '.safetensors'))
+    section = Section('Files')
+    if files:
+        rows = [[path.name, format_value(path.stat().st_size)] for path in files]
+        section.tables.append(Table(['file', 'bytes'], rows))
+    else:
+        section.notes.append('there are no checkpoints')
+    return section
+
+
+# Comparisons
+
+
+def report_comparison(folder: Path) -> Page:
+    """The page of a comparison.
+
+    Args:
+        folder: ``--out`` folder of ``tools/compare.py``.
+
+    Raises:
+        ReportError: Its ``results.json`` cannot be read.
+    """
+    path = folder / 'results.json'
+    try:
+        results = json.loads(path.read_text(encoding='utf-8'))
+        runs = Table(list(RUN_COLUMNS.values()), [_run_row(row) for row in results['rows']])
+        title = str(results['title'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReportError(
+            f'{path} is no result of tools/compare.py ({type(error).__name__}: {error}); write it anew with '
+            '`python tools/compare.py COMPARISON --report-only --out FOLDER`'
+        ) from None
+    cells, problems = read_cells(folder / 'cells')
+    versions = sorted({json.dumps(cell.get('versions', {})) for cell in cells.values()})
+    settings = '\n'.join(f'{name}: {json.dumps(cell.get("settings"))}' for name, cell in cells.items())
+    sections = [
+        _markdown_section('Summary', folder / 'table.md'),
+        _plots(folder),
+        Section('Runs', notes=problems, tables=[runs]),
+        _markdown_section('Search of learning rates', folder / 'search.md'),
+        Section(
+            'Environment',
+            facts={', '.join(json.loads(text)): ', '.join(json.loads(text).values()) for text in versions},
+        ),
+        Section('Settings', folded={f'what determined each of {len(cells)} runs': settings} if cells else {}),
+    ]
+    for section in sections[-2:]:
+        if not cells:
+            section.notes.append('no finished runs were found in the folder `cells`')
+    return Page(title, f'comparison in {folder}, {len(cells)} finished runs', sections)
+
+
+RUN_COLUMNS = {
+    'method': 'method',
+    'task': 'task',
+    'mean': 'mean',
+    'std': 'std',
+    'seeds': 'seeds',
+    'diverged': 'diverged',
+    'learning_rate': 'learning rate',
+    'trained_parameters': 'trained parameters',
+    'backbone_share': 'backbone share',
+    'train_seconds': 'seconds',
+    'rank': 'rank',
+    'scores': 'scores',
+}
+
+
+def _run_row(row: Mapping[str, Any]) -> list[str]:
+    formats: dict[str, Callable[[Any], str]] = {
+        'backbone_share': '{:.2%}'.format,
+        'train_seconds': '{:.0f}'.format,
+        'scores': lambda scores: ', '.join(map(format_value, scores)),
+    }
+    return [formats.get(key, format_value)(row[key]) for key in RUN_COLUMNS]
+
+
+def read_cells(folder: Path) -> tuple[dict[str, dict], list[str]]:
+    """Read the finished runs of a comparison.
+
+    Args:
+        folder: The folder ``cells``.
+
+    Returns:
+        Their contents by name, and messages on what could not be read.
+    """
+    cells, problems = {}, []
+    for path in sorted(folder.rglob('*.json')):
+        name = str(path.relative_to(folder).with_suffix(''))
+        try:
+            content = json.loads(path.read_text(encoding='utf-8'))
+        except (OSError, ValueError) as error:
+            content = error
+        if isinstance(content, dict):
+            cells[name] = content
+        else:
+            problems.append(f'the run {name} cannot be read: {content}')
+    return cells, problems
+
+
+def _plots(folder: Path) -> Section:
+    section = Section('Curves', look='plot wide')
+    for name, caption in (('tradeoff.png', 'score against trained parameters'), ('curves.png', 'training loss')):
+        picture = read_picture(folder / name, caption)
+        if picture is None:
+            section.notes.append(f'{name} is missing or damaged')
+        else:
+            section.pictures.append(picture)
+    return section
+
+
+def _markdown_section(title: str, path: Path) -> Section:
+    """The tables of a Markdown file; only tables, headings and bold text are known, the rest is shown as text."""
+    if not path.is_file():
+        return Section(title, notes=[f'{path.name} is missing'])
+    reader = MarkdownIt('zero').enable(['table', 'heading', 'emphasis'])
+    tokens = reader.parse(re.sub(r'\A# .*', '', path.read_text(encoding='utf-8', errors='replace')))
+    for token in tokens:
+        if token.type.startswith('heading'):
+            token.tag = 'h3'
+    html = reader.renderer.render(tokens, reader.options, {})
+    html = html.replace('<table>', '<div class="scroll" tabindex="0"><table>').replace('</table>', '</table></div>')
+    return Section(title, html=Markup(html))

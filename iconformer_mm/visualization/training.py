@@ -1,0 +1,87 @@
+"""Plots of one training run: its history, and a learning-rate range test."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .comparison import REFERENCE, new_figure
+
+if TYPE_CHECKING:
+    from iconformer_mm.engine.lr_range_test import LRRangeTest
+
+DOTTED = 60  # up to so many values of a curve are marked, as single ones may be all there is
+
+
+@dataclass(frozen=True)
+class HistoryPanel:
+    """Quantities of a run over its steps.
+
+    Attributes:
+        title: Title.
+        xlabel: What a step is.
+        curves: By name, pairs of a step and a value; values that are no finite numbers leave a gap.
+    """
+
+    title: str
+    xlabel: str
+    curves: Mapping[str, Sequence[tuple[float, float]]]
+
+
+def draw_history(panel: HistoryPanel, logarithmic: bool = False) -> str:
+    """Draw a panel.
+
+    Args:
+        panel: The panel.
+        logarithmic: Whether the values' axis is logarithmic, if all values are positive.
+            Defaults to False.
+
+    Returns:
+        An SVG picture, the same for the same panel.
+    """
+    import matplotlib
+
+    figure = new_figure(4.6, 3.0)
+    axes = figure.subplots()
+    values = [y for curve in panel.curves.values() for _, y in curve if math.isfinite(y)]
+    for index, (name, curve) in enumerate(panel.curves.items()):
+        steps, heights = zip(*((x, y if math.isfinite(y) else math.nan) for x, y in curve))
+        marker = 'o' if len(curve) <= DOTTED else None
+        axes.plot(steps, heights, label=name, color=f'C{index % 10}', marker=marker, markersize=3, linewidth=1.4)
+    if logarithmic and values and min(values) > 0:
+        axes.set_yscale('log')
+    if len(panel.curves) > 1:
+        axes.legend(fontsize=8, frameon=False)
+    axes.set(title=panel.title, xlabel=panel.xlabel)
+    axes.grid(alpha=0.3)
+    text = io.StringIO()
+    with matplotlib.rc_context({'svg.hashsalt': panel.title}):
+        figure.savefig(text, format='svg', metadata={'Date': None, 'Creator': None})
+    return text.getvalue()
+
+
+def plot_lr_range_test(test: LRRangeTest, path: Path) -> None:
+    """Plot losses against learning rates, with what is suggested.
+
+    Args:
+        test: The finished test.
+        path: Image file to write.
+    """
+    figure = new_figure(6.4, 4.2)
+    axes = figure.subplots()
+    axes.plot(test.rates, test.losses, color='C0', alpha=0.3, linewidth=1, label='loss')
+    axes.plot(test.rates, test.smoothed, color='C0', linewidth=1.8, label='smoothed')
+    for index, (name, rate) in enumerate(test.suggestions().items(), 1):
+        axes.axvline(rate, label=f'{name}: {rate:.2g}', **{**REFERENCE, 'color': f'C{index}'})
+    finite = [loss for loss in test.smoothed if math.isfinite(loss)]
+    if finite:  # what explodes in the end would flatten the rest
+        low, high = min(*finite, *test.losses), max(finite[: max(1, len(finite) // 2)])
+        axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.4 * (high - low or 1))
+    axes.set(xscale='log', xlabel='learning rate', ylabel='training loss')
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    figure.savefig(path, dpi=150)
