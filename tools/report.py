@@ -9,8 +9,9 @@ import argparse
 from pathlib import Path
 
 from iconformer_mm.checkpoint.safetensors_io import written_whole
-from iconformer_mm.visualization.report_page import render_page
-from iconformer_mm.visualization.run_report import MIB, ReportError, report_comparison, report_run
+from iconformer_mm.visualization.comparison_page import report_comparison
+from iconformer_mm.visualization.report_page import MIB, ReportError, render_page
+from iconformer_mm.visualization.run_report import report_run
 
 
 def parse_args() -> argparse.Namespace:

@@ -6,11 +6,18 @@ Nothing is fetched and nothing runs: the page holds its style and its pictures, 
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
+
+MIB = 2**20
+IMAGE_KINDS = {'.png': 'png', '.jpg': 'jpeg', '.jpeg': 'jpeg', '.webp': 'webp'}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --soft: #59636e; --line: #d4d9df; --paper: #fff; --shade: #f4f6f8;
@@ -33,26 +40,30 @@ a { color: inherit; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.8rem 0.25rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; overflow-wrap: normal; }
-th + th, td + td { padding-left: 0.4rem; text-align: right; white-space: nowrap; }
-thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 400; }
+tr > :not(:first-child) { padding-left: 0.4rem; text-align: right; white-space: nowrap; }
+thead tr > th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+thead tr > th:not(:first-child) { min-width: 4rem; white-space: normal; }
+tbody th { min-width: 6.5rem; font-weight: 400; overflow-wrap: anywhere; }
 .facts th { padding-right: 1.2rem; color: var(--soft); }
-.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.facts td:not(:first-child) { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)); gap: 1rem; }
 .pictures.plot { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
 .pictures.wide { grid-template-columns: 100%; }
 figure { margin: 0; break-inside: avoid; }
 img { display: block; max-width: 100%; height: auto; }
 .plot img { width: 100%; }
+.wide figure { overflow-x: auto; }
+.wide img { min-width: 38rem; max-width: none; }
 pre { overflow-x: auto; padding: 0.8rem; background: var(--shade); font-size: 0.8rem; }
 summary { cursor: pointer; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
-  .scroll, pre { overflow: visible; }
+  .scroll, .wide figure, pre { overflow: visible; }
+  .wide img { min-width: 0; }
   pre { white-space: pre-wrap; }
   table { font-size: 8pt; }
-  th + th, td + td { white-space: normal; }
+  tr > :not(:first-child) { white-space: normal; }
   tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
 }
@@ -113,6 +124,10 @@ TEMPLATE = """<!doctype html>
 </body>
 </html>
 """
+
+
+class ReportError(ValueError):
+    """A folder holds nothing to report, or nothing that can be read."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +208,31 @@ class Page:
     title: str
     subtitle: str
     sections: Sequence[Section]
+
+
+def format_value(value: Any) -> str:
+    """A number with six significant digits or thousands apart; a text as it is."""
+    if value is None:
+        return '–'
+    if isinstance(value, float):
+        return f'{value:.6g}'
+    return f'{value:,}' if type(value) is int else str(value)
+
+
+def read_picture(path: Path, caption: str, captioned: bool = False) -> Picture | None:
+    """Read a picture; None if it is damaged.
+
+    Args:
+        path: PNG, JPEG or WebP file.
+        caption: What it shows.
+        captioned: Whether the caption is shown. Defaults to False.
+    """
+    try:
+        content = path.read_bytes()
+        Image.open(io.BytesIO(content)).load()
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return Picture(caption, content, IMAGE_KINDS[path.suffix.lower()], captioned)
 
 
 def render_page(page: Page) -> str:

@@ -1,43 +1,28 @@
-"""What is known of a training run or of a comparison, from its folder, as a page.
-
-A run is a work directory of ``tools/train.py``, a comparison the ``--out`` folder of ``tools/compare.py``.
-What is missing or damaged becomes a note on the page.
-"""
+"""What is known of a training run, from its work directory, as a page; what is missing or damaged becomes a note."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from markdown_it import MarkdownIt
-from markupsafe import Markup
-from PIL import Image
-
 from iconformer_mm.checkpoint import AdapterFileError, read_adapter
 
-from .report_page import Page, Picture, Section, Table
+from .report_page import IMAGE_KINDS, Page, Picture, ReportError, Section, Table, format_value, read_picture
 from .training import HistoryPanel, draw_history
 
-MIB = 2**20
 MAX_PICTURES = 48
 MAX_PANELS = 12
-IMAGE_KINDS = {'.png': 'png', '.jpg': 'jpeg', '.jpeg': 'jpeg', '.webp': 'webp'}
 TIMESTAMP = re.compile(r'\d{8}_\d{6}')  # MMEngine's name of the folder of one start
 NO_METRIC = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory', 'lr', 'base_lr', 'grad_norm'}
 # By the last part of a metric's name, such as top1 of accuracy/top1.
 LOWER_IS_BETTER = re.compile(r'loss|rmse|_rel$|log10|silog')
 HIGHER_IS_BETTER = re.compile(r'[aA]cc|^top|precision|recall|f1|AP|AR@|IoU|Dice|auc|^d[123]$')
-
-
-class ReportError(ValueError):
-    """A folder holds nothing to report, or nothing that can be read."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +32,14 @@ class Trained:
     Attributes:
         method: Name of the PEFT method.
         parts: Of each part of the model: trained, frozen, all.
-        where: Share and adapted modules in words.
+        share: Share of the backbone.
+        adapted: Adapted modules in words.
     """
 
     method: str
     parts: dict[str, tuple[int, int, int]]
-    where: str
+    share: str
+    adapted: str
 
 
 @dataclass
@@ -167,10 +154,10 @@ def read_trained(log: str) -> Trained | None:
     text = re.split(r'^\d{4}/\d\d/\d\d ', text, maxsplit=1, flags=re.MULTILINE)[0]  # the next entry
     rows = re.findall(r'^│ (.+?) +│ +([\d,]+) │ +([\d,]+) │ +([\d,]+) │$', text, re.MULTILINE)
     parts = {name: tuple(int(count.replace(',', '')) for count in counts) for name, *counts in rows}
-    where = re.search(r'^trained share of the backbone.*', text, re.MULTILINE | re.DOTALL)
-    if 'whole model' not in parts or where is None:
+    words = re.search(r'trained share of the backbone: (.*?); adapted: (.*)', ' '.join(text.split()))
+    if 'whole model' not in parts or words is None:
         return None
-    return Trained(text.split(maxsplit=1)[0], parts, ' '.join(where.group().split()))
+    return Trained(text.split(maxsplit=1)[0], parts, *words.groups())
 
 
 def read_environment(log: str) -> dict[str, str]:
@@ -207,15 +194,6 @@ def _is_number(value: Any) -> bool:
 # Writing
 
 
-def format_value(value: Any) -> str:
-    """A number with six significant digits or thousands apart; a text as it is."""
-    if value is None:
-        return '–'
-    if isinstance(value, float):
-        return f'{value:.6g}'
-    return f'{value:,}' if _is_number(value) else str(value)
-
-
 def report_run(folder: Path, max_bytes: int) -> Page:
     """The page of a run.
 
@@ -250,7 +228,9 @@ def _summary(run: Run) -> Section:
     if trained is None:
         section.notes.append('the log says nothing of trained parameters: no PEFTHook adapted the model')
     else:
-        section.facts.update({'method': trained.method, 'adapted': trained.where})
+        section.facts['method'] = trained.method
+        section.facts['trained share of the backbone'] = trained.share
+        section.facts['adapted modules'] = trained.adapted
         rows = [[name, *map(format_value, counts)] for name, counts in trained.parts.items()]
         section.tables.append(Table(['part', 'trained', 'frozen', 'parameters'], rows))
     if run.train:
@@ -353,22 +333,6 @@ def _predictions(run: Run, max_bytes: int) -> Section:
     return section
 
 
-def read_picture(path: Path, caption: str, captioned: bool = False) -> Picture | None:
-    """Read a picture; None if it is damaged.
-
-    Args:
-        path: PNG, JPEG or WebP file.
-        caption: What it shows.
-        captioned: Whether the caption is shown. Defaults to False.
-    """
-    try:
-        content = path.read_bytes()
-        Image.open(io.BytesIO(content)).load()
-    except (OSError, ValueError, SyntaxError):
-        return None
-    return Picture(caption, content, IMAGE_KINDS[path.suffix.lower()], captioned)
-
-
 def _captions(path: Path, notes: list[str]) -> dict[str, str]:
     """What tools/predict.py says of its pictures, by their names without suffix."""
     if not path.is_file():
@@ -407,20 +371,24 @@ def _adapter(run: Run) -> Section:
         section.notes.append(str(error))
         return section
     adapters = sum(value.numel() for name, value in tensors.items() if name.startswith('backbone.'))
-    classes = content.get('classes') or []
     section.facts = {
         'file': f'{path.name}, {path.stat().st_size:,} bytes',
         'method': json.dumps(content['method']),
         'parameters': f'{adapters:,} of adapters, {sum(v.numel() for v in tensors.values()) - adapters:,} beside them',
-        'adapted modules': f'{len(content["sites"])}: {", ".join(content["sites"])}',
+        'adapted modules': _some(content['sites']),
         'base': f'fingerprint {content["base_fingerprint"]}, {len(content["base_parameters"])} tensors',
         'task': format_value(content.get('task')),
-        'classes': f'{len(classes)}: {", ".join(classes)}' if classes else '–',
+        'classes': _some(content.get('classes') or []),
         'written by': f'iconformer_mm {content.get("package_version")}',
     }
     if content.get('notes'):
         section.facts['notes'] = json.dumps(content['notes'])
     return section
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = names if len(names) <= 12 else [*names[:12], '...']
+    return f'{len(names)}: {", ".join(shown)}' if names else '–'
 
 
 def _files(run: Run) -> Section:
@@ -432,118 +400,3 @@ def _files(run: Run) -> Section:
     else:
         section.notes.append('there are no checkpoints')
     return section
-
-
-# Comparisons
-
-
-def report_comparison(folder: Path) -> Page:
-    """The page of a comparison.
-
-    Args:
-        folder: ``--out`` folder of ``tools/compare.py``.
-
-    Raises:
-        ReportError: Its ``results.json`` cannot be read.
-    """
-    path = folder / 'results.json'
-    try:
-        results = json.loads(path.read_text(encoding='utf-8'))
-        runs = Table(list(RUN_COLUMNS.values()), [_run_row(row) for row in results['rows']])
-        title = str(results['title'])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReportError(
-            f'{path} is no result of tools/compare.py ({type(error).__name__}: {error}); write it anew with '
-            '`python tools/compare.py COMPARISON --report-only --out FOLDER`'
-        ) from None
-    cells, problems = read_cells(folder / 'cells')
-    versions = sorted({json.dumps(cell.get('versions', {})) for cell in cells.values()})
-    settings = '\n'.join(f'{name}: {json.dumps(cell.get("settings"))}' for name, cell in cells.items())
-    sections = [
-        _markdown_section('Summary', folder / 'table.md'),
-        _plots(folder),
-        Section('Runs', notes=problems, tables=[runs]),
-        _markdown_section('Search of learning rates', folder / 'search.md'),
-        Section(
-            'Environment',
-            facts={', '.join(json.loads(text)): ', '.join(json.loads(text).values()) for text in versions},
-        ),
-        Section('Settings', folded={f'what determined each of {len(cells)} runs': settings} if cells else {}),
-    ]
-    for section in sections[-2:]:
-        if not cells:
-            section.notes.append('no finished runs were found in the folder `cells`')
-    return Page(title, f'comparison in {folder}, {len(cells)} finished runs', sections)
-
-
-RUN_COLUMNS = {
-    'method': 'method',
-    'task': 'task',
-    'mean': 'mean',
-    'std': 'std',
-    'seeds': 'seeds',
-    'diverged': 'diverged',
-    'learning_rate': 'learning rate',
-    'trained_parameters': 'trained parameters',
-    'backbone_share': 'backbone share',
-    'train_seconds': 'seconds',
-    'rank': 'rank',
-    'scores': 'scores',
-}
-
-
-def _run_row(row: Mapping[str, Any]) -> list[str]:
-    formats: dict[str, Callable[[Any], str]] = {
-        'backbone_share': '{:.2%}'.format,
-        'train_seconds': '{:.0f}'.format,
-        'scores': lambda scores: ', '.join(map(format_value, scores)),
-    }
-    return [formats.get(key, format_value)(row[key]) for key in RUN_COLUMNS]
-
-
-def read_cells(folder: Path) -> tuple[dict[str, dict], list[str]]:
-    """Read the finished runs of a comparison.
-
-    Args:
-        folder: The folder ``cells``.
-
-    Returns:
-        Their contents by name, and messages on what could not be read.
-    """
-    cells, problems = {}, []
-    for path in sorted(folder.rglob('*.json')):
-        name = str(path.relative_to(folder).with_suffix(''))
-        try:
-            content = json.loads(path.read_text(encoding='utf-8'))
-        except (OSError, ValueError) as error:
-            content = error
-        if isinstance(content, dict):
-            cells[name] = content
-        else:
-            problems.append(f'the run {name} cannot be read: {content}')
-    return cells, problems
-
-
-def _plots(folder: Path) -> Section:
-    section = Section('Curves', look='plot wide')
-    for name, caption in (('tradeoff.png', 'score against trained parameters'), ('curves.png', 'training loss')):
-        picture = read_picture(folder / name, caption)
-        if picture is None:
-            section.notes.append(f'{name} is missing or damaged')
-        else:
-            section.pictures.append(picture)
-    return section
-
-
-def _markdown_section(title: str, path: Path) -> Section:
-    """The tables of a Markdown file; only tables, headings and bold text are known, the rest is shown as text."""
-    if not path.is_file():
-        return Section(title, notes=[f'{path.name} is missing'])
-    reader = MarkdownIt('zero').enable(['table', 'heading', 'emphasis'])
-    tokens = reader.parse(re.sub(r'\A# .*', '', path.read_text(encoding='utf-8', errors='replace')))
-    for token in tokens:
-        if token.type.startswith('heading'):
-            token.tag = 'h3'
-    html = reader.renderer.render(tokens, reader.options, {})
-    html = html.replace('<table>', '<div class="scroll" tabindex="0"><table>').replace('</table>', '</table></div>')
-    return Section(title, html=Markup(html))
