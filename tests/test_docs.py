@@ -1,6 +1,7 @@
 """The guides' code runs, and their links lead somewhere."""
 
 import io
+import json
 import re
 import sys
 
@@ -68,6 +69,16 @@ def test_methods(tmp_path, monkeypatch):
     for block in code:
         exec(block, scope)
     assert list(torch.load(tmp_path / 'merged.pth')) == keys
+
+
+def test_learning_rates():
+    """The table of starting points has the rates that the comparison's searches took."""
+    text = (ROOT / 'docs' / 'methods.md').read_text(encoding='utf-8').partition('## Learning rates to begin with')[2]
+    shown = dict(re.findall(r'^\| `([\w-]+)` \| (.+ \| .+) \|$', text, re.MULTILINE))
+    rows = json.loads((ROOT / 'docs' / 'comparison' / 'peft' / 'results.json').read_text())['rows']
+    rates = {(row['method'], row['task']): f'{row["learning_rate"]:g}' for row in rows}
+    expected = {m: ' | '.join(rates.get((m, task), '-') for task in ('digits', 'depth')) for m, _ in rates}
+    assert {method: cells.replace('*', '') for method, cells in shown.items()} == expected
 
 
 @pytest.mark.parametrize('name', ['peft', 'ablation'])

@@ -5,6 +5,19 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
+
+# Reports are tested in a browser: Debian's, where there is one or it can be installed.
+if ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
+    as_root=; [ "$(id -u)" = 0 ] || as_root='sudo -n'
+    echo '[tests] installing chromium'
+    { $as_root apt-get update && $as_root apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
+        echo '[tests] chromium could not be installed by apt-get; tests that need a browser will be skipped' >&2
+fi
+if command -v chromium >/dev/null; then
+    ICONFORMER_MM_BROWSER=$(command -v chromium)
+    export ICONFORMER_MM_BROWSER  # with it these tests are not skipped
+fi
+
 export PIP_NO_INDEX=1  # nothing is installed from here on
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
