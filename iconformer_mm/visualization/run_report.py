@@ -19,6 +19,7 @@ from .training import HistoryPanel, draw_history
 MAX_PICTURES = 48
 MAX_PANELS = 12
 TIMESTAMP = re.compile(r'\d{8}_\d{6}')  # MMEngine's name of the folder of one start
+SUMMARY = 'PEFT method: '  # begins what PEFTHook logs
 NO_METRIC = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory', 'lr', 'base_lr', 'grad_norm'}
 # By the last part of a metric's name, such as top1 of accuracy/top1.
 LOWER_IS_BETTER = re.compile(r'loss|rmse|_rel$|log10|silog')
@@ -52,7 +53,7 @@ class Run:
         train: What was logged of training, a dictionary every few steps.
         val: What was logged of validations, a dictionary each.
         config: The dumped config of the last start that has one.
-        log: The log of the last start that has one.
+        log: The log of the last start, of those with a summary if there are any.
         problems: What could not be read.
     """
 
@@ -100,8 +101,9 @@ def read_run(folder: Path) -> Run:
         config, log = start / 'vis_data' / 'config.py', start / f'{start.name}.log'
         if config.is_file():
             run.config = config.read_text(encoding='utf-8', errors='replace')
-        if log.is_file():
-            run.log = log.read_text(encoding='utf-8', errors='replace')
+        text = log.read_text(encoding='utf-8', errors='replace') if log.is_file() else ''
+        if SUMMARY in text or (text and SUMMARY not in run.log):
+            run.log = text
     return run
 
 
@@ -128,7 +130,7 @@ def read_scalars(path: Path, problems: list[str]) -> list[dict]:
             damaged.append(number)
     if damaged:
         where = f'{path.parent.parent.name}/{path.parent.name}/{path.name}'
-        problems.append(f'left out of {where}: {len(damaged)} damaged lines, the first is line {damaged[0]}')
+        problems.append(f'damaged lines left out of {where}: {len(damaged)}, the first is line {damaged[0]}')
     return records
 
 
@@ -148,7 +150,7 @@ def read_trained(log: str) -> Trained | None:
     Args:
         log: The log's text.
     """
-    _, found, text = log.rpartition('PEFT method: ')
+    _, found, text = log.rpartition(SUMMARY)
     if not found:
         return None
     text = re.split(r'^\d{4}/\d\d/\d\d ', text, maxsplit=1, flags=re.MULTILINE)[0]  # the next entry
@@ -243,9 +245,9 @@ def _summary(run: Run) -> Section:
         memory = [record['memory'] for record in run.train if _is_number(record.get('memory'))]
         if memory:
             section.facts['GPU memory'] = f'{max(memory):,} MiB'
-    count = len(run.starts)
-    names = ', '.join(start.name for start in (run.starts if count < 4 else [run.starts[0], run.starts[-1]]))
-    section.facts['starts'] = names if count == 1 else f'{count}: {names if count < 4 else names.replace(", ", " to ")}'
+    starts = [start.name for start in run.starts]
+    listed = ', '.join(starts) if len(starts) < 4 else f'{starts[0]} to {starts[-1]}'
+    section.facts['starts'] = f'{len(starts)}: {listed}'
     if run.val:
         section.tables.append(Table(['metric', 'last', 'best', f'best at {run.unit}'], list(_last_and_best(run))))
     return section
@@ -322,10 +324,10 @@ def _predictions(run: Run, max_bytes: int) -> Section:
         max_bytes -= len(picture.content)
     if left:
         section.notes.append(
-            f'{left} of {len(files)} pictures are left out to limit the page (--max-mib; at most {MAX_PICTURES})'
+            f'pictures left out to limit the page (--max-mib; at most {MAX_PICTURES}): {left} of {len(files)}'
         )
     if damaged:
-        section.notes.append(f'{len(damaged)} pictures cannot be read, such as {damaged[0]}')
+        section.notes.append(f'pictures that cannot be read: {len(damaged)}, such as {damaged[0]}')
     if not files:
         section.notes.append(
             'no pictures were found, neither of a visualization hook nor in a folder `predictions` of tools/predict.py'

@@ -82,7 +82,7 @@ def test_damaged_lines_are_left_out_and_named(tmp_path):
     write_start(tmp_path / '20260101_100000', [(1, 4, 9.0)], tail='[1]\n{"no step": 1}\n{"lr": 0.1, "loss": 2.3, "st')
     section = sections(report_run(tmp_path, MIB))['Summary']
     assert section.notes[0] == (
-        'left out of 20260101_100000/vis_data/scalars.json: 3 damaged lines, the first is line 2'
+        'damaged lines left out of 20260101_100000/vis_data/scalars.json: 3, the first is line 2'
     )
     assert section.facts['trained until'] == 'iteration 4, epoch 1'
 
@@ -182,11 +182,11 @@ def test_pictures_have_captions_and_a_limit(tmp_path):
         'predictions/d.png: <cat> (0.50)',
         '20260101_100000/vis_data/vis_image/val_0.png',
     ]
-    assert section.notes == ['1 pictures cannot be read, such as predictions/e.png']
+    assert section.notes == ['pictures that cannot be read: 1, such as predictions/e.png']
 
     size = (tmp_path / 'predictions' / 'a.png').stat().st_size
     section = sections(report_run(tmp_path, int(2.5 * size)))['Predictions']
-    assert len(section.pictures) == 2 and section.notes[0].startswith('3 of 6 pictures are left out')
+    assert len(section.pictures) == 2 and section.notes[0].endswith('at most 48): 3 of 6')
 
     (tmp_path / 'predictions' / 'predictions.json').write_text('{"predictions": {"a": ')
     section = sections(report_run(tmp_path, MIB))['Predictions']
