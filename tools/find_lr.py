@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.engine.lr_range_test import LRRangeTest, LRRangeTestHook, prepare_config
 from iconformer_mm.visualization.training import plot_lr_range_test
 from train import merge_args
+
+CURVES = ('rates', 'losses', 'smoothed')
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,7 +65,9 @@ def sweep(args: argparse.Namespace, console: Console) -> tuple[LRRangeTest, dict
 def report(test: LRRangeTest, settings: dict[str, Any], folder: Path, console: Console) -> None:
     """Print the suggestion, and write the curve and its plot."""
     suggestions = test.suggestions()
-    content = dict(settings, suggestions=suggestions, **vars(test))
+    # JSON knows no NaN, which is what a loss may end with.
+    curves = {name: [x if math.isfinite(x) else None for x in getattr(test, name)] for name in CURVES}
+    content = dict(settings, suggestions=suggestions, diverged=test.diverged, **curves)
     with written_whole(folder / 'find_lr.json') as temporary:
         temporary.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
     with written_whole(folder / 'find_lr.png') as temporary:

@@ -48,6 +48,7 @@ async function measure([name, width]) {
     scripts: page.scripts.length,
     requests: view.performance.getEntriesByType('resource').map(e => e.name).filter(e => !e.startsWith('data:')),
     width: view.innerWidth,
+    room: root.clientWidth,
     needed: Math.max(root.scrollWidth, page.body.scrollWidth),
     config: page.querySelector('details pre')?.textContent,
     tables: [...page.querySelectorAll('table')].map(t => [...t.rows].map(r => [...r.cells].map(c => c.textContent))),
@@ -107,7 +108,11 @@ def test_the_page_is_whole_and_asks_for_nothing(report):
 
 @in_browser
 def test_in_a_browser(run, report):
-    phone, desktop = browse(run, (report.name, 375), (report.name, 1280))
+    (run / 'bad.html').write_text(f'<title>bad</title><p style="width: 400px">x</p>{NASTY}')
+    phone, desktop, bad = browse(run, (report.name, 375), (report.name, 1280), ('bad.html', 375))
+    # What the checks below are about is seen where it is.
+    assert bad['title'] == 'broken' and bad['scripts'] == 1 and bad['needed'] > bad['room']
+    assert bad['requests'] == ['http://127.0.0.1:9/x.png'] and bad['images'] == [['', 0, 0]]
     for page in (phone, desktop):
         assert page['title'] == next(run.glob('*.py')).stem
         assert page['sections'] == [
@@ -119,7 +124,7 @@ def test_in_a_browser(run, report):
         assert page['images'][-1][1:] == [90, 60]
         assert page['scripts'] == 0 and page['requests'] == []
         assert NASTY in page['config']
-        assert page['needed'] <= page['width']  # nothing to be scrolled to on the right
+        assert page['needed'] <= page['room']  # nothing to be scrolled to on the right
     assert phone['width'] == 375
 
     # The numbers are the run's own.
@@ -146,7 +151,7 @@ def test_a_comparison_in_a_browser(tmp_path):
     for page in (phone, desktop):
         assert page['title'] == results['title'] and page['sections'][:3] == ['Summary', 'Curves', 'Runs']
         assert all(width > 0 for _, width, _ in page['images']) and len(page['images']) == 2
-        assert page['requests'] == [] and page['needed'] <= page['width']
+        assert page['requests'] == [] and page['needed'] <= page['room']
     table = next(table for table in desktop['tables'] if table[0][:2] == ['method', 'task'])
     assert [row[:3] for row in table[1:]] == [[r['method'], r['task'], f'{r["mean"]:.6g}'] for r in results['rows']]
 
