@@ -43,7 +43,7 @@ th, td { padding: 0.25rem 0.8rem 0.25rem 0; border-bottom: 1px solid var(--line)
 tr > :not(:first-child) { padding-left: 0.4rem; text-align: right; white-space: nowrap; }
 thead tr > th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 thead tr > th:not(:first-child) { min-width: 4rem; white-space: normal; }
-tbody th { min-width: 6.5rem; font-weight: 400; overflow-wrap: anywhere; }
+tbody th { min-width: 5rem; font-weight: 400; overflow-wrap: anywhere; }
 .facts th { padding-right: 1.2rem; color: var(--soft); }
 .facts td:not(:first-child) { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)); gap: 1rem; }

@@ -373,10 +373,11 @@ def _adapter(run: Run) -> Section:
         section.notes.append(str(error))
         return section
     adapters = sum(value.numel() for name, value in tensors.items() if name.startswith('backbone.'))
+    others = sum(value.numel() for value in tensors.values()) - adapters
     section.facts = {
         'file': f'{path.name}, {path.stat().st_size:,} bytes',
         'method': json.dumps(content['method']),
-        'parameters': f'{adapters:,} of adapters, {sum(v.numel() for v in tensors.values()) - adapters:,} beside them',
+        'holds': f'{adapters:,} parameters of adapters, {others:,} values of neck and head',
         'adapted modules': _some(content['sites']),
         'base': f'fingerprint {content["base_fingerprint"]}, {len(content["base_parameters"])} tensors',
         'task': format_value(content.get('task')),

@@ -54,6 +54,7 @@ def draw_history(panel: HistoryPanel, logarithmic: bool = False) -> str:
         axes.plot(steps, heights, label=name, color=f'C{index % 10}', marker=marker, markersize=3, linewidth=1.4)
     if logarithmic and values and min(values) > 0:
         axes.set_yscale('log')
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if len(panel.curves) > 1:
         axes.legend(fontsize=8, frameon=False)
     axes.set(title=panel.title, xlabel=panel.xlabel)

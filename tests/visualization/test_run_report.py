@@ -199,7 +199,7 @@ def test_the_adapter_file(tmp_path):
     inject(model, 'icon', bottleneck=8)
     save_adapter(model, tmp_path / 'adapter.safetensors', task='birds', classes=[f'c{i}' for i in range(20)])
     facts = sections(report_run(tmp_path, MIB))['Adapter'].facts
-    head = sum(p.numel() for n, p in model.named_parameters() if not n.startswith('backbone.'))
-    assert facts['parameters'] == f'{summarize(model).adapters:,} of adapters, {head:,} beside them'
+    head = sum(v.numel() for n, v in model.state_dict().items() if not n.startswith('backbone.'))
+    assert facts['holds'] == f'{summarize(model).adapters:,} parameters of adapters, {head:,} values of neck and head'
     assert '"bottleneck": 8' in facts['method'] and facts['task'] == 'birds'
     assert facts['classes'].startswith('20: c0, c1') and facts['classes'].endswith('c11, ...')
