@@ -1,4 +1,4 @@
-# Semantic segmentation of scenes in a minute a run: a head of one layer, which leaves the adapting to the backbone, and crops.
+# Semantic segmentation of scenes in a minute: crops, and a one-layer head, which leaves the adapting to the backbone.
 _base_ = '../scenes/upernet_swin-scenes_full_target.py'
 
 crop_size = (64, 64)

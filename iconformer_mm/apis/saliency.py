@@ -151,7 +151,7 @@ class _Seen:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.grid: TokenGrid | None = None
+        self.grid = TokenGrid(0, 0)  # until the block is called
 
     def patch_tokens(self, tokens: Tensor) -> Tensor:
         """The patch tokens (H * W, d) of one image, from (1, N, d) or (1, H, W, d)."""
@@ -167,7 +167,8 @@ class _Seen:
 def _at_block(site: Site) -> Iterator[_Seen]:
     """Within it the grid of a block's tokens is noted at each call."""
     seen = _Seen(site)
-    tracker = GridTracker(site.host, site.family.grid) if isinstance(site.family.grid, FromPatchEmbed) else None
+    host, source = site.host, site.family.grid
+    tracker = GridTracker(host, source) if host is not None and isinstance(source, FromPatchEmbed) else None
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.grid = grid_of_call(site.family, args, kwargs, tracker)
@@ -201,6 +202,7 @@ class _AttentionTap(TorchFunctionMode):
             self.weights.append(_weights(*args, **kwargs))
         if func is F.multi_head_attention_forward:  # nn.MultiheadAttention, which may not compute them
             out, weights = func(*args, **{**kwargs, 'need_weights': True, 'average_attn_weights': False})
+            assert weights is not None  # as they were asked for
             self.weights.append(weights)
             return out, weights.mean(dim=1)
         out = func(*args, **kwargs)

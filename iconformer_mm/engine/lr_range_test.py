@@ -129,6 +129,7 @@ class LRRangeTestHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """Record the loss, the mean over all processes, and end the sweep where it diverged."""
+        assert outputs is not None  # a training step gives its losses
         loss = outputs['loss'].detach().clone()
         all_reduce(loss, 'mean')
         self.test.add(self.schedule[runner.iter], float(loss))

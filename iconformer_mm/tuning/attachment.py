@@ -70,6 +70,7 @@ def grid_of_call(family: BlockFamily, args: tuple, kwargs: dict, tracker: GridTr
     """
     source = family.grid
     if isinstance(source, FromPatchEmbed):
+        assert tracker is not None
         return tracker.grid()
     if isinstance(source, FromShape):
         return TokenGrid(*args[0].shape[1:3])

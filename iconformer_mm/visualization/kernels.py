@@ -119,7 +119,7 @@ def plot_components(
 
     figure = new_figure(7, 5.6)
     axes = figure.subplots()
-    axes.scatter(*points.T, s=12)
+    axes.scatter(points[:, 0], points[:, 1], s=12)
     if len(images) <= THUMBNAILS:
         for point, image in zip(points, images):
             thumbnail = OffsetImage(image, zoom=(44 if len(images) <= 24 else 30) / max(image.shape[:2]))

@@ -155,7 +155,10 @@ def read_trained(log: str) -> Trained | None:
         return None
     text = re.split(r'^\d{4}/\d\d/\d\d ', text, maxsplit=1, flags=re.MULTILINE)[0]  # the next entry
     rows = re.findall(r'^│ (.+?) +│ +([\d,]+) │ +([\d,]+) │ +([\d,]+) │$', text, re.MULTILINE)
-    parts = {name: tuple(int(count.replace(',', '')) for count in counts) for name, *counts in rows}
+    parts = {}
+    for name, *counts in rows:
+        trained, frozen, whole = (int(count.replace(',', '')) for count in counts)
+        parts[name] = (trained, frozen, whole)
     words = re.search(r'trained share of the backbone: (.*?); adapted: (.*)', ' '.join(text.split()))
     if 'whole model' not in parts or words is None:
         return None

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .comparison import REFERENCE, new_figure
+from .comparison import REFERENCE
+from .figures import new_figure
 
 if TYPE_CHECKING:
     from iconformer_mm.engine.lr_range_test import LRRangeTest
@@ -44,6 +45,7 @@ def draw_history(panel: HistoryPanel, logarithmic: bool = False) -> str:
         An SVG picture, the same for the same panel.
     """
     import matplotlib
+    from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(4.6, 3.0)
     axes = figure.subplots()
@@ -54,7 +56,7 @@ def draw_history(panel: HistoryPanel, logarithmic: bool = False) -> str:
         axes.plot(steps, heights, label=name, color=f'C{index % 10}', marker=marker, markersize=3, linewidth=1.4)
     if logarithmic and values and min(values) > 0:
         axes.set_yscale('log')
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(panel.curves) > 1:
         axes.legend(fontsize=8, frameon=False)
     axes.set(title=panel.title, xlabel=panel.xlabel)
