@@ -1,8 +1,15 @@
-"""The guides' code runs, and their links lead somewhere."""
+"""The documentation's code runs, its commands are those of the tools, and its links lead somewhere.
+
+Most pages are run as they are, block by block, in a process of their own (tests/run_page.py). The
+README, docs/adapters.md and docs/methods.md speak of models and files that are not there: their blocks are run here
+and in tests/test_readme.py on small ones.
+"""
 
 import io
 import json
 import re
+import shlex
+import subprocess
 import sys
 
 import pytest
@@ -13,28 +20,132 @@ sys.path[:0] = [str(ROOT / 'tests' / 'tuning'), str(ROOT / 'tools')]
 from families import stir  # noqa: E402
 from mmengine.registry import HOOKS  # noqa: E402
 from rich.console import Console  # noqa: E402
+from run_page import read_blocks  # noqa: E402
 from test_switching import classifier  # noqa: E402
 
 from comparison import Board, load_comparison  # noqa: E402
 from comparison_report import report  # noqa: E402
+from docs_reference import PAGE, parser_of, write_page  # noqa: E402
 from iconformer_mm import active_adapter, inject, list_adapters, save_adapter  # noqa: E402
+from iconformer_mm.apis.launch import find_config  # noqa: E402
 
-GUIDES = sorted((ROOT / 'docs').glob('*.md'))
+README = ROOT / 'README.md'
+PAGES = [README, *sorted((ROOT / 'docs').rglob('*.md')), *sorted((ROOT / 'configs').rglob('*.md'))]
+# What these have in Python is run by the tests named.
+BY_OTHERS = {
+    'README.md': 'tests/test_readme.py, and test_adapters here',
+    'docs/adapters.md': 'test_adapters',
+    'docs/methods.md': 'test_methods',
+    'configs/_base_/peft/README.md': 'tests/test_method_files.py, as configs of the benchmarks',
+}
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
 
 
 def blocks(path):
-    return re.findall(r'```python\n(.*?)```', path.read_text(encoding='utf-8'), re.DOTALL)
+    return [block.code for block in read_blocks(path, 'python')]
 
 
-@pytest.mark.parametrize('path', GUIDES, ids=lambda path: path.name)
+def anchors(path):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r'^#+ (.*)$', path.read_text(encoding='utf-8'), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).strip().replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('path', PAGES, ids=relative)
 def test_links(path):
-    for link in re.findall(r'\]\(((?!http)[^)#]+)\)', path.read_text(encoding='utf-8')):
-        assert (path.parent / link).exists(), link
-    for name in re.findall(r'python ((?:tools|tests|examples|benchmarks)/\w+\.py)', path.read_text(encoding='utf-8')):
-        assert (ROOT / name).is_file(), name
+    for link in re.findall(r'\]\(((?!http)[^)\s]+)\)', path.read_text(encoding='utf-8')):
+        file, _, anchor = link.partition('#')
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize('path', [ROOT / 'README.md', ROOT / 'docs' / 'adapters.md'], ids=lambda path: path.name)
+def commands_of(page):
+    """The commands in a page's bash blocks, as words."""
+    for block in read_blocks(page, 'bash'):
+        for line in block.code.replace('\\\n', ' ').splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = next((i for i, word in enumerate(words) if word in ('|', '&&', ';', '>')), len(words))
+                yield words[:end]
+                words = words[end + 1 :]
+
+
+def check_command(words, parsers):
+    """A command of ours has its file, and reads its arguments as the tool would."""
+    for word in words:
+        if '::' in word or word.startswith('configs/'):
+            assert (ROOT / word).exists() or find_config(word), word
+    if words[:1] not in (['python'], ['bash']):
+        return
+    if words[1:3] == ['-m', 'iconformer_mm.adapter']:
+        name, arguments = 'tools/adapter.py', words[3:]
+    else:
+        name, arguments = words[1], words[2:]
+    if name.startswith('-'):  # python -c, python -m of others
+        return
+    assert (ROOT / name).is_file(), name
+    if name in ('tools/dist_train.sh', 'tools/dist_test.sh'):  # ... CONFIG [CHECKPOINT] PROCESSES OPTIONS
+        number = 1 if 'train' in name else 2
+        name, arguments = (
+            name.replace('dist_', '').replace('.sh', '.py'),
+            [*arguments[:number], *arguments[number + 1 :]],
+        )
+    if name.endswith('.py'):
+        if name not in parsers:
+            parsers[name] = parser_of(ROOT / name)
+        if parsers[name] is None:
+            assert not arguments, f'{name} takes no arguments'
+        else:
+            parsers[name].parse_args(arguments)
+
+
+def test_commands():
+    """Every command of every page is read by the command line of its tool, without an error."""
+    parsers, wrong, number = {}, [], 0
+    for page in PAGES:
+        for words in commands_of(page):
+            number += 1
+            try:
+                check_command(words, parsers)
+            except (AssertionError, FileNotFoundError, SystemExit) as error:
+                wrong.append(f'{relative(page)}: {shlex.join(words)}: {error}')
+    assert number > 30 and not wrong, '\n'.join(wrong)
+
+
+@pytest.mark.parametrize(
+    'path', [p for p in PAGES if relative(p) not in BY_OTHERS and read_blocks(p, 'python')], ids=relative
+)
+def test_page(path, tmp_path):
+    """A page's blocks do what the page says."""
+    command = [sys.executable, ROOT / 'tests' / 'run_page.py', path, tmp_path / 'page']
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_reference():
+    """The configuration reference is what its script writes now."""
+    assert PAGE.read_text(encoding='utf-8') == write_page(), 'run python tools/docs_reference.py'
+
+
+def about_adapters(path):
+    """A page's blocks about adapter files that need no other model than an unadapted one."""
+    others = ('get_model', 'AdapterInferencer')
+    words = ('AdapterCheckpointHook', 'load_adapter(')
+    return [b for b in blocks(path) if any(w in b for w in words) and not any(w in b for w in others)]
+
+
+def test_every_block_of_the_readme_is_run():
+    from test_readme import HEADINGS, block
+
+    elsewhere = [block(heading) for heading in HEADINGS]
+    assert sorted([*elsewhere, *about_adapters(README)]) == sorted(blocks(README))
+
+
+@pytest.mark.parametrize('path', [README, ROOT / 'docs' / 'adapters.md'], ids=relative)
 def test_adapters(path, tmp_path, monkeypatch):
     """The blocks about adapter files, on a small model whose head reads 32 channels."""
     monkeypatch.chdir(tmp_path)
@@ -45,13 +156,8 @@ def test_adapters(path, tmp_path, monkeypatch):
     model = classifier()
     inject(model, 'adaptformer')
     scope = dict(model=model, fresh_model=classifier(), classes=('a', 'b'))
-    others = ('get_model', 'AdapterInferencer')
-    code = [
-        block
-        for block in blocks(path)
-        if ('AdapterCheckpointHook' in block or 'load_adapter(' in block) and not any(word in block for word in others)
-    ]
-    assert len(code) >= 2
+    code = about_adapters(path)
+    assert len(code) >= 2 and (path == README or code == blocks(path))
     for block in code:
         exec(block.replace('in_channels=1024', 'in_channels=32'), scope)
     assert HOOKS.build(scope['default_hooks']['checkpoint']).filename_tmpl == 'epoch_{}.safetensors'

@@ -4,7 +4,6 @@ import re
 
 import cv2
 import numpy as np
-import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import Config, ConfigDict
@@ -17,6 +16,8 @@ from iconformer_mm.apis import load_config
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 
+HEADINGS = ('**1. With a hook', '**2. With a backbone', '**3. In Python', '## Predict')  # tested here, in this order
+
 
 def block(heading):
     """The first Python block after a bold heading."""
@@ -25,7 +26,7 @@ def block(heading):
 
 def test_with_a_hook(tmp_path):
     path = tmp_path / 'config.py'
-    path.write_text(block('**1. With a hook'))
+    path.write_text(block(HEADINGS[0]))
     cfg = load_config(str(path))
     assert isinstance(cfg, Config) and cfg.custom_hooks[0].method.bottleneck == 64
     assert cfg.model.backbone.type == 'SwinTransformer'
@@ -33,7 +34,7 @@ def test_with_a_hook(tmp_path):
 
 def test_with_a_backbone():
     scope = {}
-    exec(block('**2. With a backbone'), scope)
+    exec(block(HEADINGS[1]), scope)
     scope['model']['backbone'].pop('init_cfg')
     model = MODELS.build(ConfigDict(scope['model']))
     optim_wrapper = build_optim_wrapper(model, ConfigDict(scope['optim_wrapper']))
@@ -42,7 +43,7 @@ def test_with_a_backbone():
 
 
 def test_in_python(tmp_path, monkeypatch, capsys):
-    code = block('**3. In Python').replace('pretrained=True', 'pretrained=False')
+    code = block(HEADINGS[2]).replace('pretrained=True', 'pretrained=False')
     # Two downloads of the same weights are two models made from the same seed.
     code = re.sub(r'^(\w+ = get_model)', r'torch.manual_seed(0); \1', code, flags=re.MULTILINE)
     monkeypatch.chdir(tmp_path)
@@ -66,13 +67,8 @@ def test_predict(tmp_path, monkeypatch):
         save_adapter(model, f'{name}.safetensors')
     cv2.imwrite('photo.jpg', np.zeros((40, 30, 3), np.uint8))
     scope = {}
-    exec(block('## Predict'), scope)
+    exec(block(HEADINGS[3]), scope)
     assert scope['inferencer'].adapters == ['birds', 'dogs']
-
-
-@pytest.mark.parametrize('path', re.findall(r'\]\(((?!http)[^)#]+)\)', README))
-def test_links(path):
-    assert (ROOT / path).exists()
 
 
 def test_scripts_that_are_named():
