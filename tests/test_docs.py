@@ -63,6 +63,14 @@ def test_links(path):
         assert not anchor or anchor in anchors(target), link
 
 
+def test_index():
+    """The index names every page."""
+    index = (ROOT / 'docs' / 'README.md').read_text(encoding='utf-8')
+    assert [
+        page.name for page in (ROOT / 'docs').glob('*.md') if page.name not in index and page.name != 'README.md'
+    ] == []
+
+
 def commands_of(page):
     """The commands in a page's bash blocks, as words."""
     for block in read_blocks(page, 'bash'):

@@ -1,0 +1,186 @@
+"""Every message that docs/troubleshooting.md quotes is raised as it is quoted."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from families import SWIN, VIT, stir
+from mmengine.config import ConfigDict
+from mmengine.dataset import Compose
+from mmengine.model import MMDistributedDataParallel
+from mmpretrain.models import build_backbone, build_classifier
+from torch import nn
+
+from iconformer_mm import inject, load_adapter, merge, save_adapter
+from iconformer_mm.apis import load_config
+from iconformer_mm.checkpoint import read_adapter, save_safetensors
+from iconformer_mm.datasets.checks import CheckedPipeline
+from iconformer_mm.engine import CheckedRunner, PEFTOptimWrapperConstructor
+from iconformer_mm.tuning.methods import build_method
+
+PAGE = (ROOT / 'docs' / 'troubleshooting.md').read_text(encoding='utf-8')
+
+
+def vit(**changes):
+    return build_backbone(dict(type='VisionTransformer', arch={**VIT, **changes}, img_size=64))
+
+
+def classifier(num_classes=3):
+    torch.manual_seed(0)
+    return build_classifier(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(type='VisionTransformer', arch=VIT, img_size=64),
+            head=dict(type='LinearClsHead', num_classes=num_classes, in_channels=32),
+        )
+    )
+
+
+def adapted(method='icon', **options):
+    model = classifier()
+    inject(model, method, **options)
+    return model
+
+
+def inject_twice():
+    inject(adapted())
+
+
+def inject_into_wrapped():
+    wrapped = MMDistributedDataParallel.__new__(MMDistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    inject(wrapped)
+
+
+def merge_tokens():
+    """A host that drops tokens on their way to the blocks."""
+    backbone = vit()
+    inject(backbone)
+    backbone.drop_after_pos = nn.Identity()
+    backbone.drop_after_pos.forward = lambda x: x[:, :10]
+    backbone(torch.zeros(1, 3, 64, 64))
+
+
+def run_block_alone():
+    backbone = vit()
+    inject(backbone)
+    backbone.layers[0](torch.zeros(1, 17, 32))
+
+
+def load_weights(change):
+    """Weights of another make into an adapted backbone, as MMEngine loads them."""
+    backbone = vit()
+    inject(backbone)
+    backbone.load_state_dict(change(vit(), vit(feedforward_channels=32)), strict=False)
+
+
+def rename(own, other):
+    return {name.replace('layers', 'blocks'): value for name, value in own.state_dict().items()}
+
+
+def take_other(own, other):
+    return other.state_dict()
+
+
+def load_into(tmp_path, model):
+    save_adapter(stir(adapted()), tmp_path / 'a.safetensors')
+    load_adapter(model, tmp_path / 'a.safetensors')
+
+
+def other_base(tmp_path):
+    model = classifier()
+    with torch.no_grad():
+        model.backbone.cls_token += 1
+    load_into(tmp_path, model)
+
+
+def read_broken(tmp_path):
+    (tmp_path / 'a.safetensors').write_bytes(b'no such file')
+    read_adapter(tmp_path / 'a.safetensors')
+
+
+def read_weights(tmp_path):
+    save_safetensors(dict(a=torch.zeros(1)), tmp_path / 'a.safetensors')
+    read_adapter(tmp_path / 'a.safetensors')
+
+
+def read_checkpoint(tmp_path):
+    save_safetensors(dict(a=torch.zeros(1)), tmp_path / 'a.safetensors', {'iconformer_mm.checkpoint': '{}'})
+    read_adapter(tmp_path / 'a.safetensors')
+
+
+def load_data(dataset):
+    loader = dict(batch_size=1, dataset=dataset, sampler=dict(type='DefaultSampler', shuffle=False))
+    CheckedRunner.build_dataloader(ConfigDict(loader))
+
+
+def check_labels(**data):
+    CheckedPipeline(Compose([lambda sample: sample]), 150)(dict(img_path='a.jpg', **data))
+
+
+CASES = {
+    'unknown PEFT method': lambda _: build_method('icn'),
+    'unknown option': lambda _: build_method('icon', bottlneck=8),
+    "a PEFT method's config": lambda _: build_method(dict(bottleneck=32)),
+    'kernel_size must': lambda _: inject(vit(), kernel_size=4),
+    '... is no file of a PEFT': lambda _: load_config(
+        str(ROOT / 'configs' / 'quickstart' / 'vit-quickstart_icon_digits.py'),
+        str(ROOT / 'configs' / '_base_' / 'schedules' / 'quickstart_70e.py'),
+    ),
+    "config 'mmpretrain::nowhere'": lambda _: load_config('mmpretrain::nowhere'),
+    "config 'mmnothing::x'": lambda _: load_config('mmnothing::x'),
+    'no known Transformer': lambda _: inject(build_backbone(dict(type='ResNet', depth=18))),
+    'the model is adapted already': lambda _: inject_twice(),
+    'MMDistributedDataParallel': lambda _: inject_into_wrapped(),
+    'mmpretrain Swin blocks': lambda _: inject(
+        build_backbone(dict(type='SwinTransformer', arch=SWIN, img_size=64, pad_small_map=True)), 'vpt'
+    ),
+    'num_blocks is': lambda _: inject(vit(), 'partial', num_blocks=9),
+    '... tokens do not fit': lambda _: merge_tokens(),
+    'a block of': lambda _: run_block_alone(),
+    'with_cp recomputes': lambda _: inject(vit(), 'bitfit', with_cp=True),
+    'nothing to train': lambda _: PEFTOptimWrapperConstructor(dict(optimizer=dict(type='SGD', lr=0.1)))(frozen_vit()),
+    'wrong pre-trained weights for VisionTransformer: ... of': lambda _: load_weights(rename),
+    'wrong pre-trained weights for VisionTransformer: ... frozen': lambda _: load_weights(take_other),
+    '... does not fit: it was': other_base,
+    '... does not fit: 2 tensors': lambda tmp_path: load_into(tmp_path, classifier(5)),
+    'adapter file nowhere': lambda _: read_adapter('nowhere.safetensors'),
+    '... is no intact': read_broken,
+    '... is a safetensors file': read_weights,
+    '... is a training checkpoint': read_checkpoint,
+    "method 'full'": lambda tmp_path: save_adapter(adapted('full'), tmp_path / 'a.safetensors'),
+    "method 'icon' cannot": lambda _: merge(adapted()),
+    'Digits(': lambda _: load_data(dict(type='Digits', split='test', indices=[])),
+    'CustomDataset(': lambda _: load_data(dict(type='CustomDataset', data_root='nowhere', data_prefix='train')),
+    '...: the label map': lambda _: check_labels(gt_seg_map=np.full((4, 4), 150, np.uint8), ori_shape=(4, 4)),
+    '...: the largest depth': lambda _: check_labels(gt_depth_map=np.full((4, 4), 5000.0), ori_shape=(4, 4)),
+}
+
+
+def frozen_vit():
+    backbone = vit()
+    inject(backbone, 'frozen')
+    return backbone
+
+
+HEADINGS = re.findall(r'^### `(.*)`$', PAGE, re.MULTILINE)
+
+
+def heading_of(beginning):
+    (heading,) = [heading for heading in HEADINGS if heading.startswith(beginning)]
+    return heading
+
+
+def test_every_message_has_a_case():
+    assert sorted(map(heading_of, CASES)) == sorted(HEADINGS) and len(HEADINGS) >= 25
+
+
+@pytest.mark.parametrize('beginning', CASES)
+def test_message(beginning, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pattern = '.*'.join(re.escape(part) for part in heading_of(beginning).split('...'))
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (of many kinds; the message is what counts)
+        CASES[beginning](tmp_path)
+    assert re.search(pattern, ' '.join(str(caught.value).split()), re.DOTALL), caught.value
