@@ -211,7 +211,7 @@ def draw_kernels(steps: int, channels: int = 5) -> plt.Figure:
 
 
 def shares(config: dict) -> list[float]:
-    """The adapters' share of a backbone's parameters in per cent, for each bottleneck; no memory is taken for weights."""
+    """The adapters' share of a backbone's parameters in per cent, for each bottleneck; weights take no memory."""
     on_cpu = functools.partial(torch.linspace, device='cpu')  # read while building: rates of drop path
     found = []
     with torch.device('meta'), patch('torch.linspace', on_cpu):
