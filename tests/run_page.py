@@ -1,6 +1,6 @@
 """Runs a page of the documentation as a reader would: its blocks in order, in one folder.
 
-    python tests/run_page.py docs/tutorial.md FOLDER
+    python tests/run_page.py docs/own_backbone.md FOLDER
 
 - A ``python`` block is executed, all of a page in one scope. One that begins with a
   file's name in a comment (``# my_config.py``) is written to that file instead.

@@ -198,10 +198,9 @@ def draw_kernels(steps: int, channels: int = 5) -> plt.Figure:
                 if row == 0:
                     place.set_title(f'{title}\nchannel {channel}' if column == 0 else f'\n{channel}', fontsize=8)
             if row == 1:
-                figure.colorbar(
-                    last, ax=grid[:, 1 + stage * channels : 1 + (stage + 1) * channels].tolist(), location='bottom',
-                    shrink=0.5, aspect=40,
-                ).ax.tick_params(labelsize=7)  # fmt: skip
+                side = grid[:, 1 + stage * channels : 1 + (stage + 1) * channels].ravel().tolist()
+                bar = figure.colorbar(last, ax=side, location='bottom', shrink=0.5, aspect=40)
+                bar.ax.tick_params(labelsize=7)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
     return figure
