@@ -243,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--out', type=Path, default=ROOT / 'docs' / 'images', help='folder for the figures')
     parser.add_argument('--figures', nargs='+', choices=['block', 'kernels', 'shares'], help='which (default: all)')
-    parser.add_argument('--steps', type=int, default=40, help='training steps before kernels are drawn (40)')
+    parser.add_argument('--steps', type=int, default=1, help='training steps before kernels are drawn (1)')
     args = parser.parse_args()
     init_default_scope('mmpretrain')
     chosen = args.figures or ('block', 'kernels', 'shares')
