@@ -49,6 +49,7 @@ TOOLS = (
     'predict.py',
     'inspect_model.py',
     'adapter.py',
+    'convert_adapter.py',
     'compare.py',
     'quickstart.py',
     'scenes.py',
