@@ -10,7 +10,7 @@ bash tools/setup_env.sh
 if ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
     as_root=; [ "$(id -u)" = 0 ] || as_root='sudo -n'
     echo '[tests] installing chromium'
-    { $as_root apt-get update && $as_root apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
+    { timeout 300 $as_root apt-get update && timeout 300 $as_root apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
         echo '[tests] chromium could not be installed by apt-get; tests that need a browser will be skipped' >&2
 fi
 if command -v chromium >/dev/null; then

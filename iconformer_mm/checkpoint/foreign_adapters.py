@@ -53,7 +53,7 @@ def _by_block(state: State, pattern: str) -> dict[tuple[int, ...], State]:
         match = re.search(pattern, name)
         if match:
             numbers = tuple(map(int, re.findall(r'\d+', match[1])))
-            blocks.setdefault(numbers, {})[match[match.lastindex]] = value
+            blocks.setdefault(numbers, {})[match.groups()[-1]] = value
     if not blocks:
         some = ', '.join(list(state)[:3]) or 'nothing'
         raise ForeignAdapterError(f'no name of a tensor is of the form {pattern}; the file has {some}, ...')
@@ -245,7 +245,9 @@ def inject_foreign(model: nn.Module, foreign: ForeignAdapter) -> None:
             f'{len(sites)}'
         )
     inject(model, foreign.method)
-    attachments = get_injection(model).attachments
+    injection = get_injection(model)
+    assert injection is not None
+    attachments = injection.attachments
     own = [
         {f'{place}.{name}': p for place, adapter in a.adapters.items() for name, p in adapter.named_parameters()}
         for a in attachments
