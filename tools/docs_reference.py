@@ -18,6 +18,7 @@ from iconformer_mm.apis import AdapterInferencer
 from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.engine import (
     AdapterCheckpointHook,
+    AdapterStatisticsHook,
     BFloat16OptimWrapper,
     CheckedRunner,
     PEFTHook,
@@ -36,7 +37,14 @@ Generated from the docstrings, signatures and command lines of the package by
 [Methods](#peft-methods) | [Hooks and the like](#hooks-and-the-like) | [Backbones and heads](#backbones-and-heads) |
 [Functions](#functions) | [Prediction](#prediction) | [Command line](#command-line)
 """
-HOOKS = (PEFTHook, AdapterCheckpointHook, PEFTOptimWrapperConstructor, BFloat16OptimWrapper, CheckedRunner)
+HOOKS = (
+    PEFTHook,
+    AdapterCheckpointHook,
+    AdapterStatisticsHook,
+    PEFTOptimWrapperConstructor,
+    BFloat16OptimWrapper,
+    CheckedRunner,
+)
 LIBRARIES = {
     'mmpretrain': mmpretrain_backbones,
     'mmdet': mmdet_backbones,
@@ -48,6 +56,9 @@ TOOLS = (
     'test.py',
     'predict.py',
     'inspect_model.py',
+    'visualize_icon.py',
+    'report.py',
+    'find_lr.py',
     'adapter.py',
     'convert_adapter.py',
     'compare.py',
