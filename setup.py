@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -28,6 +30,25 @@ def read_requirements(name: str) -> list[str]:
     return requirements
 
 
+class BuildWithConfigs(build_py):
+    """Puts configs and tools into the built package, where MIM and ``iconformer_mm::path`` look for them.
+
+    Nothing is written into the checkout, and an editable install has nothing of it: there they are found beside
+    the package (``iconformer_mm/compat.py``).
+    """
+
+    def run(self) -> None:
+        """Build the package, then copy."""
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib, 'iconformer_mm', '.mim')
+        shutil.rmtree(target, ignore_errors=True)  # what an earlier build left
+        for name in ('configs', 'tools'):
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copy2(ROOT / 'model-index.yml', target)
+
+
 EXTRAS = ('cls', 'det', 'seg', 'timm', 'quickstart', 'test')
 
 setup(
@@ -37,6 +58,7 @@ setup(
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    cmdclass=dict(build_py=BuildWithConfigs),
     packages=find_packages(include=('iconformer_mm', 'iconformer_mm.*')),
     package_data={'iconformer_mm': ['py.typed']},
     python_requires='>=3.10',

@@ -1,11 +1,13 @@
 """Parameter-efficient fine-tuning for OpenMMLab with input-conditioned adapters.
 
 Importing the package registers all its parts, so ``custom_imports =
-dict(imports=['iconformer_mm'])`` is all that a config needs.
+dict(imports=['iconformer_mm'])`` is all that a config needs. From then on
+``_base_ = 'iconformer_mm::...'`` finds our configs, too.
 """
 
 from . import datasets, engine, models
 from .checkpoint import load_adapter, save_adapter
+from .compat import map_config_packages
 from .tuning import (
     active_adapter,
     add_adapter,
@@ -19,6 +21,8 @@ from .tuning import (
     summarize,
 )
 from .version import __version__
+
+map_config_packages()
 
 __all__ = [
     '__version__',

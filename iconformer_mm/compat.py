@@ -4,21 +4,57 @@ from __future__ import annotations
 
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 
-# The function that makes shapes of an operator known to torch.compile; the name before torch 2.4.
-register_fake = getattr(torch.library, 'register_fake', None) or torch.library.impl_abstract
+
+def config_folder(library: str) -> Path:
+    """The folder with the configs of a library: in its package, or, for a checkout of ours, beside it.
+
+    Args:
+        library: Import name, e.g. ``'mmdet'``.
+
+    Raises:
+        FileNotFoundError: The library is not installed.
+    """
+    spec = find_spec(library)
+    if spec is None:
+        raise FileNotFoundError(f'the package {library} is not installed')
+    package = Path(spec.submodule_search_locations[0])
+    inside = package / '.mim' / 'configs'
+    return package.parent / 'configs' if library == 'iconformer_mm' and not inside.is_dir() else inside
+
+
+_get_cfg_path = Config._get_cfg_path
+
+
+def _find_base(name: str, filename: str) -> tuple[str, str | None]:
+    """MMEngine's look-up of a base config, but for ours.
+
+    MMEngine would have all types of a base looked up in the scope that the
+    library is named after; those of our configs are in their ``default_scope``.
+    """
+    library, separator, inner = name.partition('::')
+    if not separator:
+        return _get_cfg_path(name, filename)
+    if library == 'iconformer_mm':
+        return str(config_folder(library) / inner), None
+    if find_spec(library) is None:
+        raise FileNotFoundError(f"{filename} has the base '{name}', and the package {library} is not installed")
+    return _get_cfg_path(name, filename)
 
 
 def map_config_packages() -> None:
-    """Let ``_base_ = 'mmseg::...'`` find the installed package, whichever distribution it came with.
+    """Let ``_base_ = 'mmseg::...'`` find the installed package, whichever distribution it came with, and ours.
 
     MMEngine looks such a config up by the distribution's name, and takes a
     library for missing (or installs the original over it) when another
     distribution provides it.
     """
+    Config._get_cfg_path = staticmethod(_find_base)
     MODULE2PACKAGE['iconformer_mm'] = 'iconformer_mm'
     for module, distribution in list(MODULE2PACKAGE.items()):
         if module != distribution and find_spec(module) is not None:

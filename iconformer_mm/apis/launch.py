@@ -16,7 +16,7 @@ from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint import load_safetensors
-from iconformer_mm.compat import map_config_packages
+from iconformer_mm.compat import config_folder
 from iconformer_mm.engine import CheckedRunner
 from iconformer_mm.engine.hooks.adapter_checkpoint_hook import newest_intact
 
@@ -57,10 +57,10 @@ def find_config(name: str) -> Path:
     if not separator:
         path = Path(name)
     else:
-        spec = find_spec(library)
-        if spec is None or not spec.submodule_search_locations:
-            raise FileNotFoundError(f"config '{name}': the package {library} is not installed")
-        path = Path(spec.submodule_search_locations[0], '.mim', 'configs', inner)
+        try:
+            path = config_folder(library) / inner
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"config '{name}': {error}") from None
         if path.suffix != '.py':
             path = path.with_name(path.name + '.py')
     if not path.is_file():
@@ -80,12 +80,17 @@ def load_config(name: str, peft: str | None = None) -> Config:
             ``configs/_base_/peft/icon.py``.
 
     Raises:
-        FileNotFoundError: There is no such file or library.
-        ValueError: The method's file has no PEFTHook.
+        FileNotFoundError: There is no such file or library, or none of a base.
+        ValueError: The method's file has no PEFTHook, or the library that the
+            config is for is not installed.
     """
-    map_config_packages()
     path = find_config(name)
     cfg = Config.fromfile(path)
+    scope = cfg.get('default_scope')
+    if scope is not None and find_spec(scope) is None:
+        raise ValueError(
+            f"config '{name}' is for {scope} (its default_scope), and the package {scope} is not installed"
+        )
     stem = path.stem
     if peft is not None:
         add_peft(cfg, peft)

@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iconformer_mm.compat import register_fake
-
 from . import backends
 from .backends import grouped_backend, looped_backend, reference_backend
 
-_NAMESPACE = 'iconformer_mm'
-_library = torch.library.Library(_NAMESPACE, 'DEF')
+_library = torch.library.Library('iconformer_mm', 'DEF')
 _library.define('dynamic_conv(Tensor tokens, Tensor kernels, int height, int width, str backend) -> Tensor')
 _library.define(
     'dynamic_conv_kernel_gradient(Tensor grad, Tensor tokens, int size, int height, int width, str backend) -> Tensor'
@@ -119,14 +116,17 @@ _library.impl(
 )
 
 
-@register_fake(f'{_NAMESPACE}::dynamic_conv')
-def _(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> Tensor:
+def _correlate_meta(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> Tensor:
     return tokens.new_empty(tokens.shape)
 
 
-@register_fake(f'{_NAMESPACE}::dynamic_conv_kernel_gradient')
-def _(grad: Tensor, tokens: Tensor, size: int, height: int, width: int, backend: str) -> Tensor:
+def _kernel_gradient_meta(grad: Tensor, tokens: Tensor, size: int, height: int, width: int, backend: str) -> Tensor:
     return tokens.new_empty(tokens.shape[0], tokens.shape[2], size, size)
+
+
+# What torch.compile needs to know: shapes.
+_library.impl('dynamic_conv', _correlate_meta, 'Meta')
+_library.impl('dynamic_conv_kernel_gradient', _kernel_gradient_meta, 'Meta')
 
 
 def _exporting() -> bool:
