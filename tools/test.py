@@ -60,7 +60,10 @@ def main() -> None:
     args = parse_args()
     if not os.path.isfile(args.checkpoint) and '://' not in args.checkpoint:
         raise SystemExit(f'checkpoint {args.checkpoint} does not exist')
-    cfg = load_config(args.config, args.peft)
+    try:
+        cfg = load_config(args.config, args.peft)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f'error: {error}') from None
     merge_args(cfg, args)
     runner = build_runner(cfg)
     if args.out:

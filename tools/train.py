@@ -59,7 +59,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    cfg = load_config(args.config, args.peft)
+    try:
+        cfg = load_config(args.config, args.peft)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f'error: {error}') from None
     merge_args(cfg, args)
     try:
         runner = build_runner(cfg)
