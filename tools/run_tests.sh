@@ -1,10 +1,24 @@
 #!/usr/bin/env bash
-# Makes the environment, then checks style and types and runs all tests, one process a core. Options go to pytest:
+# Makes the environment, then checks style and types and runs all tests, one process a core. Options go to pytest.
+#
+#   bash tools/run_tests.sh [OPTION ...]
+#   bash tools/run_tests.sh --original [OPTION ...]   the tests on the original OpenMMLab releases
+#
 # --cov at the end measures which lines of the package are run, in the tools' processes, too.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash tools/setup_env.sh
+if [ "${1:-}" = --original ]; then
+    shift
+    python=.venv-original/bin/python
+    bash tools/setup_env.sh --original
+else
+    python=.venv/bin/python
+    bash tools/setup_env.sh
+    .venv/bin/ruff check .
+    .venv/bin/ruff format --check .
+    .venv/bin/mypy
+fi
 
 # Reports are tested in a browser: Debian's, where there is one or it can be installed.
 if ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
@@ -18,10 +32,7 @@ if command -v chromium >/dev/null; then
     export ICONFORMER_MM_BROWSER  # with it these tests are not skipped
 fi
 
-export PIP_NO_INDEX=1  # nothing is installed from here on
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/mypy
+export PIP_NO_INDEX=1     # nothing is installed from here on
 export OMP_NUM_THREADS=1  # cores are for tests side by side; each process takes some GB
 jobs=$(getconf _NPROCESSORS_ONLN)
-exec .venv/bin/python -m pytest --numprocesses "$((jobs < 4 ? jobs : 4))" --dist worksteal "$@"
+exec $python -m pytest --numprocesses "$((jobs < 4 ? jobs : 4))" --dist worksteal "$@"

@@ -35,10 +35,10 @@ def disk(folder: Path, free: int) -> None:
     script(folder / 'df', f"echo 'Filesystem 1048576-blocks Used Available'; echo '/dev/x 99999 1 {free} 1% /'")
 
 
-def fail(machine: Path, **environment) -> str:
+def fail(machine: Path, *options: str, **environment) -> str:
     venv = machine.parent / 'venv'
     env = {'PATH': str(machine), 'ICONFORMER_MM_CACHE': str(machine.parent / 'cache'), **environment}
-    command = ['bash', ROOT / 'tools' / 'setup_env.sh', venv]
+    command = ['bash', ROOT / 'tools' / 'setup_env.sh', *options, venv]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert not venv.exists()
@@ -54,6 +54,11 @@ def test_no_python(machine):
 def test_wrong_python(machine):
     script(machine / 'old', 'exit 1')
     assert 'PYTHON=old is not a working Python 3.11 or 3.12' in fail(machine, PYTHON='old')
+
+
+def test_the_original_releases_end_at_python_3_11(machine):
+    script(machine / 'python3', '[[ $* == *3.12* ]] && exit 0; exit 1')  # what a Python 3.12 would answer
+    assert 'error: no Python 3.11 (with the venv module) found on PATH' in fail(machine, '--original')
 
 
 def test_no_compiler(machine):
