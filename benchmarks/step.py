@@ -29,7 +29,7 @@ from mmengine.structures import InstanceData, PixelData
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from iconformer_mm import inject
@@ -267,7 +267,7 @@ class LiveTensors(TorchDispatchMode):
     ) -> Any:
         """Run an operator, and count what it returned unless it is the memory of another tensor."""
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        for tensor in tree_flatten(out)[0]:
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
