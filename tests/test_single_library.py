@@ -3,6 +3,7 @@
 The processes see all packages of this environment but those that are to be absent, with their metadata.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -21,22 +22,24 @@ CONFIGS = {
 }
 # A name of a backbone in tests/families.py
 BACKBONES = {'mmpretrain': 'ViT', 'mmdet': 'mmdet Swin', 'mmseg': 'mmseg MiT'}
+TRAIN = str(ROOT / 'tools' / 'train.py')
+MAKE_SCENES = str(ROOT / 'tools' / 'dataset_converters' / 'make_scenes.py')
 
-ADAPT = """if True:
-    import sys
+PROGRAM = """if True:
+    import json, runpy, sys
     import torch
     from importlib.util import find_spec
     from families import FAMILIES, flatten, image
-    from iconformer_mm import inject, load_adapter, remove, save_adapter, summarize
+    from iconformer_mm import inject, load_adapter, remove, save_adapter
 
-    present, name = sys.argv[1].split(), sys.argv[2]
-    assert [n for n in ('mmpretrain', 'mmdet', 'mmseg', 'timm') if find_spec(n)] == present
-    if name == 'timm':
+    task = json.load(open('task.json'))
+    assert [n for n in ('mmpretrain', 'mmdet', 'mmseg', 'timm') if find_spec(n)] == [task['library']]
+    if task['library'] == 'timm':
         import timm
         def build():
             return timm.create_model('vit_tiny_patch16_224', img_size=64, embed_dim=32, depth=2, num_heads=2)
     else:
-        (build,) = [family.build for family in FAMILIES if family.name == name]
+        (build,) = [family.build for family in FAMILIES if family.name == task['backbone']]
 
     def make():
         torch.manual_seed(0)
@@ -60,67 +63,66 @@ ADAPT = """if True:
     assert all(torch.equal(a, b) for a, b in zip(flatten(other(x)), trained))
     remove(model)
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters())
+
+    refusals = []
+    for tool, *arguments in task['tools']:
+        sys.argv = [tool, *arguments]
+        try:
+            runpy.run_path(tool, run_name='__main__')
+        except SystemExit as error:
+            refusals.append(str(error))
+    json.dump(refusals, open('refusals.json', 'w'))
 """
 
 
-@pytest.fixture(scope='module')
-def packages(tmp_path_factory):
-    """Makes a folder with this environment's packages, of the mm libraries and timm only those named."""
+def run(library, tools, folder, tmp_path):
+    """Adapt a backbone, then run tools, in a process that has no other library; return what was refused.
 
-    def make(*present):
-        folder = tmp_path_factory.mktemp('packages')
-        absent = [word for name, project in LIBRARIES.items() if name not in present for word in (name, project)]
-        pattern = re.compile(rf'(onedl_)?({"|".join(absent)}|iconformer_mm)(-.*)?')
-        for entry in Path(sysconfig.get_path('purelib')).iterdir():
-            if pattern.fullmatch(entry.name) is None and entry.suffix != '.pth':
-                (folder / entry.name).symlink_to(entry)
-        return folder
-
-    return make
-
-
-def call(folder, *command, cwd, ok=True):
-    """Run Python with the packages of a folder; return what it printed."""
+    Args:
+        library: The one that is to be there.
+        tools: Command lines.
+        folder: Where the packages of the process are put together.
+        tmp_path: Where it works.
+    """
+    absent = [word for name, project in LIBRARIES.items() if name != library for word in (name, project)]
+    hidden = re.compile(rf'((onedl_)?({"|".join(absent)}|iconformer_mm)(-.*)?|.*\.pth)')
+    for entry in Path(sysconfig.get_path('purelib')).iterdir():
+        if hidden.fullmatch(entry.name) is None:
+            (folder / entry.name).symlink_to(entry)
+    task = dict(library=library, backbone=BACKBONES.get(library), tools=tools)
+    (tmp_path / 'task.json').write_text(json.dumps(task))
     path = os.pathsep.join(map(str, (folder, ROOT, ROOT / 'tests')))
     env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'PIP_NO_INDEX': '1'}
     # -S: without the environment's own folder of packages
-    command = [sys.executable, '-S', *map(str, command)]
-    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    output = result.stdout + result.stderr
-    assert (result.returncode == 0) == ok, output[-5000:]
-    return output
+    command = [sys.executable, '-S', '-c', PROGRAM]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
+    return json.loads((tmp_path / 'refusals.json').read_text())
 
 
 @pytest.mark.parametrize('library', CONFIGS)
-def test_one_library(library, packages, tmp_path):
-    """Inject, train, save, load; train by a config; and by a config of the others."""
-    folder = packages(library)
-    call(folder, '-c', ADAPT, library, BACKBONES[library], cwd=tmp_path)
-
-    train = ROOT / 'tools' / 'train.py'
+def test_one_library(library, tmp_path, tmp_path_factory):
+    """Inject, train, save, load; train by a config; and by a config of another."""
     options = ['--work-dir', 'out', '--peft', 'icon', '--cfg-options', 'default_hooks.peft.method.bottleneck=4']
     if library == 'mmpretrain':
+        tools = []
         options += ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
     else:
-        make = ['--out', 'data/scenes', '--styles', 'target', '--train', 4, '--val', 4]
-        call(folder, ROOT / 'tools' / 'dataset_converters' / 'make_scenes.py', *make, cwd=tmp_path)
+        tools = [[MAKE_SCENES, '--out', 'data/scenes', '--styles', 'target', '--train', '4', '--val', '4']]
         options += ['train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=2']
-    call(folder, train, f'iconformer_mm::{CONFIGS[library]}', *options, cwd=tmp_path)
+    tools.append([TRAIN, f'iconformer_mm::{CONFIGS[library]}', *options])
+    absent = next(name for name in CONFIGS if name != library)
+    tools.append([TRAIN, f'iconformer_mm::{CONFIGS[absent]}'])
+    (refusal,) = run(library, tools, tmp_path_factory.mktemp('packages'), tmp_path)
+    assert refusal.startswith('error: ') and f"has the base '{absent}::" in refusal
+    assert refusal.endswith(f'and the package {absent} is not installed')
     assert (tmp_path / 'out' / 'adapter.safetensors').is_file()
 
-    other, config = next((name, config) for name, config in CONFIGS.items() if name != library)
-    output = call(folder, train, f'iconformer_mm::{config}', cwd=tmp_path, ok=False)
-    assert f"has the base '{other}::" in output and f'and the package {other} is not installed' in output
-    assert 'Traceback' not in output
 
-
-def test_timm_alone(packages, tmp_path):
-    folder = packages('timm')
-    call(folder, '-c', ADAPT, 'timm', 'timm', cwd=tmp_path)
-    output = call(folder, ROOT / 'tools' / 'train.py', 'mmdet::swin/any', cwd=tmp_path, ok=False)
-    assert output == "error: config 'mmdet::swin/any': the package mmdet is not installed\n"
+def test_timm_alone(tmp_path, tmp_path_factory):
     (tmp_path / 'mine.py').write_text("default_scope = 'mmseg'\nmodel = dict(type='EncoderDecoder')\n")
-    output = call(folder, ROOT / 'tools' / 'train.py', 'mine.py', cwd=tmp_path, ok=False)
-    assert (
-        output == "error: config 'mine.py' is for mmseg (its default_scope), and the package mmseg is not installed\n"
-    )
+    tools = [[TRAIN, 'mmdet::swin/any'], [TRAIN, 'mine.py']]
+    assert run('timm', tools, tmp_path_factory.mktemp('packages'), tmp_path) == [
+        "error: config 'mmdet::swin/any': the package mmdet is not installed",
+        "error: config 'mine.py' is for mmseg (its default_scope), and the package mmseg is not installed",
+    ]
