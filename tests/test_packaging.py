@@ -109,7 +109,7 @@ def test_shipped_configs_load_by_their_names(installed, tmp_path):
     """
     configs = sorted((ROOT / 'configs').glob('[!_]*/*_icon_*.py'))
     names = {path.parent.name: path.relative_to(ROOT / 'configs') for path in configs}
-    assert len(names) == 7
+    assert len(names) == 8
     call(installed[0], '-c', program, *names.values(), cwd=tmp_path)
 
 
