@@ -21,7 +21,7 @@ def config_folder(library: str) -> Path:
         FileNotFoundError: The library is not installed.
     """
     spec = find_spec(library)
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f'the package {library} is not installed')
     package = Path(spec.submodule_search_locations[0])
     inside = package / '.mim' / 'configs'
