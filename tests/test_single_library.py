@@ -106,7 +106,7 @@ def test_one_library(library, tmp_path, tmp_path_factory):
     options = ['--work-dir', 'out', '--peft', 'icon', '--cfg-options', 'default_hooks.peft.method.bottleneck=4']
     if library == 'mmpretrain':
         tools = []
-        options += ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
+        options += ['train_cfg.max_epochs=6', 'train_cfg.val_interval=6']  # warm-up takes five
     else:
         tools = [[MAKE_SCENES, '--out', 'data/scenes', '--styles', 'target', '--train', '4', '--val', '4']]
         options += ['train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=2']
