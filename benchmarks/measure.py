@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from iconformer_mm.apis import inspection, load_config
+from iconformer_mm.visualization.figures import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / 'tools'))
@@ -230,11 +231,7 @@ def series_of(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> dict[str, tu
 
 def plot(panels: Sequence[Panel], path: Path) -> None:
     """Plot panels one below another."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.2 * len(panels)), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 4.2 * len(panels))
     for panel, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0]):
         for index, (name, (places, heights)) in enumerate(panel.series.items()):
             style = '-' if 'x' in panel.log else ''
@@ -251,7 +248,7 @@ def plot(panels: Sequence[Panel], path: Path) -> None:
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         axes.grid(alpha=0.3)
         axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def write_results(

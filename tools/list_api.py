@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.registry import PEFT_METHODS
 
 PACKAGE = 'iconformer_mm'
@@ -143,7 +144,8 @@ def main() -> None:
     head, marker, _ = GUIDE.read_text(encoding='utf-8').partition(MARKER)
     if not marker:
         raise SystemExit(f'{GUIDE} lacks the line {MARKER.strip()!r}, below which the listing goes')
-    GUIDE.write_text(head + marker + listing(), encoding='utf-8')
+    with written_whole(GUIDE) as temporary:
+        temporary.write_text(head + marker + listing(), encoding='utf-8')
 
 
 if __name__ == '__main__':

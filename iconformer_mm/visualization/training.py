@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .comparison import REFERENCE
-from .figures import new_figure
+from .figures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from iconformer_mm.engine.lr_range_test import LRRangeTest
@@ -87,4 +87,4 @@ def plot_lr_range_test(test: LRRangeTest, path: Path) -> None:
     axes.set(xscale='log', xlabel='learning rate', ylabel='training loss')
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
