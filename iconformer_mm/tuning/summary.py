@@ -53,7 +53,8 @@ class Summary:
         )
         where = ', '.join(f'{len(names)} x {family}' for family, names in self.sites.items()) or 'none'
         text = io.StringIO()
-        console = Console(file=text, width=88, color_system=None)
+        # In a notebook rich would display the table, and write nothing into the text.
+        console = Console(file=text, width=88, color_system=None, force_jupyter=False)
         console.print(table)
         console.print(f'trained share of the backbone: {self.backbone_share:.3%}; adapted: {where}')
         return text.getvalue().rstrip()

@@ -381,6 +381,13 @@ def test_heads_stay_trainable_and_never_count():
     assert summarize(model) == summary
 
 
+def test_summary_is_text_in_a_notebook_too(monkeypatch):
+    summary = inject(vit(), bottleneck=8)
+    text = str(summary)
+    monkeypatch.setattr('rich.console._is_jupyter', lambda: True)
+    assert str(summary) == text != ''
+
+
 def test_nothing_matched_is_an_error():
     from mmpretrain.models.backbones import ResNet
 
