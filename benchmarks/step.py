@@ -52,6 +52,7 @@ UNADAPTED = 'unadapted'
 # By the names of the contestants, what inject is given.
 METHODS: dict[str, dict[str, Any]] = {
     **{name: dict(method=name) for name in ('full', 'frozen', 'icon', 'icon-static', 'adaptformer', 'lora', 'mona')},
+    'icon at the FFN': dict(method=dict(type='icon', sites=['ffn'])),  # where AdaptFormer is
     'icon, with_cp': dict(method='icon', with_cp=True),
     'icon, bfloat16 base': dict(method='icon', frozen_dtype='bfloat16'),
 }

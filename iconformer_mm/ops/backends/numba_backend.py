@@ -1,9 +1,10 @@
 """The dynamic convolution as compiled CPU code, by Numba: no compiler on the user's machine is needed.
 
 Maps are walked in memory order, channels innermost, so that they fill vector registers, and
-their number is a constant of the code. For 3 x 3 kernels all nine taps of an output are taken
-at once, straight from the rows around it. One thread does a run of rows; the threads are ours, since those of Numba
-neither survive a fork nor follow ``torch.set_num_threads``.
+their number is a constant of the code. For 3 x 3 kernels two neighbouring outputs are made at
+once: they share the nine taps and half of their inputs, and loads are what limits it. One thread
+does a run of rows; the threads are ours, since those of Numba neither survive a fork nor
+follow ``torch.set_num_threads``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
     def correlate_3x3(
         x: np.ndarray, kernels: np.ndarray, out: np.ndarray, start: int, height: int, width: int, first: int, last: int
     ) -> None:
-        length = width * channels
+        length, pairs = width * channels, max(0, (width - 2) // 2)
         zeros = np.zeros(length, x.dtype)  # a row beyond the border
         for row in range(first, last):
             b, h = row // height, row % height
@@ -51,8 +52,8 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
             below = x[b, here + length : here + 2 * length] if h < height - 1 else zeros
             k = kernels[b]
             y = out[b, here : here + length]
-            for edge in range(min(width, 2)):
-                w = edge * (width - 1)
+            for index in range(width - 2 * pairs):  # the columns of no pair: the first, and the last or two
+                w = index + 2 * pairs if index else 0
                 s = w * channels
                 target = y[s : s + channels]
                 target[:] = 0
@@ -62,22 +63,22 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
                     a, m, z = above[near], middle[near], below[near]
                     for c in range(channels):
                         target[c] += k[j, c] * a[c] + k[3 + j, c] * m[c] + k[6 + j, c] * z[c]
-            for w in range(width - 2):
-                left = w * channels
-                centre = left + channels
-                right = centre + channels
+            for pair in range(pairs):
                 for c in range(channels):
-                    y[centre + c] = (
-                        k[0, c] * above[left + c]
-                        + k[1, c] * above[centre + c]
-                        + k[2, c] * above[right + c]
-                        + k[3, c] * middle[left + c]
-                        + k[4, c] * middle[centre + c]
-                        + k[5, c] * middle[right + c]
-                        + k[6, c] * below[left + c]
-                        + k[7, c] * below[centre + c]
-                        + k[8, c] * below[right + c]
-                    )
+                    i0 = 2 * pair * channels + c
+                    i1, i2, i3 = i0 + channels, i0 + 2 * channels, i0 + 3 * channels
+                    k0, k1, k2 = k[0, c], k[1, c], k[2, c]
+                    x1, x2 = above[i1], above[i2]
+                    first_sum = k0 * above[i0] + k1 * x1 + k2 * x2
+                    second_sum = k0 * x1 + k1 * x2 + k2 * above[i3]
+                    k0, k1, k2 = k[3, c], k[4, c], k[5, c]
+                    x1, x2 = middle[i1], middle[i2]
+                    first_sum += k0 * middle[i0] + k1 * x1 + k2 * x2
+                    second_sum += k0 * x1 + k1 * x2 + k2 * middle[i3]
+                    k0, k1, k2 = k[6, c], k[7, c], k[8, c]
+                    x1, x2 = below[i1], below[i2]
+                    y[i1] = first_sum + k0 * below[i0] + k1 * x1 + k2 * x2
+                    y[i2] = second_sum + k0 * x1 + k1 * x2 + k2 * below[i3]
 
     @_compiled
     def correlate(
@@ -106,7 +107,7 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
     def kernel_gradient_3x3(
         grad: np.ndarray, x: np.ndarray, out: np.ndarray, start: int, height: int, width: int, first: int, last: int
     ) -> None:
-        length = width * channels
+        length, pairs = width * channels, max(0, (width - 2) // 2)
         zeros = np.zeros(length, x.dtype)
         sums = np.zeros((9, channels), x.dtype)
         for row in range(first, last):
@@ -117,8 +118,8 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
             below = x[b, here + length : here + 2 * length] if h < height - 1 else zeros
             g = grad[b, here : here + length]
             sums[:] = 0  # a row is summed by itself first, which keeps rounding small on large maps
-            for edge in range(min(width, 2)):
-                w = edge * (width - 1)
+            for index in range(width - 2 * pairs):  # the columns of no pair: the first, and the last or two
+                w = index + 2 * pairs if index else 0
                 s = w * channels
                 values = g[s : s + channels]
                 for j in range(max(0, 1 - w), min(3, width + 1 - w)):
@@ -128,21 +129,23 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
                         sums[j, c] += values[c] * a[c]
                         sums[3 + j, c] += values[c] * m[c]
                         sums[6 + j, c] += values[c] * z[c]
-            for w in range(width - 2):
-                left = w * channels
-                centre = left + channels
-                right = centre + channels
+            for pair in range(pairs):
                 for c in range(channels):
-                    value = g[centre + c]
-                    sums[0, c] += value * above[left + c]
-                    sums[1, c] += value * above[centre + c]
-                    sums[2, c] += value * above[right + c]
-                    sums[3, c] += value * middle[left + c]
-                    sums[4, c] += value * middle[centre + c]
-                    sums[5, c] += value * middle[right + c]
-                    sums[6, c] += value * below[left + c]
-                    sums[7, c] += value * below[centre + c]
-                    sums[8, c] += value * below[right + c]
+                    i0 = 2 * pair * channels + c
+                    i1, i2, i3 = i0 + channels, i0 + 2 * channels, i0 + 3 * channels
+                    g1, g2 = g[i1], g[i2]
+                    x1, x2 = above[i1], above[i2]
+                    sums[0, c] += g1 * above[i0] + g2 * x1
+                    sums[1, c] += g1 * x1 + g2 * x2
+                    sums[2, c] += g1 * x2 + g2 * above[i3]
+                    x1, x2 = middle[i1], middle[i2]
+                    sums[3, c] += g1 * middle[i0] + g2 * x1
+                    sums[4, c] += g1 * x1 + g2 * x2
+                    sums[5, c] += g1 * x2 + g2 * middle[i3]
+                    x1, x2 = below[i1], below[i2]
+                    sums[6, c] += g1 * below[i0] + g2 * x1
+                    sums[7, c] += g1 * x1 + g2 * x2
+                    sums[8, c] += g1 * x2 + g2 * below[i3]
             out[b] += sums
 
     @_compiled
