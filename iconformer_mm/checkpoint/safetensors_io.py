@@ -106,7 +106,6 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
-@CheckpointLoader.register_scheme(prefixes=r'(?!\w+://).*\.safetensors$', force=True)
 def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Read a local safetensors file for MMEngine: ``init_cfg``, ``load_from``, ``resume`` and the like.
 
@@ -127,3 +126,9 @@ def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
     if isinstance(map_location, (str, torch.device)):
         tensors = {name: value.to(map_location) for name, value in tensors.items()}
     return decode_checkpoint(metadata, tensors, filename) if is_checkpoint(metadata) else tensors
+
+
+@CheckpointLoader.register_scheme(prefixes=r'(?!\w+://).*\.safetensors$', force=True)
+def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """:func:`load_safetensors` for MMEngine, which logs what follows ``load_from_`` in a loader's name."""
+    return load_safetensors(filename, map_location)
