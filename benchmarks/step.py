@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --out work_dirs/step
     python benchmarks/step.py --cases upernet-swin-b --methods full icon adaptformer --memory --rounds 0
+    python benchmarks/step.py --cases swin-t --methods icon adaptformer --rounds 0 --growth 7
 
 A step is forward, backward and AdamW over what is trained, without clipping of gradients. Weights and images
 are random. GFLOP are billions of floating-point operations an image, as torch counts them: their ratio is
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import finalize
@@ -42,6 +43,7 @@ from measure import (
     make_parser,
     prepare,
     progress_bar,
+    ratio,
     rows_of,
     series_of,
     settings_of,
@@ -95,6 +97,8 @@ CASES = {
     'cascade-swin-b': Case('coco/cascade-mask-rcnn_swin-b-in22k_fpn_full_1x_coco.py', (800, 1333), 1),
 }
 DEFAULT_CASES = ('vit-s', 'swin-t')
+# Sizes and images a step, for how time grows with either.
+GROWTH = [((224, 224), 1), ((448, 448), 1), ((224, 224), 4), ((224, 224), 16), ((800, 1333), 1)]  # by pixels
 
 
 def _labelled(size: tuple[int, int]) -> Any:
@@ -234,6 +238,29 @@ def measure_case(
     return trained, inferred
 
 
+def measure_growth(
+    name: str, case: Case, methods: Sequence[str], device: str, dtype: torch.dtype, rounds: int, progress: Progress
+) -> list[dict]:
+    """The rows of training steps with larger and with more images; all of them take turns."""
+    models = build_all(case, methods, device)
+    steps, settings = {}, {}
+    for size, batch in GROWTH:
+        data = make_data(models[methods[0]], replace(case, size=size), batch, training=True)
+        for method, model in models.items():
+            key = f'{method} {size} {batch}'
+            steps[key], settings[key] = training(model, data, dtype), (method, size, batch)
+    times = interleave(steps, rounds, progress, f'{name}, growth', device, min_seconds=0)
+    rows = rows_of(times, {}, case=name)
+    for row in rows:
+        row['contestant'], (height, width), batch = settings[row['contestant']]
+        row |= {'pixels': f'{height} x {width}', 'images': batch}
+        row['pixels a step'] = batch * height * width
+        row['ns a pixel'] = 1e6 * row['ms'] / row['pixels a step']
+        if 'adaptformer' in methods:
+            row['to adaptformer'] = ratio(row['seconds'], times[f'adaptformer {(height, width)} {batch}'])
+    return rows
+
+
 def count_operations(steps: Mapping[str, Callable[[], None]], batch: int) -> dict[str, float]:
     """Floating-point operations an image of matrix products, convolutions and attention, in billions."""
     counts = {}
@@ -351,12 +378,15 @@ def main() -> None:
     )
     parser.add_argument('--batch', type=int, help="images a step, in place of the case's own number")
     parser.add_argument('--memory', action='store_true', help='also peak memory; with --rounds 0 nothing else')
+    parser.add_argument(
+        '--growth', type=int, metavar='ROUNDS', default=0, help='also steps with larger and with more images'
+    )
     args = parser.parse_args()
     if args.batch is not None and args.batch < 1:
         parser.error(f'--batch must be at least 1, got {args.batch}')
-    prepare(args, min_rounds=0 if args.memory else 1)
+    prepare(args, min_rounds=0 if args.memory or args.growth else 1)
     dtype = DTYPES[args.dtype]
-    trained, inferred, memory = [], [], []
+    trained, inferred, memory, growth = [], [], [], []
     with progress_bar() as progress:
         for name in args.cases:
             case = CASES[name]
@@ -368,6 +398,8 @@ def main() -> None:
                 rows = measure_case(name, case, args.methods, *settings, args.rounds, progress)
                 trained += rows[0]
                 inferred += rows[1]
+            if args.growth:
+                growth += measure_growth(name, case, args.methods, args.device, dtype, args.growth, progress)
 
     tables, panels = [], []
     for title, rows, references in (
@@ -386,6 +418,11 @@ def main() -> None:
             columns |= {f'{quantity} to {reference}': '.3f' for reference in ('full', 'adaptformer')}
         tables.append(Table('memory of a training step', columns, memory))
         panels.append(Panel('memory of a training step', series_of(memory, 'case', 'peak (MiB)'), 'MiB'))
+    if growth:
+        columns = {'case': '', 'contestant': '', 'pixels': '', 'images': '', 'ms': '.1f', 'ns a pixel': '.1f'}
+        tables.append(Table('growth', {**columns, 'to adaptformer': '.3f'}, growth))
+        series = series_of(growth, 'pixels a step', 'ns a pixel')
+        panels.append(Panel('growth of a training step', series, 'ns a pixel', xlabel='pixels a step', log='x'))
     write_results(args.out, tables, settings_of(args), [panel for panel in panels if panel.series])
 
 

@@ -162,6 +162,21 @@ def test_step(monkeypatch, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore')
+def test_growth(monkeypatch, tmp_path):
+    shrink(monkeypatch, 'vit-s')
+    monkeypatch.setattr(step, 'GROWTH', [((32, 32), 2), ((32, 32), 3)])
+    options = ['--cases', 'vit-s', '--methods', 'icon', 'adaptformer', '--growth', '2']
+    rows = run(step, monkeypatch, tmp_path, *options, '--rounds', '0')['growth']
+    assert [(row['images'], row['contestant']) for row in rows] == [*product([2, 3], ['icon', 'adaptformer'])]
+    for row in rows:
+        assert row['ns a pixel'] == pytest.approx(1e9 * statistics.median(row['seconds']) / (row['images'] * 32 * 32))
+    for icon, other in (rows[:2], rows[2:]):
+        assert icon['to adaptformer'] == pytest.approx(
+            statistics.median(a / b for a, b in zip(icon['seconds'], other['seconds']))
+        )
+
+
+@pytest.mark.filterwarnings('ignore')
 def test_models_share_what_stays_frozen(monkeypatch):
     case = shrink(monkeypatch, 'vit-s')
     models = step.build_all(case, ['full', 'icon', 'lora', step.UNADAPTED], 'cpu')
