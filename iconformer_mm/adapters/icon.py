@@ -93,7 +93,9 @@ class ICoN(nn.Module):
 
         def mean(values: Tensor) -> Tensor:
             if window is None:
-                return values.mean(dim=(1, 2))
+                # Not values.mean(), whose gradient is a map that is written; that of a sum is a view.
+                total = values.sum(dim=(1, 2), dtype=torch.promote_types(values.dtype, torch.float32))
+                return (total / (values.shape[1] * values.shape[2])).to(values.dtype)
             # Windows that reach over the edge count what is in the map only.
             pooled = F.avg_pool2d(values.permute(0, 3, 1, 2), window, ceil_mode=True, count_include_pad=False)
             return pooled.permute(0, 2, 3, 1).flatten(0, 2)
