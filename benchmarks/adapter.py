@@ -20,6 +20,7 @@ from measure import (
     Table,
     interleave,
     make_parser,
+    precision,
     prepare,
     progress_bar,
     rows_of,
@@ -71,7 +72,7 @@ def make_step(adapter: nn.Module, case: Case, device: str, dtype: torch.dtype) -
     inputs = [tokens, *adapter.parameters()]
 
     def step() -> None:
-        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        with precision(device, dtype):
             delta = adapter(tokens, case.grid)
         torch.autograd.grad(delta, inputs, grad.to(delta.dtype))
 

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def prepare(args: argparse.Namespace, min_rounds: int = 1) -> None:
         raise SystemExit('--device cuda: torch sees no CUDA device here')
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+
+
+def precision(device: str, dtype: torch.dtype) -> AbstractContextManager:
+    """Autocast to a precision, unless it is float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype=dtype)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from measure import (
     build_model,
     interleave,
     make_parser,
+    precision,
     prepare,
     progress_bar,
     ratio,
@@ -185,7 +186,7 @@ def inference(model: nn.Module, data: dict, dtype: torch.dtype) -> Callable[[], 
     device = data['inputs'].device.type
 
     def step() -> None:
-        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), precision(device, dtype):
             model(**data, mode='predict')
 
     return step
@@ -199,7 +200,7 @@ def training(model: nn.Module, data: dict, dtype: torch.dtype) -> Callable[[], N
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-8)
 
     def step() -> None:
-        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        with precision(device, dtype):
             loss, _ = model.parse_losses(model(**data, mode='loss'))
         loss.backward()
         optimizer.step()

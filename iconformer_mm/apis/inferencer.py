@@ -239,7 +239,8 @@ class _Inferencer(BaseInferencer):
 
     def __init__(self, cfg: Config, model: BaseModel, device: str) -> None:
         self.cfg, self.given = cfg, model
-        super().__init__(copy.deepcopy(cfg), device=device, show_progress=False)
+        super().__init__(copy.deepcopy(cfg), device=device)
+        self.show_progress = False  # no argument of mmseg 1.2's
 
     def _init_model(self, cfg: Any, weights: Any, device: str = 'cpu') -> BaseModel:
         self.given.cfg = cfg

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +13,19 @@ from torch import Tensor
 from .reference_backend import as_maps, behind_prefix
 
 
+def without_half(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Computes float16 on a CPU in float32: the CPU's convolutions of torch 2.1 have no float16."""
+
+    @wraps(function)
+    def call(first: Tensor, second: Tensor, *settings: Any) -> Tensor:
+        if first.dtype == torch.float16 and first.device.type == 'cpu':
+            return function(first.float(), second.float(), *settings).half()
+        return function(first, second, *settings)
+
+    return call
+
+
+@without_half
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
     """The filtered tokens; see the package."""
     (batch, _, channels), size = tokens.shape, kernels.shape[-1]
@@ -28,6 +45,7 @@ def weight_gradient(grad: Tensor, maps: Tensor, size: int) -> Tensor:
     )[1]
 
 
+@without_half
 def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int) -> Tensor:
     """The gradient of the kernels; see the package."""
     batch, _, channels = tokens.shape

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grouped_backend import weight_gradient
+from .grouped_backend import weight_gradient, without_half
 from .reference_backend import as_maps, behind_prefix
 
 
+@without_half
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
     """The filtered tokens; see the package."""
     channels, size = kernels.shape[1], kernels.shape[-1]
@@ -21,6 +22,7 @@ def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tenso
     return behind_prefix(tokens, torch.cat(out).permute(0, 2, 3, 1)).contiguous()
 
 
+@without_half
 def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int) -> Tensor:
     """The gradient of the kernels; see the package."""
     grad, maps = (as_maps(t, height, width).permute(0, 3, 1, 2).split(1) for t in (grad, tokens))
