@@ -214,6 +214,11 @@ def test_count_of_operations():
     assert rows[1]['GFLOP to a'] == 2 and 'GFLOP to none' not in rows[1]
 
 
+# What these look into, storages and what the graph keeps, is otherwise in torch 2.1.
+recent = pytest.mark.skipif(torch.__version__.startswith('2.1.'), reason='torch 2.1 cannot be measured in this way')
+
+
+@recent
 def test_live_tensors():
     values = torch.zeros(1024)
     with step.LiveTensors() as live:
@@ -237,6 +242,7 @@ def test_stored_bytes():
     assert stored.stored_bytes(model, model(x).sum()) == dict(Gelu=3 * 8 * 4)
 
 
+@recent
 @pytest.mark.filterwarnings('ignore')
 def test_stored_of_a_model(monkeypatch, tmp_path):
     shrink(monkeypatch, 'vit-s')
