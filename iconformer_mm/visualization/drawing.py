@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from mmengine.structures import BaseDataElement
 
 from .figures import new_figure, save_figure
 
 SCORE_THRESHOLD = 0.3
+SHORT_SIDE = 400  # pixels, at least, of a picture with boxes
 
 
 def draw_prediction(
@@ -25,7 +28,7 @@ def draw_prediction(
     """Draw what a model says of an image, by the visualizer of its library.
 
     Labels with their scores, boxes and masks, maps of classes over the image, or a depth map
-    beside the image with a bar in metres.
+    beside the image with a bar in metres. Images with a short side below 400 pixels are enlarged for boxes.
 
     Args:
         image: (H, W, 3), uint8, RGB.
@@ -53,6 +56,7 @@ def draw_prediction(
 
         visualizer = DetLocalVisualizer()
         visualizer.dataset_meta = {'palette': 'random', **meta}
+        options['image'], options['data_sample'] = _enlarge(image, prediction)
         visualizer.add_datasample('prediction', **options, pred_score_thr=score_threshold)
     elif 'pred_score' in prediction:
         from mmpretrain.visualization import UniversalVisualizer
@@ -63,6 +67,19 @@ def draw_prediction(
         visualizer.visualize_cls(**options, classes=meta.get('classes'), resize=224 if short < 224 else None)
     else:
         raise ValueError(f'there is no prediction to draw in {type(prediction).__name__}: {list(prediction.keys())}')
+
+
+def _enlarge(image: np.ndarray, prediction: BaseDataElement) -> tuple[np.ndarray, BaseDataElement]:
+    """A small image and its instances several times as large, since text and lines are of a fixed size."""
+    factor = math.ceil(SHORT_SIDE / min(image.shape[:2]))
+    if factor == 1:
+        return image, prediction
+    prediction = prediction.clone()
+    instances = prediction.pred_instances = prediction.pred_instances.clone()  # the first copy shares it
+    instances.bboxes = instances.bboxes * factor
+    if 'masks' in instances:
+        instances.masks = instances.masks.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+    return cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC), prediction
 
 
 def _draw_depth(image: np.ndarray, depth: np.ndarray, path: str | os.PathLike) -> None:

@@ -273,7 +273,8 @@ def _curves(run: Run) -> Section:
         (HistoryPanel('learning rate', 'iteration', _series(run.train, rates)), False),
         (HistoryPanel('gradient norm', 'iteration', _series(run.train, ['grad_norm'])), True),
     ]
-    metrics = metrics_of(run.val)
+    # One value is no curve; the tables have it.
+    metrics = [name for name in metrics_of(run.val) if sum(name in record for record in run.val) > 1]
     panels += [(HistoryPanel(name, run.unit, _series(run.val, [name])), False) for name in metrics[:MAX_PANELS]]
     for panel, logarithmic in panels:
         if panel.curves:
