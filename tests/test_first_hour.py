@@ -38,7 +38,7 @@ def test_the_stock_config(folder):
         code = block['code']
         if block['kind'] == 'python':
             (folder / FILE.match(code)[1]).write_text(code, encoding='utf-8')
-        elif block['kind'] == 'bash' and 'my_scenes' in code:
+        elif block['kind'] == 'bash' and ('my_scenes' in code or 'work_dirs/first_hour' in code):
             commands += code.replace('\\\n', ' ').strip().splitlines()
     tools = [command.split()[1] for command in commands]
     assert tools == [f'tools/{name}.py' for name in ('inspect_model', 'train', 'predict', 'report')]
