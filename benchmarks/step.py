@@ -44,7 +44,6 @@ from measure import (
     precision,
     prepare,
     progress_bar,
-    ratio,
     rows_of,
     series_of,
     settings_of,
@@ -244,21 +243,24 @@ def measure_growth(
 ) -> list[dict]:
     """The rows of training steps with larger and with more images; all of them take turns."""
     models = build_all(case, methods, device)
-    steps, settings = {}, {}
+    steps = {}
     for size, batch in GROWTH:
         data = make_data(models[methods[0]], replace(case, size=size), batch, training=True)
-        for method, model in models.items():
-            key = f'{method} {size} {batch}'
-            steps[key], settings[key] = training(model, data, dtype), (method, size, batch)
+        steps |= {f'{method} {size} {batch}': training(model, data, dtype) for method, model in models.items()}
     times = interleave(steps, rounds, progress, f'{name}, growth', device, min_seconds=0)
-    rows = rows_of(times, {}, case=name)
+    rows = []
+    for size, batch in GROWTH:
+        own = {method: times[f'{method} {size} {batch}'] for method in methods}
+        height, width = size
+        columns = {
+            'case': name,
+            'pixels': f'{height} x {width}',
+            'images': batch,
+            'pixels a step': batch * height * width,
+        }
+        rows += rows_of(own, {'to adaptformer': 'adaptformer'}, **columns)
     for row in rows:
-        row['contestant'], (height, width), batch = settings[row['contestant']]
-        row |= {'pixels': f'{height} x {width}', 'images': batch}
-        row['pixels a step'] = batch * height * width
         row['ns a pixel'] = 1e6 * row['ms'] / row['pixels a step']
-        if 'adaptformer' in methods:
-            row['to adaptformer'] = ratio(row['seconds'], times[f'adaptformer {(height, width)} {batch}'])
     return rows
 
 
