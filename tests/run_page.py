@@ -89,12 +89,17 @@ def check_printed(expected: str, printed: str, name: str) -> None:
             raise SystemExit(f'{name}: not printed: {line}\nprinted was:\n{printed[-3000:]}')
 
 
-def main() -> None:
-    """Run the page in the folder."""
-    page, folder = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
+def link_checkout(folder: Path) -> None:
+    """Make a folder in which a page can be run."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
+
+
+def main() -> None:
+    """Run the page in the folder."""
+    page, folder = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
+    link_checkout(folder)
     os.chdir(folder)
     sys.path.insert(0, '.')
     scope: dict = {'__name__': '__main__'}

@@ -1,15 +1,11 @@
 """docs/first_hour.md, adapted to four images: its config, and its commands in their order."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
-import pytest
 from conftest import ROOT
-from run_page import BLOCK, FILE, LINKED
+from run_page import link_checkout, read_blocks, run_bash, run_python
 from test_scene_configs import WRITERS, scenes
 
 PAGE = ROOT / 'docs' / 'first_hour.md'
@@ -20,36 +16,24 @@ SHORT = (
 )
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """A folder with what a checkout has, the page's config, and four scenes of a split."""
-    root = tmp_path_factory.mktemp('first_hour')
-    for name in LINKED:
-        (root / name).symlink_to(ROOT / name)
+def test_the_stock_config(tmp_path, monkeypatch):
+    link_checkout(tmp_path)
+    monkeypatch.chdir(tmp_path)
     for split in ('train', 'val'):
-        WRITERS['coco'](root / 'data' / 'scenes' / 'target' / 'coco', split, scenes(4, 0, 'target'))
-    return root
-
-
-def test_the_stock_config(folder):
-    env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'OMP_NUM_THREADS': '2'}
+        WRITERS['coco'](Path('data/scenes/target/coco'), split, scenes(4, 0, 'target'))
     commands = []
-    for block in BLOCK.finditer(PAGE.read_text(encoding='utf-8')):
-        code = block['code']
-        if block['kind'] == 'python':
-            (folder / FILE.match(code)[1]).write_text(code, encoding='utf-8')
-        elif block['kind'] == 'bash' and ('my_scenes' in code or 'work_dirs/first_hour' in code):
-            commands += code.replace('\\\n', ' ').strip().splitlines()
+    for block in read_blocks(PAGE):
+        if block.kind == 'python':
+            run_python(block.code, {}, PAGE.name)  # writes the config
+        elif block.kind == 'bash' and ('my_scenes' in block.code or 'work_dirs/first_hour' in block.code):
+            commands += block.code.replace('\\\n', ' ').strip().splitlines()
     tools = [command.split()[1] for command in commands]
     assert tools == [f'tools/{name}.py' for name in ('inspect_model', 'train', 'predict', 'report')]
 
     for command in commands:
-        if 'tools/train.py' in command:
-            command = f'{command} {SHORT}'
-        result = subprocess.run(['bash', '-c', command], cwd=folder, env=env, capture_output=True, text=True)
-        assert result.returncode == 0, f'{command}\n{result.stdout[-3000:]}{result.stderr[-3000:]}'
+        run_bash(f'{command} {SHORT}' if 'tools/train.py' in command else command, PAGE.name)
 
-    run = folder / 'work_dirs' / 'first_hour'
+    run = Path('work_dirs/first_hour')
     predictions = json.loads((run / 'predictions' / 'predictions.json').read_text())
     assert len(predictions['predictions']) == 4 and not predictions['skipped']
     assert cv2.imread(str(next((run / 'predictions').rglob('*.png')))).std() > 0
