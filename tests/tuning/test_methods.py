@@ -200,14 +200,14 @@ def test_files_switching_and_copies(method, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(run(twin, x), adapted))
 
 
-passed_over = pytest.mark.xfail(
+wrong_in_2_1 = pytest.mark.xfail(
     torch.__version__.startswith('2.1.'), reason='torch.compile of torch 2.1 computes something else with SSF'
 )
 
 
 @pytest.mark.parametrize(
     'method',
-    ['lora', 'dora', pytest.param('ssf', marks=passed_over), 'adapter', 'mona', 'convpass', 'vpt', 'icon-static'],
+    ['lora', 'dora', pytest.param('ssf', marks=wrong_in_2_1), 'adapter', 'mona', 'convpass', 'vpt', 'icon-static'],
 )
 def test_torch_compile_and_autocast(method):
     model = make_vit()
