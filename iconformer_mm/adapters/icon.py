@@ -129,12 +129,13 @@ class ICoN(nn.Module):
         return kernels.expand(len(maps), -1, -1, -1) if self.kernel == 'static' else kernels
 
     def _normalise(self, kernels: Tensor) -> Tensor:
-        # In float32 also under autocast: a variance of nine small numbers.
-        # Clamped, since the square root's gradient at zero is infinite.
+        # In float32 also under autocast: a variance of nine small numbers. Few operators, since each
+        # costs more than its arithmetic; the norm, K times std, has a finite gradient at zero, too.
         taps = kernels.double() if kernels.dtype == torch.float64 else kernels.float()
         taps = taps - taps.mean(dim=(2, 3), keepdim=True)
-        std = taps.square().mean(dim=(2, 3), keepdim=True).clamp_min(1e-20).sqrt()
-        return (taps / (std + self.eps) * self.gamma + self.beta).to(kernels.dtype)
+        norm = torch.linalg.vector_norm(taps, dim=(2, 3), keepdim=True)
+        taps = taps / (norm + self.kernel_size * self.eps)
+        return torch.addcmul(self.beta, taps, self.gamma, value=self.kernel_size).to(kernels.dtype)
 
     def extra_repr(self) -> str:
         """Settings, for ``print(model)``."""
