@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,3 +71,7 @@ def is_autocast_enabled(device: str) -> bool:
         return torch.is_autocast_enabled(device)
     except TypeError:
         return torch.is_autocast_cpu_enabled() if device == 'cpu' else torch.is_autocast_enabled()
+
+
+# Whether torch.compile is at work; torch 2.1 has it under another name.
+is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iconformer_mm.compat import is_compiling
 from iconformer_mm.ops import dynamic_depthwise_conv2d, dynamic_depthwise_conv_tokens
 from iconformer_mm.registry import ADAPTERS
 
@@ -92,8 +93,11 @@ class ICoN(nn.Module):
         """Statistics of maps (B, H, W, c), or of their windows row by row: (B or B * windows, c or 2 c)."""
 
         def mean(values: Tensor) -> Tensor:
+            if window is None and is_compiling():
+                return values.mean(dim=(1, 2))
             if window is None:
-                # Not values.mean(), whose gradient is a map that is written; that of a sum is a view.
+                # Not values.mean(), whose gradient is a map that is written; that of a sum is a view. Compilers
+                # write neither, and that of torch 2.1 fails on a division by sizes.
                 total = values.sum(dim=(1, 2), dtype=torch.promote_types(values.dtype, torch.float32))
                 return (total / (values.shape[1] * values.shape[2])).to(values.dtype)
             # Windows that reach over the edge count what is in the map only.
