@@ -58,7 +58,7 @@ def draw_history(panel: HistoryPanel, logarithmic: bool = False) -> str:
         axes.set_yscale('log')
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(panel.curves) > 1:
-        axes.legend(fontsize=8, frameon=False)
+        figure.legend(loc='outside lower center', ncols=3, fontsize=8, frameon=False)  # a curve may be anywhere within
     axes.set(title=panel.title, xlabel=panel.xlabel)
     axes.grid(alpha=0.3)
     text = io.StringIO()
