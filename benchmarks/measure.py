@@ -251,6 +251,8 @@ def plot(panels: Sequence[Panel], path: Path) -> None:
                 label.set(rotation=45, ha='right', rotation_mode='anchor')
         if 'y' in panel.log:
             axes.set_yscale('log')
+        elif 'x' in panel.log:
+            axes.set_ylim(bottom=0)  # what hardly grows is to look so
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         axes.grid(alpha=0.3)
         axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
