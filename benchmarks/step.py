@@ -11,6 +11,7 @@ that of the times if nothing else took time.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
@@ -373,6 +374,35 @@ def measure_memory(name: str, case: Case, methods: Sequence[str], *settings: Any
     return rows
 
 
+def write(
+    args: argparse.Namespace, trained: list[dict], inferred: list[dict], memory: list[dict], growth: list[dict]
+) -> None:
+    """Write the rows that there are: tables and plots."""
+    tables, panels = [], []
+    for title, rows, references in (
+        ('training step', trained, ('to full', 'to adaptformer')),
+        ('inference', inferred, ('to unadapted',)),
+    ):
+        if rows:
+            columns = {'case': '', 'contestant': '', 'ms': '.1f', **dict.fromkeys(references, '.3f'), 'images/s': '.2f'}
+            columns |= {'GFLOP': '.2f', **{f'GFLOP {reference}': '.3f' for reference in references}}
+            tables.append(Table(title, columns, rows))
+            panels += [Panel(title, series_of(rows, 'case', r), f'time {r}', line=1) for r in references]
+    if memory:
+        columns = {'case': '', 'contestant': ''}
+        for quantity in ('peak', 'live tensors'):
+            columns[f'{quantity} (MiB)'] = ',.0f'
+            columns |= {f'{quantity} to {reference}': '.3f' for reference in ('full', 'adaptformer')}
+        tables.append(Table('memory of a training step', columns, memory))
+        panels.append(Panel('memory of a training step', series_of(memory, 'case', 'peak (MiB)'), 'MiB'))
+    if growth:
+        columns = {'case': '', 'contestant': '', 'pixels': '', 'images': '', 'ms': '.1f', 'ns a pixel': '.1f'}
+        tables.append(Table('growth', {**columns, 'to adaptformer': '.3f'}, growth))
+        series = series_of(growth, 'pixels a step', 'ns a pixel')
+        panels.append(Panel('growth of a training step', series, 'ns a pixel', xlabel='pixels a step', log='x'))
+    write_results(args.out, tables, settings_of(args), [panel for panel in panels if panel.series])
+
+
 def main() -> None:
     """Run the tool."""
     parser = make_parser(__doc__.partition('\n')[0], 'work_dirs/step', [*CASES], DEFAULT_CASES)
@@ -403,30 +433,7 @@ def main() -> None:
                 inferred += rows[1]
             if args.growth:
                 growth += measure_growth(name, case, args.methods, args.device, dtype, args.growth, progress)
-
-    tables, panels = [], []
-    for title, rows, references in (
-        ('training step', trained, ('to full', 'to adaptformer')),
-        ('inference', inferred, ('to unadapted',)),
-    ):
-        if rows:
-            columns = {'case': '', 'contestant': '', 'ms': '.1f', **dict.fromkeys(references, '.3f'), 'images/s': '.2f'}
-            columns |= {'GFLOP': '.2f', **{f'GFLOP {reference}': '.3f' for reference in references}}
-            tables.append(Table(title, columns, rows))
-            panels += [Panel(title, series_of(rows, 'case', r), f'time {r}', line=1) for r in references]
-    if memory:
-        columns = {'case': '', 'contestant': ''}
-        for quantity in ('peak', 'live tensors'):
-            columns[f'{quantity} (MiB)'] = ',.0f'
-            columns |= {f'{quantity} to {reference}': '.3f' for reference in ('full', 'adaptformer')}
-        tables.append(Table('memory of a training step', columns, memory))
-        panels.append(Panel('memory of a training step', series_of(memory, 'case', 'peak (MiB)'), 'MiB'))
-    if growth:
-        columns = {'case': '', 'contestant': '', 'pixels': '', 'images': '', 'ms': '.1f', 'ns a pixel': '.1f'}
-        tables.append(Table('growth', {**columns, 'to adaptformer': '.3f'}, growth))
-        series = series_of(growth, 'pixels a step', 'ns a pixel')
-        panels.append(Panel('growth of a training step', series, 'ns a pixel', xlabel='pixels a step', log='x'))
-    write_results(args.out, tables, settings_of(args), [panel for panel in panels if panel.series])
+            write(args, trained, inferred, memory, growth)  # after each, since a case may take an hour
 
 
 if __name__ == '__main__':
