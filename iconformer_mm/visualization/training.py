@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from iconformer_mm.engine.lr_range_test import LRRangeTest
 
 DOTTED = 60  # up to so many values of a curve are marked, as single ones may be all there is
+LEGEND_COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def draw_history(panel: HistoryPanel, logarithmic: bool = False) -> str:
     import matplotlib
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_figure(4.6, 3.0)
+    legend_rows = -(-len(panel.curves) // LEGEND_COLUMNS) if len(panel.curves) > 1 else 0
+    figure = new_figure(4.6, 3.0 + 0.16 * legend_rows)
     axes = figure.subplots()
     values = [y for curve in panel.curves.values() for _, y in curve if math.isfinite(y)]
     for index, (name, curve) in enumerate(panel.curves.items()):
@@ -57,8 +59,8 @@ def draw_history(panel: HistoryPanel, logarithmic: bool = False) -> str:
     if logarithmic and values and min(values) > 0:
         axes.set_yscale('log')
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(panel.curves) > 1:
-        figure.legend(loc='outside lower center', ncols=3, fontsize=8, frameon=False)  # a curve may be anywhere within
+    if legend_rows:  # outside, since a curve may be anywhere within
+        figure.legend(loc='outside lower center', ncols=LEGEND_COLUMNS, fontsize=8, frameon=False)
     axes.set(title=panel.title, xlabel=panel.xlabel)
     axes.grid(alpha=0.3)
     text = io.StringIO()
