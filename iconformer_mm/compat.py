@@ -75,3 +75,5 @@ def is_autocast_enabled(device: str) -> bool:
 
 # Whether torch.compile is at work; torch 2.1 has it under another name.
 is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
+# Whether torch.export is; older releases, torch 2.1 among them, do not tell.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', bool)

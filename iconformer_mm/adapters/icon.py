@@ -93,16 +93,16 @@ class ICoN(nn.Module):
         """Statistics of maps (B, H, W, c), or of their windows row by row: (B or B * windows, c or 2 c)."""
 
         def mean(values: Tensor) -> Tensor:
-            if window is None and is_compiling():
+            if window is not None:
+                # Windows that reach over the edge count what is in the map only.
+                pooled = F.avg_pool2d(values.permute(0, 3, 1, 2), window, ceil_mode=True, count_include_pad=False)
+                return pooled.permute(0, 2, 3, 1).flatten(0, 2)
+            if is_compiling():
                 return values.mean(dim=(1, 2))
-            if window is None:
-                # Not values.mean(), whose gradient is a map that is written; that of a sum is a view. Compilers
-                # write neither, and that of torch 2.1 fails on a division by sizes.
-                total = values.sum(dim=(1, 2), dtype=torch.promote_types(values.dtype, torch.float32))
-                return (total / (values.shape[1] * values.shape[2])).to(values.dtype)
-            # Windows that reach over the edge count what is in the map only.
-            pooled = F.avg_pool2d(values.permute(0, 3, 1, 2), window, ceil_mode=True, count_include_pad=False)
-            return pooled.permute(0, 2, 3, 1).flatten(0, 2)
+            # Not values.mean(), whose gradient is a map that is written; that of a sum is a view. Compilers
+            # write neither, and that of torch 2.1 fails on a division by sizes.
+            total = values.sum(dim=(1, 2), dtype=torch.promote_types(values.dtype, torch.float32))
+            return (total / (values.shape[1] * values.shape[2])).to(values.dtype)
 
         first = mean(maps)
         if self.pooling == 'mean':

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iconformer_mm.compat import is_exporting
+
 from . import backends
 from .backends import grouped_backend, looped_backend, reference_backend
 
@@ -130,7 +132,7 @@ _library.impl('dynamic_conv_kernel_gradient', _kernel_gradient_meta, 'Meta')
 
 
 def _exporting() -> bool:
-    return torch.onnx.is_in_onnx_export() or getattr(torch.compiler, 'is_exporting', bool)()
+    return torch.onnx.is_in_onnx_export() or is_exporting()
 
 
 def dynamic_depthwise_conv_tokens(
