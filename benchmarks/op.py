@@ -2,6 +2,9 @@
 
     python benchmarks/op.py --out work_dirs/op
 
+On CUDA, times are those of the device: what a contestant launches is recorded once and played back. "ms, launched"
+is the time with Python, dispatch and autograd, which a training step hides behind other work of the device or not.
+
 "copy bound" is the time to move what has to be moved at the speed of a copy that is measured
 in the same rounds: six tensors of the size of x (forward reads x and writes the output; the gradient
 of x reads the output's gradient and writes that of x; the kernels' gradient reads the output's gradient and x).
@@ -28,6 +31,7 @@ from measure import (
     prepare,
     progress_bar,
     ratio,
+    replayed,
     rows_of,
     series_of,
     settings_of,
@@ -179,6 +183,10 @@ def measure_case(
     target.zero_()  # memory is given at the first touch
     contestants['copy'] = lambda: target.copy_(source)
     contestants['copy of own size'] = lambda: copy.copy_(problem.grad)
+    launched: dict[str, list[float]] = {}
+    if device == 'cuda':
+        launched = interleave({key: contestants[key] for key in found}, rounds, progress, f'{name}, launched', device)
+        contestants = {key: replayed(call) for key, call in contestants.items()}
     times = interleave(contestants, rounds, progress, name, device)
 
     own = problem.grad.nbytes
@@ -186,9 +194,10 @@ def measure_case(
     # A copy reads and writes: it moves two tensors.
     bound = [MOVED * own / (2 * COPIED) * seconds for seconds in large]
     own_bound = [MOVED / 2 * seconds for seconds in small]
-    rows = rows_of(
-        times, {'to ours': 'ours, triton' if device == 'cuda' else 'ours, auto'}, case=name, shape=str(shape)
-    )
+    references = {'to ours': 'ours, triton' if device == 'cuda' else 'ours, auto'}
+    rows = rows_of(times, references, case=name, shape=str(shape))
+    for row, other in zip(rows, rows_of(launched, references)):
+        row['ms, launched'], row['to ours, launched'] = other['ms'], other['to ours']
     for row in rows:
         row['times the copy bound'] = ratio(row['seconds'], bound)
         row['of own size'] = ratio(row['seconds'], own_bound)
@@ -209,6 +218,8 @@ def measure_growth(
     """The rows of shapes that grow, for the default backend."""
     problems = {str(shape): Problem(shape, device, dtype) for shape in shapes}
     calls = {key: lambda problem=problem: problem.run(dynamic_depthwise_conv2d) for key, problem in problems.items()}
+    if device == 'cuda':
+        calls = {key: replayed(call) for key, call in calls.items()}
     rows = rows_of(interleave(calls, rounds, progress, name, device), {}, case=name)
     for row, shape in zip(rows, shapes):
         row['tokens'] = shape.tokens
@@ -240,6 +251,8 @@ def main() -> None:
     if rows:
         columns = {'case': '', 'shape': '', 'contestant': '', 'ms': '.3f', 'to ours': '.2f'}
         columns |= {'times the copy bound': '.2f', 'of own size': '.2f'}
+        if args.device == 'cuda':
+            columns |= {'ms, launched': '.3f', 'to ours, launched': '.2f'}
         tables.append(Table('times', columns, rows))
         tables.append(Table('copies', {'case': '', 'MiB': '.1f', 'GB/s': '.1f', 'GB/s, own size': '.1f'}, copies))
         series = series_of(rows, 'case', 'times the copy bound')

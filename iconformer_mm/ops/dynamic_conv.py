@@ -19,6 +19,11 @@ _library.define('dynamic_conv(Tensor tokens, Tensor kernels, int height, int wid
 _library.define(
     'dynamic_conv_kernel_gradient(Tensor grad, Tensor tokens, int size, int height, int width, str backend) -> Tensor'
 )
+# Both gradients at once, which autograd does not see: what is to be differentiated again goes through the two above.
+_library.define(
+    'dynamic_conv_gradients(Tensor grad, Tensor tokens, Tensor kernels, int height, int width, str backend)'
+    ' -> (Tensor, Tensor)'
+)
 
 
 def _backend(name: str, tokens: Tensor, height: int, width: int) -> ModuleType:
@@ -49,6 +54,16 @@ def _kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width
     return found.kernel_gradient(grad.detach(), tokens.detach(), size, height, width)
 
 
+def _gradients(
+    grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    found = _backend(backend, tokens, height, width)
+    if hasattr(found, 'gradients'):
+        return found.gradients(grad, tokens, kernels, height, width)
+    grad_tokens = found.correlate(grad, kernels.flip((2, 3)), height, width)
+    return grad_tokens, found.kernel_gradient(grad, tokens, kernels.shape[-1], height, width)
+
+
 class _Correlation(torch.autograd.Function):
     """Linear in the tokens and in the kernels; prefix tokens pass."""
 
@@ -63,6 +78,9 @@ class _Correlation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         tokens, kernels = ctx.saved_tensors
         grad_tokens = grad_kernels = None
+        if all(ctx.needs_input_grad[:2]) and not torch.is_grad_enabled():
+            gradients = torch.ops.iconformer_mm.dynamic_conv_gradients(grad, tokens, kernels, *ctx.settings)
+            return *gradients, None, None, None
         if ctx.needs_input_grad[0]:
             flipped = kernels.flip((2, 3))
             grad_tokens = torch.ops.iconformer_mm.dynamic_conv(grad, flipped, *ctx.settings)
@@ -116,6 +134,7 @@ _library.impl('dynamic_conv_kernel_gradient', _kernel_gradient, 'CompositeExplic
 _library.impl(
     'dynamic_conv_kernel_gradient', _differentiable('dynamic_conv_kernel_gradient', _KernelGradient), 'Autograd'
 )
+_library.impl('dynamic_conv_gradients', _gradients, 'CompositeExplicitAutograd')
 
 
 def _correlate_meta(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> Tensor:
@@ -126,9 +145,16 @@ def _kernel_gradient_meta(grad: Tensor, tokens: Tensor, size: int, height: int, 
     return tokens.new_empty(tokens.shape[0], tokens.shape[2], size, size)
 
 
+def _gradients_meta(
+    grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape), kernels.new_empty(kernels.shape)
+
+
 # What torch.compile needs to know: shapes.
 _library.impl('dynamic_conv', _correlate_meta, 'Meta')
 _library.impl('dynamic_conv_kernel_gradient', _kernel_gradient_meta, 'Meta')
+_library.impl('dynamic_conv_gradients', _gradients_meta, 'Meta')
 
 
 def _exporting() -> bool:

@@ -203,23 +203,20 @@ def interpreted_triton(shape, size, dtype):
 
 
 @pytest.mark.skipif(backends.find('triton') is None, reason='no Triton here that the backend can use')
-@pytest.mark.parametrize('name', ['_correlate', '_kernel_gradient'])
-def test_triton_compiles_for_a_gpu_that_is_not_there(name):
-    """What the interpreter does not tell: that there is machine code for the kernels."""
+@pytest.mark.parametrize(('filtering', 'correlating'), [(True, False), (False, True), (True, True)])
+def test_triton_compiles_for_a_gpu_that_is_not_there(filtering, correlating):
+    """What the interpreter does not tell: that there is machine code for the kernel."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(backends.find('triton'), name)
-    tensors, counts, constants = kernel.arg_names[:3], kernel.arg_names[3:-3], dict(size=3, run=128, block=64)
-    signature = {
-        **dict.fromkeys(tensors, '*bf16'),
-        **dict.fromkeys(counts, 'i32'),
-        **dict.fromkeys(constants, 'constexpr'),
-    }
-    if name == '_kernel_gradient':
-        signature['out'] = '*fp32'
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    backend = backends.find('triton')
+    constants = dict(size=3, rows=8, columns=16, block=64)
+    constants |= dict(filtering=filtering, correlating=correlating, flipped=correlating)
+    pointers = dict(values='*bf16', kernels='*bf16', others='*bf16', out='*bf16', parts='*fp32')
+    signature = {name: pointers.get(name, 'i32') for name in backend._convolve.arg_names}
+    signature |= dict.fromkeys(constants, 'constexpr')
+    source = ASTSource(fn=backend._convolve, signature=signature, constexprs=constants)
     assert compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=8)).asm['cubin']
 
 

@@ -7,7 +7,8 @@ prefix tokens that have no place in the map:
 - ``kernel_gradient(grad, tokens, size, height, width)``: the gradient of the
   kernels, (B, C, K, K), for the gradient of what ``correlate`` returned.
 
-The gradient of the tokens is ``correlate`` with flipped kernels.
+The gradient of the tokens is ``correlate`` with flipped kernels. A backend that makes both gradients in
+one pass has ``gradients(grad, tokens, kernels, height, width)``, too, which returns them in this order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The dynamic convolution for CUDA, by Triton: one pass over memory with the maps as they lie, sums in float32.
+"""The dynamic convolution for CUDA, by Triton: maps as they lie in memory, sums in float32.
 
-A program takes a run of patch tokens and a block of channels, and reads what each tap
-sees; of these reads all but the first come from the caches.
+A program takes a tile of patch tokens and a block of channels, and reads what each tap sees; of
+these reads all but the first come from the caches. The gradients of tokens and kernels
+look at the same values, so one kernel makes both in one pass.
 """
 
 from __future__ import annotations
@@ -14,103 +15,137 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-_ELEMENTS = 8192  # of a program's tile
+_ROWS, _COLUMNS, _CHANNELS = 8, 16, 64  # of a program's tile
+_WARPS = 8
 
 # Triton takes annotations of a kernel's arguments for its own types, so these have none that mypy would know.
 
 
-@triton.jit
-def _neighbour(  # type: ignore[no-untyped-def]
-    values, b, p, c, i, j, num_tokens, height, width, channels, size: tl.constexpr
-):
-    """What tap (i, j) of the kernels at patches p sees of channels c: zero beyond the border; float32 (float64)."""
-    h = p // width + i - size // 2
-    w = p % width + j - size // 2
-    inside = (p < height * width) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-    token = (b * num_tokens + num_tokens - height * width + h * width + w)[:, None].to(tl.int64)
-    out = tl.load(values + token * channels + c[None, :], inside[:, None] & (c < channels)[None, :], 0.0)
-    return out if out.dtype == tl.float64 else out.to(tl.float32)
-
-
-@triton.jit
-def _correlate(  # type: ignore[no-untyped-def]
-    tokens,
+# The size of maps changes from step to step in detection: no code for each.
+@triton.jit(do_not_specialize=['num_tokens', 'height', 'width'])
+def _convolve(  # type: ignore[no-untyped-def]
+    values,
     kernels,
+    others,
     out,
+    parts,
     num_tokens,
     height,
     width,
     channels,
+    of_channel,
+    of_tap,
     size: tl.constexpr,
-    run: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
     block: tl.constexpr,
+    filtering: tl.constexpr,
+    correlating: tl.constexpr,
+    flipped: tl.constexpr,
 ):
-    b = tl.program_id(2)
-    p = tl.program_id(0) * run + tl.arange(0, run)
+    """One tile of one sample.
+
+    ``filtering`` writes values (B, N, C) filtered with kernels (B, C, K * K) to ``out``, ``correlating`` sums
+    of what a tap sees times others (B, N, C) to ``parts`` (B, tiles, K * K, C); ``flipped`` has both kernels
+    and sums in the opposite order.
+    """
+    b = tl.program_id(2).to(tl.int64)
+    tile, tiles = tl.program_id(0), tl.num_programs(0)
+    across = tl.cdiv(width, columns)
+    t = tl.arange(0, rows * columns)
+    h = tile // across * rows + t // columns
+    w = tile % across * columns + t % columns
     c = tl.program_id(1) * block + tl.arange(0, block)
-    kernel = kernels + b.to(tl.int64) * channels * size * size + c * size * size
-    total = tl.zeros((run, block), tl.float64 if tokens.dtype.element_ty == tl.float64 else tl.float32)
+    is_channel = (c < channels)[None, :]
+    is_token = (h < height) & (w < width)
+    prefix = num_tokens - height * width
+    sample = b * num_tokens * channels
+    here = (prefix + h * width + w)[:, None] * channels + c[None, :]
+
+    dtype: tl.constexpr = tl.float64 if values.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros((rows * columns, block), dtype)
+    if filtering:
+        kernel = kernels + b * channels * size * size + c * of_channel
+    if correlating:
+        part = parts + (b * tiles + tile) * size * size * channels + c
+        other = tl.load(others + sample + here, is_token[:, None] & is_channel, 0.0).to(dtype)
     for i in range(size):  # only the inner loop is unrolled: with both, large kernels compile for minutes
         for j in tl.static_range(size):
-            tap = tl.load(kernel + i * size + j, c < channels, 0.0).to(total.dtype)
-            seen = _neighbour(tokens, b, p, c, i, j, num_tokens, height, width, channels, size)
-            total += seen * tap[None, :]
-    token = (b * num_tokens + num_tokens - height * width + p)[:, None].to(tl.int64)
-    inside = (p < height * width)[:, None] & (c < channels)[None, :]
-    tl.store(out + token * channels + c[None, :], total.to(out.dtype.element_ty), inside)
+            up, left = i - size // 2, j - size // 2
+            # Zero beyond the border.
+            is_seen = is_token & (h + up >= 0) & (h + up < height) & (w + left >= 0) & (w + left < width)
+            there = here + (up * width + left) * channels
+            seen = tl.load(values + sample + there, is_seen[:, None] & is_channel, 0.0).to(dtype)
+            tap = size * size - 1 - i * size - j if flipped else i * size + j
+            if filtering:
+                total += seen * tl.load(kernel + tap * of_tap, c < channels, 0.0).to(dtype)[None, :]
+            if correlating:
+                tl.store(part + tap * channels, tl.sum(seen * other, axis=0), c < channels)
+    if filtering:
+        tl.store(out + sample + here, total.to(out.dtype.element_ty), is_token[:, None] & is_channel)
+        if tile == 0:
+            for token in range(prefix):
+                copied = tl.load(values + sample + token * channels + c, c < channels)
+                tl.store(out + sample + token * channels + c, copied, c < channels)
 
 
-@triton.jit
-def _kernel_gradient(  # type: ignore[no-untyped-def]
-    grad, tokens, out, num_tokens, height, width, channels, size: tl.constexpr, run: tl.constexpr, block: tl.constexpr
-):
-    """Sums over one run of tokens; out is (B, runs, K * K, C)."""
-    b = tl.program_id(2)
-    p = tl.program_id(0) * run + tl.arange(0, run)
-    c = tl.program_id(1) * block + tl.arange(0, block)
-    g = _neighbour(grad, b, p, c, size // 2, size // 2, num_tokens, height, width, channels, size)
-    part = (b * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * size * size
-    for i in range(size):
-        for j in tl.static_range(size):
-            seen = _neighbour(tokens, b, p, c, i, j, num_tokens, height, width, channels, size)
-            tl.store(out + (part + i * size + j) * channels + c, tl.sum(g * seen, axis=0), c < channels)
-
-
-def _launch(kernel: triton.JITFunction, *tensors: Tensor, size: int, height: int, width: int, run: int) -> None:
-    tokens = tensors[0]
-    if not tokens.is_cuda and not knobs.runtime.interpret:
-        raise RuntimeError(f"backend 'triton' needs tensors on a CUDA device, got them on {tokens.device}")
-    batch, num_tokens, channels = tokens.shape
-    block = _ELEMENTS // run
-    grid = (triton.cdiv(height * width, run), triton.cdiv(channels, block), batch)
-    with torch.cuda.device(tokens.device) if tokens.is_cuda else nullcontext():
-        kernel[grid](*tensors, num_tokens, height, width, channels, size=size, run=run, block=block, num_warps=8)
-
-
-def _run(channels: int) -> int:
-    """Tokens of a program, so that with all channels, or 64 of them, its tile has ``_ELEMENTS``."""
-    return _ELEMENTS // min(64, triton.next_power_of_2(channels))
+def _launch(
+    values: Tensor, kernels: Tensor | None, others: Tensor | None, size: int, height: int, width: int, flipped: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The filtered values, if there are kernels, and the sums with others, (B, C, K, K), if there are others."""
+    if not values.is_cuda and not knobs.runtime.interpret:
+        raise RuntimeError(f"backend 'triton' needs tensors on a CUDA device, got them on {values.device}")
+    values = values.contiguous()
+    batch, num_tokens, channels = values.shape
+    tiles = triton.cdiv(height, _ROWS) * triton.cdiv(width, _COLUMNS)
+    block = min(_CHANNELS, triton.next_power_of_2(channels))
+    out = parts = None
+    strides = (0, 0)
+    if kernels is not None:
+        out = torch.empty_like(values)
+        # Taps of neighbouring channels side by side, as their values are.
+        kernels = kernels.flatten(2).transpose(1, 2).contiguous()
+        strides = (1, channels)
+    if others is not None:
+        others = others.contiguous()
+        # No atomic additions: the same sum in every run.
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        parts = values.new_empty((batch, tiles, size * size, channels), dtype=dtype)
+    with torch.cuda.device(values.device) if values.is_cuda else nullcontext():
+        _convolve[(tiles, triton.cdiv(channels, block), batch)](
+            values,
+            kernels,
+            others,
+            out,
+            parts,
+            num_tokens,
+            height,
+            width,
+            channels,
+            *strides,
+            size=size,
+            rows=_ROWS,
+            columns=_COLUMNS,
+            block=block,
+            filtering=kernels is not None,
+            correlating=others is not None,
+            flipped=flipped,
+            num_warps=_WARPS,
+        )
+    sums = None if parts is None else parts.sum(dim=1).transpose(1, 2).unflatten(2, (size, size)).to(values.dtype)
+    return out, sums
 
 
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
     """The filtered tokens; see the package."""
-    tokens, kernels = tokens.contiguous(), kernels.contiguous()
-    out = torch.empty_like(tokens)
-    prefix = tokens.shape[1] - height * width
-    if prefix:
-        out[:, :prefix] = tokens[:, :prefix]
-    run = _run(tokens.shape[2])
-    _launch(_correlate, tokens, kernels, out, size=kernels.shape[-1], height=height, width=width, run=run)
-    return out
+    return _launch(tokens, kernels, None, kernels.shape[-1], height, width, flipped=False)[0]
 
 
 def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int) -> Tensor:
     """The gradient of the kernels; see the package."""
-    grad, tokens = grad.contiguous(), tokens.contiguous()
-    batch, _, channels = tokens.shape
-    run = _run(channels)
-    dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-    # No atomic additions: the same sum in every run.
-    parts = tokens.new_empty(batch, triton.cdiv(height * width, run), size * size, channels, dtype=dtype)
-    _launch(_kernel_gradient, grad, tokens, parts, size=size, height=height, width=width, run=run)
-    return parts.sum(dim=1).transpose(1, 2).unflatten(2, (size, size)).to(tokens.dtype)
+    return _launch(tokens, None, grad, size, height, width, flipped=False)[1]
+
+
+def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The gradients of tokens and kernels; see the package."""
+    return _launch(grad, kernels, tokens, kernels.shape[-1], height, width, flipped=True)
