@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def config_folder(library: str) -> Path:
@@ -77,3 +80,14 @@ def is_autocast_enabled(device: str) -> bool:
 is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
 # Whether torch.export is; older releases, torch 2.1 among them, do not tell.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', bool)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nothing but autograd and autocast sees the operators on a tensor: no compiler, tracer or dispatch mode."""
+    return (
+        not is_compiling()
+        and type(tensor) in (Tensor, Parameter)
+        and tensor.device.type in ('cpu', 'cuda')
+        and not torch.jit.is_tracing()
+        and _get_current_dispatch_mode() is None
+    )

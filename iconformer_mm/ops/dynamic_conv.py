@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iconformer_mm.compat import is_exporting
+from iconformer_mm.compat import is_exporting, is_plain
 
 from . import backends
 from .backends import grouped_backend, looped_backend, reference_backend
@@ -58,6 +58,7 @@ def _gradients(
     grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     found = _backend(backend, tokens, height, width)
+    grad, tokens, kernels = grad.detach(), tokens.detach(), kernels.detach()
     if hasattr(found, 'gradients'):
         return found.gradients(grad, tokens, kernels, height, width)
     grad_tokens = found.correlate(grad, kernels.flip((2, 3)), height, width)
@@ -71,15 +72,14 @@ class _Correlation(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> Tensor:
         ctx.save_for_backward(tokens, kernels)
         ctx.settings = (height, width, backend)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.iconformer_mm.dynamic_conv(tokens, kernels, height, width, backend)
+        return _below_autograd('dynamic_conv', tokens, kernels, height, width, backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         tokens, kernels = ctx.saved_tensors
         grad_tokens = grad_kernels = None
         if all(ctx.needs_input_grad[:2]) and not torch.is_grad_enabled():
-            gradients = torch.ops.iconformer_mm.dynamic_conv_gradients(grad, tokens, kernels, *ctx.settings)
+            gradients = _below_autograd('dynamic_conv_gradients', grad, tokens, kernels, *ctx.settings)
             return *gradients, None, None, None
         if ctx.needs_input_grad[0]:
             flipped = kernels.flip((2, 3))
@@ -97,8 +97,7 @@ class _KernelGradient(torch.autograd.Function):
     def forward(ctx: Any, grad: Tensor, tokens: Tensor, size: int, height: int, width: int, backend: str) -> Tensor:
         ctx.save_for_backward(grad, tokens)
         ctx.settings = (height, width, backend)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.iconformer_mm.dynamic_conv_kernel_gradient(grad, tokens, size, height, width, backend)
+        return _below_autograd('dynamic_conv_kernel_gradient', grad, tokens, size, height, width, backend)
 
     @staticmethod
     def backward(ctx: Any, kernels: Tensor) -> tuple:
@@ -115,26 +114,38 @@ class _KernelGradient(torch.autograd.Function):
         return grad_grad, grad_tokens, None, None, None, None
 
 
+_IMPLEMENTATIONS: dict[str, Callable] = {
+    'dynamic_conv': _correlate,
+    'dynamic_conv_kernel_gradient': _kernel_gradient,
+    'dynamic_conv_gradients': _gradients,
+}
+
+
+def _below_autograd(name: str, *args: Any) -> Any:
+    """What an operator computes, called by way of torch only where somebody watches: that takes longer than the work."""
+    if is_plain(args[0]):
+        return _IMPLEMENTATIONS[name](*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.iconformer_mm, name)(*args)
+
+
 def _differentiable(name: str, function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     """The operator as seen by autograd: without the function where there is nothing to differentiate."""
-    operator = getattr(torch.ops.iconformer_mm, name)
 
     def call(first: Tensor, second: Tensor, *settings: Any) -> Tensor:
         if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
             return function.apply(first, second, *settings)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(first, second, *settings)
+        return _below_autograd(name, first, second, *settings)
 
     return call
 
 
-_library.impl('dynamic_conv', _correlate, 'CompositeExplicitAutograd')
-_library.impl('dynamic_conv', _differentiable('dynamic_conv', _Correlation), 'Autograd')
-_library.impl('dynamic_conv_kernel_gradient', _kernel_gradient, 'CompositeExplicitAutograd')
-_library.impl(
-    'dynamic_conv_kernel_gradient', _differentiable('dynamic_conv_kernel_gradient', _KernelGradient), 'Autograd'
-)
-_library.impl('dynamic_conv_gradients', _gradients, 'CompositeExplicitAutograd')
+_differentiable_correlate = _differentiable('dynamic_conv', _Correlation)
+_differentiable_kernel_gradient = _differentiable('dynamic_conv_kernel_gradient', _KernelGradient)
+for _name, _implementation in _IMPLEMENTATIONS.items():
+    _library.impl(_name, _implementation, 'CompositeExplicitAutograd')
+_library.impl('dynamic_conv', _differentiable_correlate, 'Autograd')
+_library.impl('dynamic_conv_kernel_gradient', _differentiable_kernel_gradient, 'Autograd')
 
 
 def _correlate_meta(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> Tensor:
@@ -155,10 +166,6 @@ def _gradients_meta(
 _library.impl('dynamic_conv', _correlate_meta, 'Meta')
 _library.impl('dynamic_conv_kernel_gradient', _kernel_gradient_meta, 'Meta')
 _library.impl('dynamic_conv_gradients', _gradients_meta, 'Meta')
-
-
-def _exporting() -> bool:
-    return torch.onnx.is_in_onnx_export() or is_exporting()
 
 
 def dynamic_depthwise_conv_tokens(
@@ -197,11 +204,12 @@ def dynamic_depthwise_conv_tokens(
     if tokens.shape[1] < height * width:
         raise ValueError(f'{tokens.shape[1]} tokens are fewer than those of a map of {height} x {width}')
     kernels = kernels.to(tokens.dtype)
-    if _exporting():  # to plain operators, which any runtime knows
+    if torch.onnx.is_in_onnx_export() or is_exporting():  # to plain operators, which any runtime knows
         return reference_backend.correlate(tokens, kernels, height, width)
     if backend not in ('auto', *backends.NAMES):
         raise ValueError(f"unknown backend '{backend}', choose from: auto, {', '.join(backends.NAMES)}")
-    return torch.ops.iconformer_mm.dynamic_conv(tokens, kernels, height, width, backend)
+    conv = _differentiable_correlate if is_plain(tokens) else torch.ops.iconformer_mm.dynamic_conv
+    return conv(tokens, kernels, height, width, backend)
 
 
 def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, backend: str = 'auto') -> Tensor:

@@ -31,8 +31,8 @@ def _compiled(function: Callable) -> Callable:
 
 
 @cache
-def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
-    """The two functions for K and C; both do rows first to last of all maps, one map after another.
+def _functions(size: int, channels: int) -> tuple[Callable, Callable, Callable]:
+    """The functions for K and C, the last for K = 3 only; they do rows first to last of all maps, one after another.
 
     Maps are (B, L), each from column ``start`` on; kernels and their gradient are (B, K * K, C).
     """
@@ -104,49 +104,72 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
                             target[c] += tap[c] * seen[c]
 
     @_compiled
-    def kernel_gradient_3x3(
-        grad: np.ndarray, x: np.ndarray, out: np.ndarray, start: int, height: int, width: int, first: int, last: int
+    def gradients_3x3(
+        grad: np.ndarray,
+        x: np.ndarray,
+        kernels: np.ndarray,
+        out: np.ndarray,
+        sums: np.ndarray,
+        start: int,
+        height: int,
+        width: int,
+        first: int,
+        last: int,
     ) -> None:
+        """Both gradients, whose taps see the same: ``kernels``, which are flipped, filter, and sums are flipped, too."""
         length, pairs = width * channels, max(0, (width - 2) // 2)
         zeros = np.zeros(length, x.dtype)
-        sums = np.zeros((9, channels), x.dtype)
+        part = np.zeros((9, channels), x.dtype)
         for row in range(first, last):
             b, h = row // height, row % height
             here = start + h * length
-            above = x[b, here - length : here] if h > 0 else zeros
-            middle = x[b, here : here + length]
-            below = x[b, here + length : here + 2 * length] if h < height - 1 else zeros
-            g = grad[b, here : here + length]
-            sums[:] = 0  # a row is summed by itself first, which keeps rounding small on large maps
+            above = grad[b, here - length : here] if h > 0 else zeros
+            middle = grad[b, here : here + length]
+            below = grad[b, here + length : here + 2 * length] if h < height - 1 else zeros
+            k = kernels[b]
+            y = out[b, here : here + length]
+            v = x[b, here : here + length]
+            part[:] = 0  # a row is summed by itself first, which keeps rounding small on large maps
             for index in range(width - 2 * pairs):  # the columns of no pair: the first, and the last or two
                 w = index + 2 * pairs if index else 0
                 s = w * channels
-                values = g[s : s + channels]
+                target, values = y[s : s + channels], v[s : s + channels]
+                target[:] = 0
                 for j in range(max(0, 1 - w), min(3, width + 1 - w)):
                     near = slice(s + (j - 1) * channels, s + j * channels)
                     a, m, z = above[near], middle[near], below[near]
                     for c in range(channels):
-                        sums[j, c] += values[c] * a[c]
-                        sums[3 + j, c] += values[c] * m[c]
-                        sums[6 + j, c] += values[c] * z[c]
+                        target[c] += k[j, c] * a[c] + k[3 + j, c] * m[c] + k[6 + j, c] * z[c]
+                        part[j, c] += values[c] * a[c]
+                        part[3 + j, c] += values[c] * m[c]
+                        part[6 + j, c] += values[c] * z[c]
             for pair in range(pairs):
                 for c in range(channels):
                     i0 = 2 * pair * channels + c
                     i1, i2, i3 = i0 + channels, i0 + 2 * channels, i0 + 3 * channels
-                    g1, g2 = g[i1], g[i2]
-                    x1, x2 = above[i1], above[i2]
-                    sums[0, c] += g1 * above[i0] + g2 * x1
-                    sums[1, c] += g1 * x1 + g2 * x2
-                    sums[2, c] += g1 * x2 + g2 * above[i3]
-                    x1, x2 = middle[i1], middle[i2]
-                    sums[3, c] += g1 * middle[i0] + g2 * x1
-                    sums[4, c] += g1 * x1 + g2 * x2
-                    sums[5, c] += g1 * x2 + g2 * middle[i3]
-                    x1, x2 = below[i1], below[i2]
-                    sums[6, c] += g1 * below[i0] + g2 * x1
-                    sums[7, c] += g1 * x1 + g2 * x2
-                    sums[8, c] += g1 * x2 + g2 * below[i3]
-            out[b] += sums
+                    v1, v2 = v[i1], v[i2]
+                    x0, x1, x2, x3 = above[i0], above[i1], above[i2], above[i3]
+                    k0, k1, k2 = k[0, c], k[1, c], k[2, c]
+                    first_sum = k0 * x0 + k1 * x1 + k2 * x2
+                    second_sum = k0 * x1 + k1 * x2 + k2 * x3
+                    part[0, c] += v1 * x0 + v2 * x1
+                    part[1, c] += v1 * x1 + v2 * x2
+                    part[2, c] += v1 * x2 + v2 * x3
+                    x0, x1, x2, x3 = middle[i0], middle[i1], middle[i2], middle[i3]
+                    k0, k1, k2 = k[3, c], k[4, c], k[5, c]
+                    first_sum += k0 * x0 + k1 * x1 + k2 * x2
+                    second_sum += k0 * x1 + k1 * x2 + k2 * x3
+                    part[3, c] += v1 * x0 + v2 * x1
+                    part[4, c] += v1 * x1 + v2 * x2
+                    part[5, c] += v1 * x2 + v2 * x3
+                    x0, x1, x2, x3 = below[i0], below[i1], below[i2], below[i3]
+                    k0, k1, k2 = k[6, c], k[7, c], k[8, c]
+                    y[i1] = first_sum + k0 * x0 + k1 * x1 + k2 * x2
+                    y[i2] = second_sum + k0 * x1 + k1 * x2 + k2 * x3
+                    part[6, c] += v1 * x0 + v2 * x1
+                    part[7, c] += v1 * x1 + v2 * x2
+                    part[8, c] += v1 * x2 + v2 * x3
+            sums[b] += part
 
     @_compiled
     def kernel_gradient(
@@ -171,7 +194,7 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable]:
                             sums[c] += values[c] * seen[c]
                     out[b, i * size + j] += sums
 
-    return (correlate_3x3, kernel_gradient_3x3) if size == 3 else (correlate, kernel_gradient)
+    return correlate_3x3 if size == 3 else correlate, kernel_gradient, gradients_3x3
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -210,18 +233,34 @@ def _as_array(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().flatten(1).numpy()
 
 
-def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
-    """The filtered tokens; see the package."""
-    batch, num_tokens, channels = tokens.shape
-    size = kernels.shape[-1]
-    x = _as_array(tokens)
-    taps = _as_array(kernels.flatten(2).transpose(1, 2)).reshape(batch, size * size, channels)
+def _taps(kernels: Tensor) -> np.ndarray:
+    """Kernels (B, C, K, K) as an array (B, K * K, C)."""
+    taps = kernels.flatten(2).transpose(1, 2)
+    return _as_array(taps).reshape(taps.shape)
+
+
+def _empty_like(x: np.ndarray, start: int) -> tuple[Tensor, np.ndarray]:
+    """A tensor, and as an array, of the shape of another one, whose prefix tokens it has."""
     # torch aligns memory to cache lines, NumPy does not.
     out = torch.empty(x.shape, dtype=torch.float64 if x.dtype == np.float64 else torch.float32)
     y = out.numpy()
-    start = (num_tokens - height * width) * channels
     y[:, :start] = x[:, :start]
-    compiled = _functions(size, channels)[0]
+    return out, y
+
+
+def _sum_in_order(parts: dict[int, np.ndarray], size: int, dtype: torch.dtype) -> Tensor:
+    """The sum of the threads' parts (B, K * K, C) as kernels, the same whichever thread was first."""
+    out = torch.from_numpy(np.ascontiguousarray(sum(parts[first] for first in sorted(parts))))
+    return out.unflatten(1, (size, size)).permute(0, 3, 1, 2).to(dtype)
+
+
+def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
+    """The filtered tokens; see the package."""
+    batch, num_tokens, channels = tokens.shape
+    x, taps = _as_array(tokens), _taps(kernels)
+    start = (num_tokens - height * width) * channels
+    out, y = _empty_like(x, start)
+    compiled = _functions(kernels.shape[-1], channels)[0]
 
     def rows(first: int, last: int) -> None:
         compiled(x, taps, y, start, height, width, first, last)
@@ -243,6 +282,26 @@ def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width:
         compiled(g, x, part, start, height, width, first, last)
 
     _in_parallel(rows, batch * height, x.size)
-    # In order of the rows, so that a result does not depend on which thread was first.
-    out = torch.from_numpy(sum(parts[first] for first in sorted(parts)))
-    return out.view(batch, size, size, channels).permute(0, 3, 1, 2).to(tokens.dtype)
+    return _sum_in_order(parts, size, tokens.dtype)
+
+
+def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The gradients of tokens and kernels; see the package."""
+    size = kernels.shape[-1]
+    if size != 3:
+        grad_tokens = correlate(grad, kernels.flip((2, 3)), height, width)
+        return grad_tokens, kernel_gradient(grad, tokens, size, height, width)
+    batch, num_tokens, channels = tokens.shape
+    g, x, taps = _as_array(grad), _as_array(tokens), _taps(kernels)[:, ::-1].copy()
+    start = (num_tokens - height * width) * channels
+    out, y = _empty_like(g, start)
+    compiled = _functions(size, channels)[2]
+    parts: dict[int, np.ndarray] = {}
+
+    def rows(first: int, last: int) -> None:
+        part = parts[first] = np.zeros((batch, 9, channels), x.dtype)
+        compiled(g, x, taps, y, part, start, height, width, first, last)
+
+    _in_parallel(rows, batch * height, x.size)
+    sums = _sum_in_order({first: part[:, ::-1] for first, part in parts.items()}, size, tokens.dtype)
+    return out.view(tokens.shape).to(tokens.dtype), sums
