@@ -83,7 +83,7 @@ is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', bool)
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether nothing but autograd and autocast sees the operators on a tensor: no compiler, tracer or dispatch mode."""
+    """Whether only autograd and autocast see the operators on a tensor: no compiler, tracer or dispatch mode."""
     return (
         not is_compiling()
         and type(tensor) in (Tensor, Parameter)

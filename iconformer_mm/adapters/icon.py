@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iconformer_mm.compat import is_compiling
-from iconformer_mm.ops import dynamic_depthwise_conv2d, dynamic_depthwise_conv_tokens
+from iconformer_mm.compat import is_plain
+from iconformer_mm.ops import dynamic_depthwise_conv2d, dynamic_depthwise_conv_tokens, filter_norm
 from iconformer_mm.registry import ADAPTERS
 
 from .base import BottleneckAdapter, Projection, TokenGrid, is_count
+
+
+class _MapMean(torch.autograd.Function):
+    """``maps.mean(dim=(1, 2))`` with a view as its gradient, where torch writes a map."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor) -> Tensor:
+        ctx.size = maps.shape[1:3]
+        return maps.mean(dim=(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        height, width = ctx.size
+        return (grad / (height * width))[:, None, None].expand(-1, height, width, -1)
 
 
 class ICoN(nn.Module):
@@ -97,12 +113,8 @@ class ICoN(nn.Module):
                 # Windows that reach over the edge count what is in the map only.
                 pooled = F.avg_pool2d(values.permute(0, 3, 1, 2), window, ceil_mode=True, count_include_pad=False)
                 return pooled.permute(0, 2, 3, 1).flatten(0, 2)
-            if is_compiling():
-                return values.mean(dim=(1, 2))
-            # Not values.mean(), whose gradient is a map that is written; that of a sum is a view. Compilers
-            # write neither, and that of torch 2.1 fails on a division by sizes.
-            total = values.sum(dim=(1, 2), dtype=torch.promote_types(values.dtype, torch.float32))
-            return (total / (values.shape[1] * values.shape[2])).to(values.dtype)
+            # Compilers do not write the map that is the gradient, and that of torch 2.1 fails on a division by sizes.
+            return _MapMean.apply(values) if is_plain(values) else values.mean(dim=(1, 2))
 
         first = mean(maps)
         if self.pooling == 'mean':
@@ -129,17 +141,8 @@ class ICoN(nn.Module):
                 context = F.gelu(self.hidden(context))
             kernels = self.generator(context).view(-1, self.channels, self.kernel_size, self.kernel_size)
         if self.kernel_norm is not None:
-            kernels = self._normalise(kernels)
+            kernels = filter_norm(kernels, self.gamma, self.beta, self.eps)
         return kernels.expand(len(maps), -1, -1, -1) if self.kernel == 'static' else kernels
-
-    def _normalise(self, kernels: Tensor) -> Tensor:
-        # In float32 also under autocast: a variance of nine small numbers. Few operators, since each
-        # costs more than its arithmetic; the norm, K times std, has a finite gradient at zero, too.
-        taps = kernels.double() if kernels.dtype == torch.float64 else kernels.float()
-        taps = taps - taps.mean(dim=(2, 3), keepdim=True)
-        norm = torch.linalg.vector_norm(taps, dim=(2, 3), keepdim=True)
-        taps = taps / (norm + self.kernel_size * self.eps)
-        return torch.addcmul(self.beta, taps, self.gamma, value=self.kernel_size).to(kernels.dtype)
 
     def extra_repr(self) -> str:
         """Settings, for ``print(model)``."""

@@ -122,7 +122,7 @@ _IMPLEMENTATIONS: dict[str, Callable] = {
 
 
 def _below_autograd(name: str, *args: Any) -> Any:
-    """What an operator computes, called by way of torch only where somebody watches: that takes longer than the work."""
+    """What an operator computes; by way of torch, which takes longer than the work, only where somebody watches."""
     if is_plain(args[0]):
         return _IMPLEMENTATIONS[name](*args)
     with torch._C._AutoDispatchBelowAutograd():

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from iconformer_mm.adapters import Adapter, TokenGrid
+from iconformer_mm.compat import is_compiling
 
 from .attachment import BlockAttachment, GridTracker, Tap
 from .sites import Site
@@ -103,7 +104,12 @@ class BranchAttachment(BlockAttachment):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The block's forward, with the adapters' outputs added."""
-        return self._run(self._forward, self._grid(args, kwargs), *args, **kwargs)
+        out = self._run(self._forward, self._grid(args, kwargs), *args, **kwargs)
+        if out.requires_grad and not is_compiling():
+            # A stage hands on its maps with channels first; their gradient comes back so, and without
+            # this every block before has its gradients so, whose sums and copies take twice as long.
+            out.register_hook(Tensor.contiguous)
+        return out
 
     def _forward(self, grid: TokenGrid, *args: Any, **kwargs: Any) -> Tensor:
         self._grid_now = grid

@@ -20,7 +20,7 @@ from numba import njit
 from torch import Tensor
 
 
-def _compiled(function: Callable) -> Callable:
+def jitted(function: Callable) -> Callable:
     """Compile at the first call, and keep the code on disk where that can be written to."""
     # Sums may be reordered; infinities and NaN must still pass, as loss scaling looks for them.
     options = dict(nogil=True, fastmath={'contract', 'nsz', 'reassoc'}, error_model='numpy')
@@ -38,7 +38,7 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable, Callable]:
     """
     half = size // 2
 
-    @_compiled
+    @jitted
     def correlate_3x3(
         x: np.ndarray, kernels: np.ndarray, out: np.ndarray, start: int, height: int, width: int, first: int, last: int
     ) -> None:
@@ -80,7 +80,7 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable, Callable]:
                     y[i1] = first_sum + k0 * below[i0] + k1 * x1 + k2 * x2
                     y[i2] = second_sum + k0 * x1 + k1 * x2 + k2 * below[i3]
 
-    @_compiled
+    @jitted
     def correlate(
         x: np.ndarray, kernels: np.ndarray, out: np.ndarray, start: int, height: int, width: int, first: int, last: int
     ) -> None:
@@ -103,7 +103,7 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable, Callable]:
                         for c in range(channels):
                             target[c] += tap[c] * seen[c]
 
-    @_compiled
+    @jitted
     def gradients_3x3(
         grad: np.ndarray,
         x: np.ndarray,
@@ -116,7 +116,7 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable, Callable]:
         first: int,
         last: int,
     ) -> None:
-        """Both gradients, whose taps see the same: ``kernels``, which are flipped, filter, and sums are flipped, too."""
+        """Both gradients, whose taps see the same; ``kernels`` and ``sums`` are flipped."""
         length, pairs = width * channels, max(0, (width - 2) // 2)
         zeros = np.zeros(length, x.dtype)
         part = np.zeros((9, channels), x.dtype)
@@ -171,7 +171,7 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable, Callable]:
                     part[8, c] += v1 * x2 + v2 * x3
             sums[b] += part
 
-    @_compiled
+    @jitted
     def kernel_gradient(
         grad: np.ndarray, x: np.ndarray, out: np.ndarray, start: int, height: int, width: int, first: int, last: int
     ) -> None:

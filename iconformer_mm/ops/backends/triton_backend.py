@@ -1,13 +1,14 @@
 """The dynamic convolution for CUDA, by Triton: maps as they lie in memory, sums in float32.
 
-A program takes a tile of patch tokens and a block of channels, and reads what each tap sees; of
-these reads all but the first come from the caches. The gradients of tokens and kernels
-look at the same values, so one kernel makes both in one pass.
+A program takes a tile of patch tokens and a block of channels. The gradients of tokens and kernels look at
+the same values, so one kernel makes both in one pass. The kernel for 3 x 3 walks down the rows of its
+tile and reads a row three times, once a column of taps, from the caches but for the first time; that for other
+sizes reads what every tap sees.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -15,13 +16,16 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-_ROWS, _COLUMNS, _CHANNELS = 8, 16, 64  # of a program's tile
-_WARPS = 8
+_CHANNELS = 64  # of a program
+_TILE = 8, 8  # rows and columns
+_TILE_3X3 = 8, 16
+_WARPS = 4
+_TRANSPOSE = True
 
 # Triton takes annotations of a kernel's arguments for its own types, so these have none that mypy would know.
-
-
 # The size of maps changes from step to step in detection: no code for each.
+
+
 @triton.jit(do_not_specialize=['num_tokens', 'height', 'width'])
 def _convolve(  # type: ignore[no-untyped-def]
     values,
@@ -45,9 +49,9 @@ def _convolve(  # type: ignore[no-untyped-def]
 ):
     """One tile of one sample.
 
-    ``filtering`` writes values (B, N, C) filtered with kernels (B, C, K * K) to ``out``, ``correlating`` sums
-    of what a tap sees times others (B, N, C) to ``parts`` (B, tiles, K * K, C); ``flipped`` has both kernels
-    and sums in the opposite order.
+    ``filtering`` writes values (B, N, C) filtered with kernels, which have strides, to ``out``, ``correlating``
+    sums of what a tap sees times others (B, N, C) to ``parts`` (B, tiles, K * K, C); ``flipped`` has
+    kernels and sums in the opposite order.
     """
     b = tl.program_id(2).to(tl.int64)
     tile, tiles = tl.program_id(0), tl.num_programs(0)
@@ -61,13 +65,14 @@ def _convolve(  # type: ignore[no-untyped-def]
     prefix = num_tokens - height * width
     sample = b * num_tokens * channels
     here = (prefix + h * width + w)[:, None] * channels + c[None, :]
-
-    dtype: tl.constexpr = tl.float64 if values.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros((rows * columns, block), dtype)
     if filtering:
         kernel = kernels + b * channels * size * size + c * of_channel
     if correlating:
         part = parts + (b * tiles + tile) * size * size * channels + c
+
+    dtype: tl.constexpr = tl.float64 if values.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros((rows * columns, block), dtype)
+    if correlating:
         other = tl.load(others + sample + here, is_token[:, None] & is_channel, 0.0).to(dtype)
     for i in range(size):  # only the inner loop is unrolled: with both, large kernels compile for minutes
         for j in tl.static_range(size):
@@ -84,35 +89,169 @@ def _convolve(  # type: ignore[no-untyped-def]
     if filtering:
         tl.store(out + sample + here, total.to(out.dtype.element_ty), is_token[:, None] & is_channel)
         if tile == 0:
-            for token in range(prefix):
-                copied = tl.load(values + sample + token * channels + c, c < channels)
-                tl.store(out + sample + token * channels + c, copied, c < channels)
+            _copy_prefix(values + sample + c, out + sample + c, prefix, channels, c < channels)
+
+
+@triton.jit
+def _copy_prefix(source, target, prefix, channels, is_channel):  # type: ignore[no-untyped-def]
+    """The prefix tokens of one sample, which pass."""
+    for token in range(prefix):
+        tl.store(target + token * channels, tl.load(source + token * channels, is_channel), is_channel)
+
+
+@triton.jit
+def _tap(kernels, tap: tl.constexpr, of_tap, flipped: tl.constexpr, is_channel, dtype):  # type: ignore[no-untyped-def]
+    """One tap of 3 x 3 kernels, (1, channels)."""
+    index: tl.constexpr = 8 - tap if flipped else tap
+    return tl.load(kernels + index * of_tap, is_channel, 0.0).to(dtype)[None, :]
+
+
+@triton.jit
+def _store_sum(parts, tap: tl.constexpr, sums, channels, flipped: tl.constexpr, is_channel):  # type: ignore[no-untyped-def]
+    """The sums of one tap, over all columns."""
+    index: tl.constexpr = 8 - tap if flipped else tap
+    tl.store(parts + index * channels, tl.sum(sums, axis=0), is_channel)
+
+
+@triton.jit(do_not_specialize=['num_tokens', 'height', 'width', 'rows'])
+def _convolve_3x3(  # type: ignore[no-untyped-def]
+    values,
+    kernels,
+    others,
+    out,
+    parts,
+    num_tokens,
+    height,
+    width,
+    channels,
+    of_channel,
+    of_tap,
+    size: tl.constexpr,
+    rows,
+    columns: tl.constexpr,
+    block: tl.constexpr,
+    filtering: tl.constexpr,
+    correlating: tl.constexpr,
+    flipped: tl.constexpr,
+):
+    """As :func:`_convolve`, row by row: a row that is read adds to the three rows of outputs that see it."""
+    b = tl.program_id(2).to(tl.int64)
+    tile, tiles = tl.program_id(0), tl.num_programs(0)
+    across = tl.cdiv(width, columns)
+    first = tile // across * rows
+    last = tl.minimum(first + rows, height)
+    w = tile % across * columns + tl.arange(0, columns)
+    c = tl.program_id(1) * block + tl.arange(0, block)
+    is_channel = c < channels
+    sample = b * num_tokens * channels
+    prefix = num_tokens - height * width
+    start = sample + prefix * channels
+    place = w[:, None] * channels + c[None, :]
+    middle = (w < width)[:, None] & is_channel[None, :]
+    left = (w >= 1)[:, None] & middle
+    right = (w < width - 1)[:, None] & is_channel[None, :]
+
+    dtype: tl.constexpr = tl.float64 if values.dtype.element_ty == tl.float64 else tl.float32
+    zeros = tl.zeros((columns, block), dtype)
+    if filtering:
+        kernel = kernels + b * channels * 9 + c * of_channel
+        k0, k1, k2 = (
+            _tap(kernel, 0, of_tap, flipped, is_channel, dtype),
+            _tap(kernel, 1, of_tap, flipped, is_channel, dtype),
+            _tap(kernel, 2, of_tap, flipped, is_channel, dtype),
+        )
+        k3, k4, k5 = (
+            _tap(kernel, 3, of_tap, flipped, is_channel, dtype),
+            _tap(kernel, 4, of_tap, flipped, is_channel, dtype),
+            _tap(kernel, 5, of_tap, flipped, is_channel, dtype),
+        )
+        k6, k7, k8 = (
+            _tap(kernel, 6, of_tap, flipped, is_channel, dtype),
+            _tap(kernel, 7, of_tap, flipped, is_channel, dtype),
+            _tap(kernel, 8, of_tap, flipped, is_channel, dtype),
+        )
+        above, here = zeros, zeros  # what the rows above and here have got so far
+    if correlating:
+        s0, s1, s2, s3, s4, s5, s6, s7, s8 = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
+        other_above, other_here = zeros, zeros
+    for h in range(first - 1, last + 1):
+        row = values + start + h * width * channels
+        is_row = (h >= 0) & (h < height)  # zero beyond the border
+        x0 = tl.load(row + place - channels, left & is_row, 0.0).to(dtype)
+        x1 = tl.load(row + place, middle & is_row, 0.0).to(dtype)
+        x2 = tl.load(row + place + channels, right & is_row, 0.0).to(dtype)
+        if correlating:
+            below = others + start + (h + 1) * width * channels
+            other_below = tl.load(below + place, middle & (h + 1 < last), 0.0).to(dtype)
+            s0 += other_below * x0
+            s1 += other_below * x1
+            s2 += other_below * x2
+            s3 += other_here * x0
+            s4 += other_here * x1
+            s5 += other_here * x2
+            s6 += other_above * x0
+            s7 += other_above * x1
+            s8 += other_above * x2
+            other_above, other_here = other_here, other_below
+        if filtering:
+            done = above + x0 * k6 + x1 * k7 + x2 * k8
+            above = here + x0 * k3 + x1 * k4 + x2 * k5
+            here = x0 * k0 + x1 * k1 + x2 * k2
+            target = out + start + (h - 1) * width * channels
+            tl.store(target + place, done.to(out.dtype.element_ty), middle & (h - 1 >= first))
+    if correlating:
+        part = parts + (b * tiles + tile) * 9 * channels + c
+        _store_sum(part, 0, s0, channels, flipped, is_channel)
+        _store_sum(part, 1, s1, channels, flipped, is_channel)
+        _store_sum(part, 2, s2, channels, flipped, is_channel)
+        _store_sum(part, 3, s3, channels, flipped, is_channel)
+        _store_sum(part, 4, s4, channels, flipped, is_channel)
+        _store_sum(part, 5, s5, channels, flipped, is_channel)
+        _store_sum(part, 6, s6, channels, flipped, is_channel)
+        _store_sum(part, 7, s7, channels, flipped, is_channel)
+        _store_sum(part, 8, s8, channels, flipped, is_channel)
+    if filtering and tile == 0:
+        _copy_prefix(values + sample + c, out + sample + c, prefix, channels, is_channel)
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Where kernels over a tensor are launched.
+
+    Raises:
+        RuntimeError: It is not on a CUDA device.
+    """
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    if knobs.runtime.interpret:
+        return nullcontext()
+    raise RuntimeError(f"backend 'triton' needs tensors on a CUDA device, got them on {tensor.device}")
 
 
 def _launch(
     values: Tensor, kernels: Tensor | None, others: Tensor | None, size: int, height: int, width: int, flipped: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The filtered values, if there are kernels, and the sums with others, (B, C, K, K), if there are others."""
-    if not values.is_cuda and not knobs.runtime.interpret:
-        raise RuntimeError(f"backend 'triton' needs tensors on a CUDA device, got them on {values.device}")
     values = values.contiguous()
     batch, num_tokens, channels = values.shape
-    tiles = triton.cdiv(height, _ROWS) * triton.cdiv(width, _COLUMNS)
+    kernel, (rows, columns) = (_convolve_3x3, _TILE_3X3) if size == 3 else (_convolve, _TILE)
+    tiles = triton.cdiv(height, rows) * triton.cdiv(width, columns)
     block = min(_CHANNELS, triton.next_power_of_2(channels))
     out = parts = None
     strides = (0, 0)
     if kernels is not None:
         out = torch.empty_like(values)
         # Taps of neighbouring channels side by side, as their values are.
-        kernels = kernels.flatten(2).transpose(1, 2).contiguous()
-        strides = (1, channels)
+        kernels = kernels.flatten(2)
+        if _TRANSPOSE:
+            kernels = kernels.transpose(1, 2).contiguous().transpose(1, 2)
+        strides = kernels.stride()[1:]
     if others is not None:
         others = others.contiguous()
         # No atomic additions: the same sum in every run.
         dtype = torch.promote_types(values.dtype, torch.float32)
         parts = values.new_empty((batch, tiles, size * size, channels), dtype=dtype)
-    with torch.cuda.device(values.device) if values.is_cuda else nullcontext():
-        _convolve[(tiles, triton.cdiv(channels, block), batch)](
+    with device_of(values):
+        kernel[tiles, triton.cdiv(channels, block), batch](
             values,
             kernels,
             others,
@@ -124,8 +263,8 @@ def _launch(
             channels,
             *strides,
             size=size,
-            rows=_ROWS,
-            columns=_COLUMNS,
+            rows=rows,
+            columns=columns,
             block=block,
             filtering=kernels is not None,
             correlating=others is not None,

@@ -1,0 +1,89 @@
+"""FilterNorm as compiled CPU code, by Numba: some numbers a kernel, for which an operator of torch takes far longer.
+
+Kernels come out with their channels innermost, as the dynamic convolution wants them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .numba_backend import jitted
+
+
+@jitted
+def _normalise(raw: np.ndarray, gamma: np.ndarray, beta: np.ndarray, eps: float, out: np.ndarray) -> None:
+    """Raw is (B, C, K * K), gamma and beta are (C, K * K), out is (B, K * K, C)."""
+    batch, channels, count = raw.shape
+    size = math.sqrt(count)
+    for b in range(batch):
+        for c in range(channels):
+            mean = raw[b, c].sum() / count
+            squares = 0.0
+            for t in range(count):
+                squares += (raw[b, c, t] - mean) ** 2
+            scale = size / (math.sqrt(squares) + size * eps)
+            for t in range(count):
+                out[b, t, c] = beta[c, t] + gamma[c, t] * scale * (raw[b, c, t] - mean)
+
+
+@jitted
+def _gradients(
+    grad: np.ndarray,
+    raw: np.ndarray,
+    gamma: np.ndarray,
+    eps: float,
+    grad_raw: np.ndarray,
+    grad_gamma: np.ndarray,
+    grad_beta: np.ndarray,
+) -> None:
+    """Grad is (B, K * K, C); those of gamma and beta, (C, K * K), are added to."""
+    batch, channels, count = raw.shape
+    size = math.sqrt(count)
+    for b in range(batch):
+        for c in range(channels):
+            mean = raw[b, c].sum() / count
+            squares, product, total = 0.0, 0.0, 0.0
+            for t in range(count):
+                centred, inner = raw[b, c, t] - mean, grad[b, t, c] * gamma[c, t]
+                squares += centred**2
+                product += inner * centred
+                total += inner
+            norm = math.sqrt(squares)
+            scale = size / (norm + size * eps)
+            # Through the norm, whose gradient at zero is zero.
+            through = product * scale * scale / (size * norm) if norm > 0 else 0.0
+            for t in range(count):
+                centred, g = raw[b, c, t] - mean, grad[b, t, c]
+                grad_raw[b, c, t] = scale * (g * gamma[c, t] - total / count) - through * centred
+                grad_gamma[c, t] += g * scale * centred
+                grad_beta[c, t] += g
+
+
+def _as_array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """(..., K, K) as an array (..., K * K)."""
+    return tensor.to(dtype).flatten(-2).contiguous().numpy()
+
+
+def normalise(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """The normalised kernels, (B, C, K, K)."""
+    batch, channels, size, _ = raw.shape
+    dtype = torch.promote_types(raw.dtype, torch.float32)
+    out = torch.empty((batch, size * size, channels), dtype=dtype)
+    arrays = [_as_array(tensor, dtype) for tensor in (raw, gamma, beta)]
+    _normalise(*arrays, eps, out.numpy())
+    return out.to(raw.dtype).unflatten(1, (size, size)).permute(0, 3, 1, 2)
+
+
+def gradients(grad: Tensor, raw: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the raw kernels, (B, C, K, K), and of gamma and beta, (C, K, K)."""
+    dtype = torch.promote_types(raw.dtype, torch.float32)
+    taps = grad.to(dtype).permute(0, 2, 3, 1).flatten(1, 2).contiguous().numpy()
+    grad_raw = torch.empty(raw.shape, dtype=dtype)
+    grad_gamma, grad_beta = torch.zeros(2, *gamma.shape, dtype=dtype)
+    outputs = [_as_array(tensor, dtype) for tensor in (grad_raw, grad_gamma, grad_beta)]
+    _gradients(taps, _as_array(raw, dtype), _as_array(gamma, dtype), eps, *outputs)
+    return grad_raw.to(raw.dtype), grad_gamma.to(gamma.dtype), grad_beta.to(gamma.dtype)
