@@ -17,10 +17,12 @@ from torch import Tensor
 from triton import knobs
 
 _CHANNELS = 64  # of a program
-_TILE = 8, 8  # rows and columns
-_TILE_3X3 = 8, 16
-_WARPS = 4
-_TRANSPOSE = True
+_TILE = 8, 8  # rows and columns of a program
+# For 3 x 3, as was fastest on an H200: without and with sums for the gradient of the kernels.
+_COLUMNS = 16, 8
+_WARPS = 4, 4
+_PROGRAMS = 512, 200
+_MIN_ROWS, _MAX_ROWS = 2, 32
 
 # Triton takes annotations of a kernel's arguments for its own types, so these have none that mypy would know.
 # The size of maps changes from step to step in detection: no code for each.
@@ -37,6 +39,7 @@ def _convolve(  # type: ignore[no-untyped-def]
     height,
     width,
     channels,
+    of_sample,
     of_channel,
     of_tap,
     size: tl.constexpr,
@@ -66,7 +69,7 @@ def _convolve(  # type: ignore[no-untyped-def]
     sample = b * num_tokens * channels
     here = (prefix + h * width + w)[:, None] * channels + c[None, :]
     if filtering:
-        kernel = kernels + b * channels * size * size + c * of_channel
+        kernel = kernels + b * of_sample + c * of_channel
     if correlating:
         part = parts + (b * tiles + tile) * size * size * channels + c
 
@@ -124,6 +127,7 @@ def _convolve_3x3(  # type: ignore[no-untyped-def]
     height,
     width,
     channels,
+    of_sample,
     of_channel,
     of_tap,
     size: tl.constexpr,
@@ -152,37 +156,50 @@ def _convolve_3x3(  # type: ignore[no-untyped-def]
     right = (w < width - 1)[:, None] & is_channel[None, :]
 
     dtype: tl.constexpr = tl.float64 if values.dtype.element_ty == tl.float64 else tl.float32
-    zeros = tl.zeros((columns, block), dtype)
     if filtering:
-        kernel = kernels + b * channels * 9 + c * of_channel
-        k0, k1, k2 = (
-            _tap(kernel, 0, of_tap, flipped, is_channel, dtype),
-            _tap(kernel, 1, of_tap, flipped, is_channel, dtype),
-            _tap(kernel, 2, of_tap, flipped, is_channel, dtype),
-        )
-        k3, k4, k5 = (
-            _tap(kernel, 3, of_tap, flipped, is_channel, dtype),
-            _tap(kernel, 4, of_tap, flipped, is_channel, dtype),
-            _tap(kernel, 5, of_tap, flipped, is_channel, dtype),
-        )
-        k6, k7, k8 = (
-            _tap(kernel, 6, of_tap, flipped, is_channel, dtype),
-            _tap(kernel, 7, of_tap, flipped, is_channel, dtype),
-            _tap(kernel, 8, of_tap, flipped, is_channel, dtype),
-        )
-        above, here = zeros, zeros  # what the rows above and here have got so far
+        kernel = kernels + b * of_sample + c * of_channel
+        k0 = _tap(kernel, 0, of_tap, flipped, is_channel, dtype)
+        k1 = _tap(kernel, 1, of_tap, flipped, is_channel, dtype)
+        k2 = _tap(kernel, 2, of_tap, flipped, is_channel, dtype)
+        k3 = _tap(kernel, 3, of_tap, flipped, is_channel, dtype)
+        k4 = _tap(kernel, 4, of_tap, flipped, is_channel, dtype)
+        k5 = _tap(kernel, 5, of_tap, flipped, is_channel, dtype)
+        k6 = _tap(kernel, 6, of_tap, flipped, is_channel, dtype)
+        k7 = _tap(kernel, 7, of_tap, flipped, is_channel, dtype)
+        k8 = _tap(kernel, 8, of_tap, flipped, is_channel, dtype)
+        above = tl.zeros((columns, block), dtype)  # what the rows above and here have got so far
+        here = tl.zeros((columns, block), dtype)
     if correlating:
-        s0, s1, s2, s3, s4, s5, s6, s7, s8 = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
-        other_above, other_here = zeros, zeros
+        s0 = tl.zeros((columns, block), dtype)
+        s1 = tl.zeros((columns, block), dtype)
+        s2 = tl.zeros((columns, block), dtype)
+        s3 = tl.zeros((columns, block), dtype)
+        s4 = tl.zeros((columns, block), dtype)
+        s5 = tl.zeros((columns, block), dtype)
+        s6 = tl.zeros((columns, block), dtype)
+        s7 = tl.zeros((columns, block), dtype)
+        s8 = tl.zeros((columns, block), dtype)
+        # Each with zeros of its own: Triton loses a variable that moves to one which started as the same value.
+        other_above = tl.zeros((columns, block), dtype)
+        other_here = tl.zeros((columns, block), dtype)
+        other_next = tl.load(others + start + first * width * channels + place, middle, 0.0)
+    row = values + start + (first - 1) * width * channels + place
+    is_row = first >= 1
+    next0 = tl.load(row - channels, left & is_row, 0.0)
+    next1 = tl.load(row, middle & is_row, 0.0)
+    next2 = tl.load(row + channels, right & is_row, 0.0)
     for h in range(first - 1, last + 1):
-        row = values + start + h * width * channels
-        is_row = (h >= 0) & (h < height)  # zero beyond the border
-        x0 = tl.load(row + place - channels, left & is_row, 0.0).to(dtype)
-        x1 = tl.load(row + place, middle & is_row, 0.0).to(dtype)
-        x2 = tl.load(row + place + channels, right & is_row, 0.0).to(dtype)
+        x0, x1, x2 = next0.to(dtype), next1.to(dtype), next2.to(dtype)
+        # The next row is on its way while this one is worked on.
+        row = values + start + (h + 1) * width * channels + place
+        is_row = h + 1 < tl.minimum(last + 1, height)
+        next0 = tl.load(row - channels, left & is_row, 0.0)
+        next1 = tl.load(row, middle & is_row, 0.0)
+        next2 = tl.load(row + channels, right & is_row, 0.0)
         if correlating:
-            below = others + start + (h + 1) * width * channels
-            other_below = tl.load(below + place, middle & (h + 1 < last), 0.0).to(dtype)
+            other_below = other_next.to(dtype)
+            below = others + start + (h + 2) * width * channels + place
+            other_next = tl.load(below, middle & (h + 2 < last), 0.0)
             s0 += other_below * x0
             s1 += other_below * x1
             s2 += other_below * x2
@@ -192,13 +209,14 @@ def _convolve_3x3(  # type: ignore[no-untyped-def]
             s6 += other_above * x0
             s7 += other_above * x1
             s8 += other_above * x2
-            other_above, other_here = other_here, other_below
+            other_above = other_here
+            other_here = other_below
         if filtering:
             done = above + x0 * k6 + x1 * k7 + x2 * k8
             above = here + x0 * k3 + x1 * k4 + x2 * k5
             here = x0 * k0 + x1 * k1 + x2 * k2
-            target = out + start + (h - 1) * width * channels
-            tl.store(target + place, done.to(out.dtype.element_ty), middle & (h - 1 >= first))
+            target = out + start + (h - 1) * width * channels + place
+            tl.store(target, done.to(out.dtype.element_ty), middle & (h - 1 >= first))
     if correlating:
         part = parts + (b * tiles + tile) * 9 * channels + c
         _store_sum(part, 0, s0, channels, flipped, is_channel)
@@ -227,31 +245,41 @@ def device_of(tensor: Tensor) -> AbstractContextManager:
     raise RuntimeError(f"backend 'triton' needs tensors on a CUDA device, got them on {tensor.device}")
 
 
+def _rows(height: int, programs: int, wanted: int) -> int:
+    """Rows of a tile: as many as leave enough programs to fill the device; ``programs`` is their number a row."""
+    rows = _MIN_ROWS
+    while rows < _MAX_ROWS and programs * triton.cdiv(height, 2 * rows) >= wanted:
+        rows *= 2
+    return rows
+
+
 def _launch(
     values: Tensor, kernels: Tensor | None, others: Tensor | None, size: int, height: int, width: int, flipped: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The filtered values, if there are kernels, and the sums with others, (B, C, K, K), if there are others."""
     values = values.contiguous()
     batch, num_tokens, channels = values.shape
-    kernel, (rows, columns) = (_convolve_3x3, _TILE_3X3) if size == 3 else (_convolve, _TILE)
-    tiles = triton.cdiv(height, rows) * triton.cdiv(width, columns)
     block = min(_CHANNELS, triton.next_power_of_2(channels))
+    blocks = triton.cdiv(channels, block)
+    correlating = others is not None
+    if size == 3:
+        kernel, columns = _convolve_3x3, _COLUMNS[correlating]
+        rows = _rows(height, batch * blocks * triton.cdiv(width, columns), _PROGRAMS[correlating])
+    else:
+        kernel, (rows, columns) = _convolve, _TILE
+    tiles = triton.cdiv(height, rows) * triton.cdiv(width, columns)
     out = parts = None
-    strides = (0, 0)
+    strides = (0, 0, 0)
     if kernels is not None:
-        out = torch.empty_like(values)
-        # Taps of neighbouring channels side by side, as their values are.
-        kernels = kernels.flatten(2)
-        if _TRANSPOSE:
-            kernels = kernels.transpose(1, 2).contiguous().transpose(1, 2)
-        strides = kernels.stride()[1:]
+        out, kernels = torch.empty_like(values), kernels.flatten(2)
+        strides = kernels.stride()
     if others is not None:
         others = others.contiguous()
         # No atomic additions: the same sum in every run.
         dtype = torch.promote_types(values.dtype, torch.float32)
         parts = values.new_empty((batch, tiles, size * size, channels), dtype=dtype)
     with device_of(values):
-        kernel[tiles, triton.cdiv(channels, block), batch](
+        kernel[tiles, blocks, batch](
             values,
             kernels,
             others,
@@ -267,9 +295,9 @@ def _launch(
             columns=columns,
             block=block,
             filtering=kernels is not None,
-            correlating=others is not None,
+            correlating=correlating,
             flipped=flipped,
-            num_warps=_WARPS,
+            num_warps=_WARPS[correlating],
         )
     sums = None if parts is None else parts.sum(dim=1).transpose(1, 2).unflatten(2, (size, size)).to(values.dtype)
     return out, sums
