@@ -19,10 +19,10 @@ from triton import knobs
 _CHANNELS = 64  # of a program
 _TILE = 8, 8  # rows and columns of a program
 # For 3 x 3, as was fastest on an H200: without and with sums for the gradient of the kernels.
-_COLUMNS = 16, 8
-_WARPS = 4, 4
-_PROGRAMS = 512, 200
-_MIN_ROWS, _MAX_ROWS = 2, 32
+_COLUMNS = 16, 4
+_WARPS = 4, 1
+_PROGRAMS = 200, 400
+_MIN_ROWS, _MAX_ROWS = 2, 16
 
 # Triton takes annotations of a kernel's arguments for its own types, so these have none that mypy would know.
 # The size of maps changes from step to step in detection: no code for each.
