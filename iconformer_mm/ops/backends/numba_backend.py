@@ -227,52 +227,61 @@ def _in_parallel(function: Callable[[int, int], None], rows: int, work: int) -> 
         future.result()
 
 
-def _as_array(tensor: Tensor) -> np.ndarray:
-    """(B, N, C) as an array (B, N * C), in a precision that NumPy knows."""
-    tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-    return tensor.contiguous().flatten(1).numpy()
+# Views are NumPy's below: those of torch take longer than the arithmetic of a small map.
 
 
-def _taps(kernels: Tensor) -> np.ndarray:
-    """Kernels (B, C, K, K) as an array (B, K * K, C)."""
-    taps = kernels.flatten(2).transpose(1, 2)
-    return _as_array(taps).reshape(taps.shape)
+def to_array(tensor: Tensor) -> np.ndarray:
+    """A tensor as an array, in a precision that NumPy knows."""
+    return (tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()).numpy()
 
 
-def _empty_like(x: np.ndarray, start: int) -> tuple[Tensor, np.ndarray]:
-    """A tensor, and as an array, of the shape of another one, whose prefix tokens it has."""
+def _flat(tensor: Tensor) -> np.ndarray:
+    """(B, N, C) as an array (B, N * C)."""
+    return np.ascontiguousarray(to_array(tensor)).reshape(len(tensor), -1)
+
+
+def _taps(kernels: Tensor, step: int = 1) -> np.ndarray:
+    """Kernels (B, C, K, K) as an array (B, K * K, C), with step -1 flipped."""
+    batch, channels, size, _ = kernels.shape
+    taps = to_array(kernels)[:, :, ::step, ::step].transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(taps).reshape(batch, size * size, channels)
+
+
+def _like(tokens: Tensor, x: np.ndarray, start: int) -> tuple[Tensor, np.ndarray]:
+    """A tensor for what tokens become, and as an array (B, N * C); its prefix tokens are those of ``x``."""
     # torch aligns memory to cache lines, NumPy does not.
-    out = torch.empty(x.shape, dtype=torch.float64 if x.dtype == np.float64 else torch.float32)
-    y = out.numpy()
+    out = torch.empty(tokens.shape, dtype=torch.float64 if x.dtype == np.float64 else torch.float32)
+    y = out.numpy().reshape(x.shape)
     y[:, :start] = x[:, :start]
     return out, y
 
 
-def _sum_in_order(parts: dict[int, np.ndarray], size: int, dtype: torch.dtype) -> Tensor:
+def _kernels(parts: dict[int, np.ndarray], size: int, step: int, dtype: torch.dtype) -> Tensor:
     """The sum of the threads' parts (B, K * K, C) as kernels, the same whichever thread was first."""
-    out = torch.from_numpy(np.ascontiguousarray(sum(parts[first] for first in sorted(parts))))
-    return out.unflatten(1, (size, size)).permute(0, 3, 1, 2).to(dtype)
+    total = sum(parts[first] for first in sorted(parts)) if len(parts) > 1 else next(iter(parts.values()))
+    kernels = np.ascontiguousarray(total[:, ::step]).reshape(len(total), size, size, -1)
+    return torch.from_numpy(kernels.transpose(0, 3, 1, 2)).to(dtype)
 
 
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
     """The filtered tokens; see the package."""
     batch, num_tokens, channels = tokens.shape
-    x, taps = _as_array(tokens), _taps(kernels)
+    x, taps = _flat(tokens), _taps(kernels)
     start = (num_tokens - height * width) * channels
-    out, y = _empty_like(x, start)
+    out, y = _like(tokens, x, start)
     compiled = _functions(kernels.shape[-1], channels)[0]
 
     def rows(first: int, last: int) -> None:
         compiled(x, taps, y, start, height, width, first, last)
 
     _in_parallel(rows, batch * height, x.size)
-    return out.view(tokens.shape).to(tokens.dtype)
+    return out.to(tokens.dtype)
 
 
 def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int) -> Tensor:
     """The gradient of the kernels, (B, C, K, K); see the package."""
     batch, num_tokens, channels = tokens.shape
-    g, x = _as_array(grad), _as_array(tokens)
+    g, x = _flat(grad), _flat(tokens)
     start = (num_tokens - height * width) * channels
     compiled = _functions(size, channels)[1]
     parts: dict[int, np.ndarray] = {}
@@ -282,7 +291,7 @@ def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width:
         compiled(g, x, part, start, height, width, first, last)
 
     _in_parallel(rows, batch * height, x.size)
-    return _sum_in_order(parts, size, tokens.dtype)
+    return _kernels(parts, size, 1, tokens.dtype)
 
 
 def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -292,9 +301,9 @@ def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width:
         grad_tokens = correlate(grad, kernels.flip((2, 3)), height, width)
         return grad_tokens, kernel_gradient(grad, tokens, size, height, width)
     batch, num_tokens, channels = tokens.shape
-    g, x, taps = _as_array(grad), _as_array(tokens), _taps(kernels)[:, ::-1].copy()
+    g, x, taps = _flat(grad), _flat(tokens), _taps(kernels, step=-1)
     start = (num_tokens - height * width) * channels
-    out, y = _empty_like(g, start)
+    out, y = _like(grad, g, start)
     compiled = _functions(size, channels)[2]
     parts: dict[int, np.ndarray] = {}
 
@@ -303,5 +312,4 @@ def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width:
         compiled(g, x, taps, y, part, start, height, width, first, last)
 
     _in_parallel(rows, batch * height, x.size)
-    sums = _sum_in_order({first: part[:, ::-1] for first, part in parts.items()}, size, tokens.dtype)
-    return out.view(tokens.shape).to(tokens.dtype), sums
+    return out.to(tokens.dtype), _kernels(parts, size, -1, tokens.dtype)

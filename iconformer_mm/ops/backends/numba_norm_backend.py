@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .numba_backend import jitted
+from .numba_backend import jitted, to_array
 
 
 @jitted
@@ -63,27 +63,27 @@ def _gradients(
                 grad_beta[c, t] += g
 
 
-def _as_array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+def _flat(tensor: Tensor) -> np.ndarray:
     """(..., K, K) as an array (..., K * K)."""
-    return tensor.to(dtype).flatten(-2).contiguous().numpy()
+    return np.ascontiguousarray(to_array(tensor)).reshape(*tensor.shape[:-2], -1)
 
 
 def normalise(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """The normalised kernels, (B, C, K, K)."""
     batch, channels, size, _ = raw.shape
-    dtype = torch.promote_types(raw.dtype, torch.float32)
-    out = torch.empty((batch, size * size, channels), dtype=dtype)
-    arrays = [_as_array(tensor, dtype) for tensor in (raw, gamma, beta)]
-    _normalise(*arrays, eps, out.numpy())
-    return out.to(raw.dtype).unflatten(1, (size, size)).permute(0, 3, 1, 2)
+    values = _flat(raw)
+    out = np.empty((batch, size * size, channels), values.dtype)
+    _normalise(values, _flat(gamma), _flat(beta), eps, out)
+    return torch.from_numpy(out.reshape(batch, size, size, channels).transpose(0, 3, 1, 2)).to(raw.dtype)
 
 
 def gradients(grad: Tensor, raw: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the raw kernels, (B, C, K, K), and of gamma and beta, (C, K, K)."""
-    dtype = torch.promote_types(raw.dtype, torch.float32)
-    taps = grad.to(dtype).permute(0, 2, 3, 1).flatten(1, 2).contiguous().numpy()
-    grad_raw = torch.empty(raw.shape, dtype=dtype)
-    grad_gamma, grad_beta = torch.zeros(2, *gamma.shape, dtype=dtype)
-    outputs = [_as_array(tensor, dtype) for tensor in (grad_raw, grad_gamma, grad_beta)]
-    _gradients(taps, _as_array(raw, dtype), _as_array(gamma, dtype), eps, *outputs)
-    return grad_raw.to(raw.dtype), grad_gamma.to(gamma.dtype), grad_beta.to(gamma.dtype)
+    values, factors = _flat(raw), _flat(gamma)
+    batch, channels, count = values.shape
+    taps = np.ascontiguousarray(to_array(grad).transpose(0, 2, 3, 1)).reshape(batch, count, channels)
+    grad_raw, grad_gamma, grad_beta = np.empty_like(values), np.zeros_like(factors), np.zeros_like(factors)
+    _gradients(taps, values, factors, eps, grad_raw, grad_gamma, grad_beta)
+    results = (grad_raw, raw), (grad_gamma, gamma), (grad_beta, gamma)
+    first, second, third = (torch.from_numpy(array.reshape(like.shape)).to(like.dtype) for array, like in results)
+    return first, second, third
