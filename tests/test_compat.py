@@ -1,10 +1,15 @@
-"""Configs of a library are found by its import name, whichever distribution it came with; ours in a checkout, too."""
+"""Configs are found by the import name of their library; what watches tensors is known."""
 
 import pytest
+import torch
 from conftest import ROOT
 from mmengine.config import Config
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iconformer_mm.apis import load_config
+from iconformer_mm.compat import is_plain
 
 
 @pytest.mark.parametrize('library', ['mmpretrain', 'mmdet', 'mmseg'])
@@ -29,3 +34,31 @@ def test_ours_that_is_not_there(tmp_path):
     path.write_text("_base_ = 'iconformer_mm::nowhere/icon.py'\n")
     with pytest.raises(FileNotFoundError, match='configs/nowhere/icon.py'):
         Config.fromfile(path)
+
+
+def test_is_plain_unless_somebody_watches():
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    def function(x):
+        seen.append(is_plain(x))
+        return x + 1
+
+    x = torch.ones(2)
+    function(x)
+    function(nn.Parameter(x))
+    with torch.autocast('cpu', torch.bfloat16):
+        function(x)
+    assert seen == [True] * 3
+    seen.clear()
+    with Watch():
+        function(x)
+    torch.jit.trace(function, x, check_trace=False)
+    function(x.to('meta'))
+    with FakeTensorMode():
+        function(torch.ones(2))
+    assert seen == [False] * 4
+    assert torch.equal(torch.compile(lambda x: x + is_plain(x), backend='eager')(x), x)

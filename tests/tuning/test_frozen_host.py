@@ -6,6 +6,7 @@ from families import FAMILIES, flatten, image, stir
 from torch import nn
 
 from iconformer_mm import inject
+from iconformer_mm.adapters import ICoNAdapter
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.sites import find_sites
@@ -64,3 +65,20 @@ def test_backward_writes_gradients_of_adapters_only(family):
             parameter.register_post_accumulate_grad_hook(lambda p, name=name: computed.append(name))
     sum(t.square().mean() for t in flatten(model(image(family.sizes[0])))).backward()
     assert set(computed) == {n for n, _ in model.named_parameters() if is_adapter(n)}
+
+
+@pytest.mark.parametrize('family', [f for f in FAMILIES if f.name in ('ViT', 'Swin', 'SwinV2')], ids=str)
+@pytest.mark.parametrize('sites', [['attention'], ['ffn']])
+def test_gradients_that_reach_an_adapter_lie_as_tokens_do(family, sites):
+    """Not as the maps with channels first that a stage hands on, which every block before would copy."""
+    model = adapted(family, sites=sites)
+    contiguous = []
+
+    def watch(module, args, delta):
+        delta.register_hook(lambda grad: contiguous.append(grad.is_contiguous()))
+
+    for module in model.modules():
+        if isinstance(module, ICoNAdapter):
+            module.register_forward_hook(watch)
+    sum(out.square().sum() for out in flatten(model(image(family.sizes[0])))).backward()
+    assert contiguous == [True] * family.num_blocks
