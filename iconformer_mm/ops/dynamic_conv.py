@@ -142,10 +142,22 @@ def _differentiable(name: str, function: type[torch.autograd.Function]) -> Calla
 
 _differentiable_correlate = _differentiable('dynamic_conv', _Correlation)
 _differentiable_kernel_gradient = _differentiable('dynamic_conv_kernel_gradient', _KernelGradient)
+
+
+def _as_declared(implementation: Callable) -> Callable:
+    """An operator as compilers are told of it below, with contiguous results; those of a backend need not be."""
+
+    def call(*args: Any) -> Any:
+        out = implementation(*args)
+        return out.contiguous() if isinstance(out, Tensor) else tuple(tensor.contiguous() for tensor in out)
+
+    return call
+
+
 for _name, _implementation in _IMPLEMENTATIONS.items():
-    _library.impl(_name, _implementation, 'CompositeExplicitAutograd')
-_library.impl('dynamic_conv', _differentiable_correlate, 'Autograd')
-_library.impl('dynamic_conv_kernel_gradient', _differentiable_kernel_gradient, 'Autograd')
+    _library.impl(_name, _as_declared(_implementation), 'CompositeExplicitAutograd')
+_library.impl('dynamic_conv', _as_declared(_differentiable_correlate), 'Autograd')
+_library.impl('dynamic_conv_kernel_gradient', _as_declared(_differentiable_kernel_gradient), 'Autograd')
 
 
 def _correlate_meta(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> Tensor:

@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -295,3 +296,18 @@ def test_refuses_bad_options(options, message):
 def test_refuses_tokens_that_do_not_fit_the_grid():
     with pytest.raises(ValueError, match='7 tokens do not fit the grid of 2 x 3 patches and 0 prefix tokens'):
         ICoNAdapter(8)(torch.zeros(1, 7, 8), TokenGrid(2, 3))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='needs a C++ compiler')
+def test_icon_trains_as_compiled_code():
+    grid = TokenGrid(6, 5, num_prefix_tokens=1)
+    adapter = ICoNAdapter(32, bottleneck=8)
+    torch.nn.init.normal_(adapter.up.weight)
+    tokens, grad = torch.randn(2, 31, 32, requires_grad=True), torch.randn(2, 31, 32)
+
+    def gradients(function):
+        out = function(tokens, grid)
+        return [out.detach(), *torch.autograd.grad(out, [tokens, *adapter.parameters()], grad)]
+
+    expected = gradients(adapter)
+    torch.testing.assert_close(gradients(torch.compile(adapter, fullgraph=True)), expected, rtol=1e-4, atol=1e-4)

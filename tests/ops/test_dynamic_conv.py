@@ -145,6 +145,23 @@ def test_is_a_proper_operator():
     operators = torch.ops.iconformer_mm
     torch.library.opcheck(operators.dynamic_conv.default, (x, kernels, 3, 4, 'auto'))
     torch.library.opcheck(operators.dynamic_conv_kernel_gradient.default, (x, x, 3, 3, 4, 'auto'))
+    # Autograd does not see this one.
+    tests = ('test_schema', 'test_faketensor')
+    detached = x.detach(), x.detach(), kernels.detach()
+    torch.library.opcheck(operators.dynamic_conv_gradients.default, (*detached, 3, 4, 'auto'), test_utils=tests)
+
+
+@each_backend
+def test_results_of_operators_lie_as_compilers_are_told(backend):
+    tokens, kernels = random(2, 1 + 5 * 4, 3).detach(), random(2, 3, 3, 3, seed=1).detach()
+    settings = (5, 4, backend)
+    operators = torch.ops.iconformer_mm
+    results = [
+        operators.dynamic_conv(tokens, kernels, *settings),
+        operators.dynamic_conv_kernel_gradient(tokens, tokens, 3, *settings),
+        *operators.dynamic_conv_gradients(tokens, tokens, kernels, *settings),
+    ]
+    assert all(tensor.is_contiguous() for tensor in results)
 
 
 def test_compiles_to_one_graph():
