@@ -258,7 +258,8 @@ def _like(tokens: Tensor, x: np.ndarray, start: int) -> tuple[Tensor, np.ndarray
 
 def _kernels(parts: dict[int, np.ndarray], size: int, step: int, dtype: torch.dtype) -> Tensor:
     """The sum of the threads' parts (B, K * K, C) as kernels, the same whichever thread was first."""
-    total = sum(parts[first] for first in sorted(parts)) if len(parts) > 1 else next(iter(parts.values()))
+    ordered = [parts[first] for first in sorted(parts)]
+    total = sum(ordered[1:], ordered[0])
     kernels = np.ascontiguousarray(total[:, ::step]).reshape(len(total), size, size, -1)
     return torch.from_numpy(kernels.transpose(0, 3, 1, 2)).to(dtype)
 

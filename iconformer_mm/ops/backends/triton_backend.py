@@ -269,7 +269,7 @@ def _launch(
         kernel, (rows, columns) = _convolve, _TILE
     tiles = triton.cdiv(height, rows) * triton.cdiv(width, columns)
     out = parts = None
-    strides = (0, 0, 0)
+    strides: tuple[int, ...] = (0, 0, 0)
     if kernels is not None:
         out, kernels = torch.empty_like(values), kernels.flatten(2)
         strides = kernels.stride()
@@ -305,14 +305,20 @@ def _launch(
 
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
     """The filtered tokens; see the package."""
-    return _launch(tokens, kernels, None, kernels.shape[-1], height, width, flipped=False)[0]
+    out, _ = _launch(tokens, kernels, None, kernels.shape[-1], height, width, flipped=False)
+    assert out is not None
+    return out
 
 
 def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int) -> Tensor:
     """The gradient of the kernels; see the package."""
-    return _launch(tokens, None, grad, size, height, width, flipped=False)[1]
+    _, sums = _launch(tokens, None, grad, size, height, width, flipped=False)
+    assert sums is not None
+    return sums
 
 
 def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The gradients of tokens and kernels; see the package."""
-    return _launch(grad, kernels, tokens, kernels.shape[-1], height, width, flipped=True)
+    out, sums = _launch(grad, kernels, tokens, kernels.shape[-1], height, width, flipped=True)
+    assert out is not None and sums is not None
+    return out, sums
