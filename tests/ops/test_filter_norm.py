@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from iconformer_mm.ops import backends, filter_norm
+from iconformer_mm.ops import backends, dynamic_depthwise_conv2d, filter_norm
 
 needs_triton = pytest.mark.skipif(
     backends.find('triton_norm') is None, reason='no Triton here that the backend can use'
@@ -90,6 +90,16 @@ def test_precision(dtype):
     for value, truth, own in zip(actual, expected, [dtype, dtype, torch.float32, torch.float32]):
         assert value.dtype == own
         assert (value.double() - truth).abs().max() <= tolerance * truth.abs().max()
+
+
+@pytest.mark.parametrize('size', [1, 3])
+def test_memory_of_parameters_can_still_be_resized(size):
+    """FSDP does that; NumPy forbids it of memory that it has seen. Static kernels are parameters, too."""
+    tensors = problem(size=size, dtype=torch.float32)
+    maps = torch.randn(3, 4, 4, 5, requires_grad=True)
+    out = dynamic_depthwise_conv2d(maps, filter_norm(*tensors)) + dynamic_depthwise_conv2d(maps, tensors[0])
+    out.sum().backward()
+    assert all(tensor.untyped_storage().resizable() for tensor in tensors)
 
 
 def test_is_seen_by_a_compiler():

@@ -230,9 +230,13 @@ def _in_parallel(function: Callable[[int, int], None], rows: int, work: int) -> 
 # Views are NumPy's below: those of torch take longer than the arithmetic of a small map.
 
 
-def to_array(tensor: Tensor) -> np.ndarray:
-    """A tensor as an array, in a precision that NumPy knows."""
-    return (tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()).numpy()
+def to_array(tensor: Tensor, copy: bool = False) -> np.ndarray:
+    """A tensor as an array, in a precision that NumPy knows.
+
+    What may be a parameter is to be copied: memory that NumPy has seen cannot be resized, as FSDP does with parameters.
+    """
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.to(dtype, copy=copy).numpy()
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
@@ -243,7 +247,7 @@ def _flat(tensor: Tensor) -> np.ndarray:
 def _taps(kernels: Tensor, step: int = 1) -> np.ndarray:
     """Kernels (B, C, K, K) as an array (B, K * K, C), with step -1 flipped."""
     batch, channels, size, _ = kernels.shape
-    taps = to_array(kernels)[:, :, ::step, ::step].transpose(0, 2, 3, 1)
+    taps = to_array(kernels, copy=True)[:, :, ::step, ::step].transpose(0, 2, 3, 1)
     return np.ascontiguousarray(taps).reshape(batch, size * size, channels)
 
 

@@ -65,7 +65,7 @@ def _gradients(
 
 def _flat(tensor: Tensor) -> np.ndarray:
     """(..., K, K) as an array (..., K * K)."""
-    return np.ascontiguousarray(to_array(tensor)).reshape(*tensor.shape[:-2], -1)
+    return np.ascontiguousarray(to_array(tensor, copy=True)).reshape(*tensor.shape[:-2], -1)
 
 
 def normalise(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
