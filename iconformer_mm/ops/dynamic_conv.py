@@ -58,11 +58,7 @@ def _gradients(
     grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     found = _backend(backend, tokens, height, width)
-    grad, tokens, kernels = grad.detach(), tokens.detach(), kernels.detach()
-    if hasattr(found, 'gradients'):
-        return found.gradients(grad, tokens, kernels, height, width)
-    grad_tokens = found.correlate(grad, kernels.flip((2, 3)), height, width)
-    return grad_tokens, found.kernel_gradient(grad, tokens, kernels.shape[-1], height, width)
+    return found.gradients(grad.detach(), tokens.detach(), kernels.detach(), height, width)
 
 
 class _Correlation(torch.autograd.Function):

@@ -1,23 +1,39 @@
 """Ways to compute the dynamic convolution and the gradient of its kernels.
 
-A backend is a module with two functions over token sequences, (B, P + H * W, C) with P
+A backend is a module with three functions over token sequences, (B, P + H * W, C) with P
 prefix tokens that have no place in the map:
 
 - ``correlate(tokens, kernels, height, width)``: the filtered tokens; prefix tokens pass.
 - ``kernel_gradient(grad, tokens, size, height, width)``: the gradient of the
   kernels, (B, C, K, K), for the gradient of what ``correlate`` returned.
+- ``gradients(grad, tokens, kernels, height, width)``: that of the tokens, which is ``correlate``
+  with flipped kernels, and that of the kernels; in one pass, or :func:`apart`.
 
-The gradient of the tokens is ``correlate`` with flipped kernels. A backend that makes both gradients in
-one pass has ``gradients(grad, tokens, kernels, height, width)``, too, which returns them in this order.
+FilterNorm has backends of its own, ``numba_norm`` and ``triton_norm``: modules with ``normalise`` and ``gradients``.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
+from torch import Tensor
+
 NAMES = ('reference', 'grouped', 'looped', 'numba', 'triton')
+
+
+def apart(
+    correlate: Callable[..., Tensor], kernel_gradient: Callable[..., Tensor]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A backend's ``gradients``, made of its two other functions."""
+
+    def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        grad_tokens = correlate(grad, kernels.flip((2, 3)), height, width)
+        return grad_tokens, kernel_gradient(grad, tokens, kernels.shape[-1], height, width)
+
+    return gradients
 
 
 @cache

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import apart
 from .reference_backend import as_maps, behind_prefix
 
 
@@ -52,3 +53,6 @@ def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width:
     shape = (1, batch * channels, height, width)
     grad, maps = (as_maps(t, height, width).permute(0, 3, 1, 2).reshape(shape) for t in (grad, tokens))
     return weight_gradient(grad, maps, size).view(batch, channels, size, size)
+
+
+gradients = apart(correlate, kernel_gradient)

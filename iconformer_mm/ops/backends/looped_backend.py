@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import apart
 from .grouped_backend import weight_gradient, without_half
 from .reference_backend import as_maps, behind_prefix
 
@@ -27,3 +28,6 @@ def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width:
     """The gradient of the kernels; see the package."""
     grad, maps = (as_maps(t, height, width).permute(0, 3, 1, 2).split(1) for t in (grad, tokens))
     return torch.stack([weight_gradient(*pair, size).squeeze(1) for pair in zip(grad, maps)])
+
+
+gradients = apart(correlate, kernel_gradient)

@@ -19,6 +19,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from . import apart
+
 
 def jitted(function: Callable) -> Callable:
     """Compile at the first call, and keep the code on disk where that can be written to."""
@@ -299,12 +301,14 @@ def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width:
     return _kernels(parts, size, 1, tokens.dtype)
 
 
+_gradients_apart = apart(correlate, kernel_gradient)
+
+
 def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The gradients of tokens and kernels; see the package."""
     size = kernels.shape[-1]
     if size != 3:
-        grad_tokens = correlate(grad, kernels.flip((2, 3)), height, width)
-        return grad_tokens, kernel_gradient(grad, tokens, size, height, width)
+        return _gradients_apart(grad, tokens, kernels, height, width)
     batch, num_tokens, channels = tokens.shape
     g, x, taps = _flat(grad), _flat(tokens), _taps(kernels, step=-1)
     start = (num_tokens - height * width) * channels

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import apart
+
 
 def as_maps(tokens: Tensor, height: int, width: int) -> Tensor:
     """The patch tokens of (B, P + H * W, C) as maps, (B, H, W, C)."""
@@ -42,3 +44,6 @@ def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width:
     grad, maps = as_maps(grad, height, width), as_maps(tokens, height, width)
     taps = [(grad * neighbour).sum(dim=(1, 2)) for neighbour in _neighbours(maps, size)]
     return torch.stack(taps, dim=2).unflatten(2, (size, size))
+
+
+gradients = apart(correlate, kernel_gradient)
