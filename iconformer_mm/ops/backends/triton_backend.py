@@ -116,6 +116,16 @@ def _store_sum(parts, tap: tl.constexpr, sums, channels, flipped: tl.constexpr, 
     tl.store(parts + index * channels, tl.sum(sums, axis=0), is_channel)
 
 
+@triton.jit
+def _load_row(row, is_row, left, middle, right, channels):  # type: ignore[no-untyped-def]
+    """What the three columns of taps see of one row: zero beyond the border."""
+    return (
+        tl.load(row - channels, left & is_row, 0.0),
+        tl.load(row, middle & is_row, 0.0),
+        tl.load(row + channels, right & is_row, 0.0),
+    )
+
+
 @triton.jit(do_not_specialize=['num_tokens', 'height', 'width', 'rows'])
 def _convolve_3x3(  # type: ignore[no-untyped-def]
     values,
@@ -185,17 +195,13 @@ def _convolve_3x3(  # type: ignore[no-untyped-def]
         other_next = tl.load(others + start + first * width * channels + place, middle, 0.0)
     row = values + start + (first - 1) * width * channels + place
     is_row = first >= 1
-    next0 = tl.load(row - channels, left & is_row, 0.0)
-    next1 = tl.load(row, middle & is_row, 0.0)
-    next2 = tl.load(row + channels, right & is_row, 0.0)
+    next0, next1, next2 = _load_row(row, is_row, left, middle, right, channels)
     for h in range(first - 1, last + 1):
         x0, x1, x2 = next0.to(dtype), next1.to(dtype), next2.to(dtype)
         # The next row is on its way while this one is worked on.
         row = values + start + (h + 1) * width * channels + place
         is_row = h + 1 < tl.minimum(last + 1, height)
-        next0 = tl.load(row - channels, left & is_row, 0.0)
-        next1 = tl.load(row, middle & is_row, 0.0)
-        next2 = tl.load(row + channels, right & is_row, 0.0)
+        next0, next1, next2 = _load_row(row, is_row, left, middle, right, channels)
         if correlating:
             other_below = other_next.to(dtype)
             below = others + start + (h + 2) * width * channels + place
