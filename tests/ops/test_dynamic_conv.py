@@ -1,9 +1,9 @@
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from triton_checks import compile_for_gpu, run_interpreted
 
 from iconformer_mm.ops import backends, dynamic_depthwise_conv2d, dynamic_depthwise_conv_tokens
 
@@ -187,11 +187,7 @@ def test_autocast_keeps_one_dtype():
 @pytest.mark.skipif(backends.find('triton') is None, reason='no Triton here that the backend can use')
 def test_triton_in_its_interpreter():
     """The kernels run without a GPU, in a process that interprets them from the start."""
-    environment = {**os.environ, 'TRITON_INTERPRET': '1'}
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'{__file__}::interpreted_triton']
-    command += ['-o', 'python_functions=interpreted_*']
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize(
@@ -234,19 +230,12 @@ def interpreted_triton(shape, size, dtype):
 @pytest.mark.parametrize(('filtering', 'correlating'), [(True, False), (False, True), (True, True)])
 def test_triton_compiles_for_a_gpu_that_is_not_there(size, filtering, correlating):
     """What the interpreter does not tell: that there is machine code for the kernels."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     backend = backends.find('triton')
     kernel = backend._convolve_3x3 if size == 3 else backend._convolve
     constants = dict(size=size, columns=8, block=64, of_channel=1) | (dict(rows=8) if size != 3 else {})
     constants |= dict(filtering=filtering, correlating=correlating, flipped=correlating)
     pointers = dict(values='*bf16', kernels='*bf16', others='*bf16', out='*bf16', parts='*fp32')
-    signature = {name: pointers.get(name, 'i32') for name in kernel.arg_names}
-    signature |= dict.fromkeys(constants, 'constexpr')
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    code = compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=4)).asm
+    code = compile_for_gpu(kernel, pointers, constants, num_warps=4)
     assert code['cubin']
     if size == 3:
         # Of the loop over rows: four values of the next row (or three), sums so far. Triton has lost some, silently.
