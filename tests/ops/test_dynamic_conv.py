@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from triton_checks import compile_for_gpu, run_interpreted
+from triton_checks import run_compiled, run_interpreted
 
 from iconformer_mm.ops import backends, dynamic_depthwise_conv2d, dynamic_depthwise_conv_tokens
 
@@ -226,21 +226,31 @@ def interpreted_triton(shape, size, dtype):
 
 
 @pytest.mark.skipif(backends.find('triton') is None, reason='no Triton here that the backend can use')
-@pytest.mark.parametrize('size', [3, 5])
-@pytest.mark.parametrize(('filtering', 'correlating'), [(True, False), (False, True), (True, True)])
-def test_triton_compiles_for_a_gpu_that_is_not_there(size, filtering, correlating):
-    """What the interpreter does not tell: that there is machine code for the kernels."""
+@pytest.mark.parametrize(
+    ('shape', 'size', 'dtype'),
+    [((2, 1, 9, 19, 64), 3, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    + [((1, 0, 5, 3, 72), 3, torch.bfloat16)]  # two programs along channels
+    + [((1, 2, 5, 9, 40), 5, torch.bfloat16), ((1, 0, 9, 4, 5), 1, torch.float32)],
+)
+def test_triton_as_compiled_for_a_gpu(monkeypatch, shape, size, dtype):
+    """What the interpreter does not tell: Triton has lost a variable of a loop, silently."""
+    batch, prefix, height, width, channels = shape
+    tokens = random(batch, prefix + height * width, channels, dtype=dtype).detach()
+    grad = random(*tokens.shape, dtype=dtype, seed=2).detach()
+    # Channels innermost, as they come out of FilterNorm.
+    kernels = random(batch, size, size, channels, dtype=dtype, seed=1).detach().permute(0, 3, 1, 2)
+    exact = [t.double().requires_grad_() for t in (tokens, kernels)]
+    expected = gradients(
+        lambda x, k: dynamic_depthwise_conv_tokens(x, k, height, width, 'reference'), *exact, grad=grad.double()
+    )
     backend = backends.find('triton')
-    kernel = backend._convolve_3x3 if size == 3 else backend._convolve
-    constants = dict(size=size, columns=8, block=64, of_channel=1) | (dict(rows=8) if size != 3 else {})
-    constants |= dict(filtering=filtering, correlating=correlating, flipped=correlating)
-    pointers = dict(values='*bf16', kernels='*bf16', others='*bf16', out='*bf16', parts='*fp32')
-    code = compile_for_gpu(kernel, pointers, constants, num_warps=4)
-    assert code['cubin']
-    if size == 3:
-        # Of the loop over rows: four values of the next row (or three), sums so far. Triton has lost some, silently.
-        carried = code['ttir'].partition('iter_args(')[2].partition(')')[0].count('=')
-        assert carried == 3 + 2 * filtering + (1 + 9 + 2) * correlating
+    run_compiled(monkeypatch, backend, '_convolve', '_convolve_3x3')
+    actual = [backend.correlate(tokens, kernels, height, width)]
+    actual += backend.gradients(grad, tokens, kernels, height, width)
+    actual += [backend.kernel_gradient(grad, tokens, size, height, width)]
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+    for value, truth in zip(actual, (*expected, expected[-1]), strict=True):
+        assert (value.double() - truth).abs().max() <= tolerance * truth.abs().max()
 
 
 @pytest.mark.skipif(backends.find('triton') is None, reason='no Triton here that the backend can use')

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from triton_checks import compile_for_gpu, run_interpreted
+from triton_checks import run_compiled, run_interpreted
 
 from iconformer_mm.ops import backends, dynamic_depthwise_conv2d, filter_norm
 
@@ -143,14 +143,27 @@ def interpreted_triton(batch, size, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize('name', ['_normalise', '_differentiate'])
-def test_triton_compiles_for_a_gpu_that_is_not_there(name):
-    """What the interpreter does not tell: that there is machine code for the kernels."""
-    kernel = getattr(backends.find('triton_norm'), name)
-    constants = dict(size=3, samples=32, taps=16)
-    types = dict(raw='*bf16', out='*bf16', grad='*bf16', grad_raw='*bf16', eps='fp32')
-    types |= dict.fromkeys(('gamma', 'beta', 'grad_gamma', 'grad_beta'), '*fp32')
-    assert compile_for_gpu(kernel, types, constants, num_warps=1)['cubin']
+@pytest.mark.parametrize(
+    ('batch', 'channels', 'size', 'dtype'),
+    [
+        (40, 4, 3, torch.float32),  # samples in two goes
+        (3, 5, 3, torch.bfloat16),
+        (3, 5, 5, torch.float16),
+        (33, 3, 7, torch.bfloat16),  # several warps
+    ],
+)
+def test_triton_as_compiled_for_a_gpu(monkeypatch, batch, channels, size, dtype):
+    """What the interpreter does not tell: what the compiler makes of the kernels."""
+    backend = backends.find('triton_norm')
+    run_compiled(monkeypatch, backend, '_normalise', '_differentiate')
+    raw, gamma, beta = (t.detach() for t in problem(batch, channels, size, torch.float32))
+    raw, grad = raw.to(dtype), torch.randn(batch, size, size, channels).to(dtype).permute(0, 3, 1, 2)
+    exact = [t.double().requires_grad_() for t in (raw, gamma, beta)]
+    expected = gradients(lambda *args: definition(*args, 1e-2), exact, grad.double())
+    actual = [backend.normalise(raw, gamma, beta, 1e-2), *backend.gradients(grad, raw, gamma, 1e-2)]
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+    for value, truth in zip(actual, expected, strict=True):
+        assert (value.double() - truth).abs().max() <= tolerance * truth.abs().max()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

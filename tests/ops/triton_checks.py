@@ -3,6 +3,13 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from itertools import product
+
+import ptx
+import torch
+
+_TYPES = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
 
 
 def run_interpreted(file):
@@ -14,12 +21,54 @@ def run_interpreted(file):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def compile_for_gpu(kernel, types, constants, num_warps):
-    """What a kernel is compiled to for a GPU that need not be there, by stage; arguments without a type are counts."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def _memory_of(tensor):
+    """From the first to the last number of a tensor, whatever its strides."""
+    length = 1 + sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride()))
+    # NumPy has no bfloat16.
+    return tensor.detach().as_strided((length,), (1,)).view(getattr(torch, f'int{8 * tensor.itemsize}')).numpy()
 
-    signature = {name: types.get(name, 'i32') for name in kernel.arg_names} | dict.fromkeys(constants, 'constexpr')
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    return compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=num_warps)).asm
+
+class Compiled:
+    """In place of a kernel: what is launched on tensors of the CPU is compiled for a GPU, and run without one."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        grid = (*grid, 1, 1)[:3]
+        return lambda *args, num_warps, **constants: self.launch(grid, num_warps, args, constants)
+
+    def launch(self, grid, num_warps, args, constants):
+        from triton import compile
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        named = dict(zip((p.name for p in self.kernel.params if p.name not in constants), args)) | constants
+        memory, signature, fixed, divisible, values = ptx.Memory(), {}, {}, {}, []
+        # As Triton's launcher specialises: for None and 1, and for what is divisible by 16, as are tensors.
+        for place, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, named[parameter.name]
+            special = not (parameter.do_not_specialize or isinstance(value, (float, torch.Tensor)))
+            if parameter.is_constexpr or value is None or special and value == 1:
+                signature[name], fixed[name] = 'constexpr', value
+                continue
+            if isinstance(value, torch.Tensor):
+                signature[name] = '*' + _TYPES[value.dtype]
+                values.append(memory.place(_memory_of(value)))
+            else:
+                signature[name] = 'fp32' if isinstance(value, float) else 'i32'
+                values.append(value)
+            if isinstance(value, torch.Tensor) or special and value % 16 == 0:
+                divisible[(place,)] = [['tt.divisibility', 16]]
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=fixed, attrs=divisible)
+        code = compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=num_warps))
+        kernel = ptx.parse(code.asm['ptx'])
+        for z, y, x in product(*map(range, grid[::-1])):
+            ptx.Block(kernel, values, (x, y, z), grid, 32 * num_warps, code.metadata.shared, memory).run()
+
+
+def run_compiled(monkeypatch, backend, *kernels):
+    """Let a backend's launches on tensors of the CPU run the code that is compiled for a GPU."""
+    for name in kernels:
+        monkeypatch.setattr(backend, name, Compiled(getattr(backend, name)))
+    monkeypatch.setattr(backend, 'device_of', lambda tensor: nullcontext())
