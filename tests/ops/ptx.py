@@ -71,6 +71,8 @@ def parse(ptx):
             labels[label[1]] = len(instructions)
         elif found := re.match(r'\s*(?:@(!?%\w+)\s+)?([a-z][\w.]*)\s*(.*\S)?\s*$', statement):
             instructions.append((found[1], found[2], _split(found[3] or '')))
+        elif not re.match(r'\s*(\.|$)', statement):  # neither a directive nor empty
+            raise ValueError(f'not understood: {statement}')
     return instructions, labels
 
 
