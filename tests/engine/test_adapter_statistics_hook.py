@@ -27,6 +27,9 @@ class Reference(Hook):
         self.accumulative_counts = accumulative_counts
         self.iterations, self.gradients, self.hooks = [], [], []
 
+    def before_train(self, runner):
+        self.step = vars(runner.optim_wrapper.optimizer).get('step')
+
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         model = copy.deepcopy(runner.model)
         model.zero_grad()
@@ -107,7 +110,14 @@ def test_it_is_there_at_the_interval_only(tmp_path):
     }  # fmt: skip
     hook = next(h for h in runner.hooks if isinstance(h, AdapterStatisticsHook))
     assert not hook._seen and not any(m._forward_hooks for n, m in runner.model.named_modules() if 'adapter' in n)
-    assert not runner.optim_wrapper.optimizer._optimizer_step_pre_hooks
+    assert vars(runner.optim_wrapper.optimizer).get('step') is reference.step
+    assert hook._forget_step is None
+
+
+def test_gradients_are_seen_after_something_was_compiled(tmp_path):
+    """After which torch 2.1 calls no hooks of optimizers."""
+    torch.compile(torch.sin, backend='eager')(torch.ones(1))
+    assert len(logged(run(tmp_path, dict(interval=4)))['adapter_gradient/total']) == 2
 
 
 def test_accumulated_gradients(tmp_path):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from iconformer_mm.adapters import Adapter
 from iconformer_mm.adapters.icon import ICoN
@@ -63,7 +64,7 @@ class AdapterStatisticsHook(Hook):
         self._adapters: dict[str, nn.Module] = {}
         self._head: list[nn.Parameter] = []
         self._forward_handles: list[Any] = []
-        self._step_handle: Any = None
+        self._forget_step: Callable[[], None] | None = None
         self._seen: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by scalar and adapter; without a graph
 
     def before_train(self, runner: Runner) -> None:
@@ -88,8 +89,29 @@ class AdapterStatisticsHook(Hook):
             for module in adapter.modules():
                 if isinstance(module, ICoN):
                     self._forward_handles.append(module.register_forward_hook(partial(self._see_kernels, name)))
-        if self._step_handle is None:
-            self._step_handle = runner.optim_wrapper.optimizer.register_step_pre_hook(self._see_gradients)
+        if self._forget_step is None:
+            self._listen_to_step(runner.optim_wrapper.optimizer)
+
+    def _listen_to_step(self, optimizer: Optimizer) -> None:
+        """See the gradients when the optimizer steps next.
+
+        Not by a hook of the optimizer: torch 2.1 calls none once anything has been compiled.
+        """
+        step, own = optimizer.step, vars(optimizer).get('step')
+
+        @wraps(step)
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            forget()
+            self._see_gradients()
+            return step(*args, **kwargs)
+
+        def forget() -> None:
+            del vars(optimizer)['step']
+            if own is not None:
+                vars(optimizer)['step'] = own  # schedulers count steps by one
+            self._forget_step = None
+
+        vars(optimizer)['step'], self._forget_step = observed, forget
 
     @torch.no_grad()
     def _see_kernels(self, name: str, icon: ICoN, args: tuple, kernels: Tensor) -> None:
@@ -102,14 +124,12 @@ class AdapterStatisticsHook(Hook):
         self._seen['adapter_ratio'][name] = _rms(delta) / _rms(args[0]).clamp_min(1e-12)
 
     @torch.no_grad()
-    def _see_gradients(self, *optimizer_and_arguments: Any) -> None:
+    def _see_gradients(self) -> None:
         norms = {name: _gradient_norm(adapter.parameters()) for name, adapter in self._adapters.items()}
         self._seen['adapter_gradient'] = norms
         self._seen['adapter_gradient/total'] = {'': torch.stack(list(norms.values())).norm()}
         if self._head:
             self._seen['head_gradient'] = {'': _gradient_norm(self._head)}
-        self._step_handle.remove()
-        self._step_handle = None
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
@@ -133,9 +153,8 @@ class AdapterStatisticsHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Leave nothing behind."""
         self._stop_forward()
-        if self._step_handle is not None:
-            self._step_handle.remove()
-            self._step_handle = None
+        if self._forget_step is not None:
+            self._forget_step()
         self._seen.clear()
 
     def _stop_forward(self) -> None:
