@@ -12,7 +12,6 @@ import numpy as np
 _OPERATIONS = {
     'add': np.add,
     'sub': np.subtract,
-    'mul': np.multiply,
     'min': np.minimum,
     'max': np.maximum,
     'and': np.bitwise_and,
@@ -25,6 +24,7 @@ _OPERATIONS = {
     'sqrt': np.sqrt,
     'mov': np.copy,
 }
+_MODIFIERS = {'rn', 'approx', 'ftz', 'full', 'lo', 'wide'}  # how results are rounded, and which half is kept
 _COMPARISONS = {
     'eq': np.equal,
     'ne': np.not_equal,
@@ -226,7 +226,7 @@ class Block:
                 high, low = (_bits(self.read(operand, source), target[:-2]) for operand in operands[1:])
                 return 'u32', high << 16 | low
             return target, self.read(operands[1], source)
-        if first == 'setp':
+        if first == 'setp' and len(suffixes) == 2:
             return 'pred', _COMPARISONS[suffixes[0]](*(self.read(operand, kind) for operand in operands[1:]))
         if first == 'selp':
             yes, no = (self.read(operand, kind) for operand in operands[1:3])
@@ -235,6 +235,8 @@ class Block:
             values, start, length = (self.read(operand, kind) for operand in operands[1:])
             top = values.dtype.type(32)
             return kind, values << top - start - length >> top - length
+        if first not in (*_OPERATIONS, 'mad', 'fma', 'mul', 'div') or not set(suffixes[:-1]) <= _MODIFIERS:
+            raise NotImplementedError(f'instruction {name}: add it to {__file__}')
         if first in ('mad', 'fma', 'mul'):
             numbers = [self.read(operand, kind) for operand in operands[1:3]]
             # A product of single precision is exact in double precision.
@@ -244,8 +246,6 @@ class Block:
         if first == 'div':
             quotient = np.divide(*(self.read(operand, kind) for operand in operands[1:]))
             return kind, np.trunc(quotient) if kind == 's32' else quotient
-        if first not in _OPERATIONS:
-            raise NotImplementedError(f'instruction {name}: add it to {__file__}')
         shifts = first in ('shl', 'shr')
         numbers = [self.read(operand, kind) for operand in operands[1 : 2 if shifts else None]]
         if shifts:
