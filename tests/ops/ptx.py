@@ -35,14 +35,18 @@ _COMPARISONS = {
 }
 
 
+def _dtype(kind):
+    """NumPy's name of a type of PTX; untyped bits are unsigned."""
+    return kind[0].replace('b', 'u').replace('s', 'i') + str(int(kind[1:]) // 8)
+
+
 def _typed(bits, kind):
     """Registers as numbers of a type of PTX."""
     if kind == 'pred':
         return bits != 0
     if kind == 'bf16':
         return (bits.astype(np.uint32) << 16).view(np.float32)
-    size = int(kind[1:]) // 8
-    return bits.astype(f'u{size}').view(kind[0].replace('b', 'u').replace('s', 'i') + str(size))
+    return bits.astype(f'u{int(kind[1:]) // 8}').view(_dtype(kind))
 
 
 def _bits(values, kind):
@@ -52,9 +56,8 @@ def _bits(values, kind):
     if kind == 'bf16':
         bits = _bits(values, 'f32')
         return np.where(np.isnan(values), 0x7FFF, bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint64)
-    size = int(kind[1:]) // 8
-    values = values.astype(kind[0].replace('b', 'u').replace('s', 'i') + str(size))
-    return values.view(f'u{size}').astype(np.uint64)
+    values = values.astype(_dtype(kind))
+    return values.view(f'u{values.itemsize}').astype(np.uint64)
 
 
 def _split(text):

@@ -1,9 +1,10 @@
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from triton_checks import run_compiled, run_interpreted
+from operator_checks import assert_near, needs_triton, run_compiled, run_interpreted
 
 from iconformer_mm.ops import backends, dynamic_depthwise_conv2d, dynamic_depthwise_conv_tokens
 
@@ -37,6 +38,13 @@ def gradients(function, *tensors, grad):
     """What a function returns, and the gradients of its arguments."""
     out = function(*tensors)
     return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+
+
+def exact_gradients(tokens, kernels, grad, height, width):
+    """The filtered tokens and the gradients of tokens and kernels, by the reference in double precision."""
+    exact = [t.detach().double().requires_grad_() for t in (tokens, kernels)]
+    reference = partial(dynamic_depthwise_conv_tokens, height=height, width=width, backend='reference')
+    return gradients(reference, *exact, grad=grad.double())
 
 
 @each_backend
@@ -85,9 +93,8 @@ def test_precision_at_real_sizes(backend, shape, dtype):
     expected = gradients(lambda x, k: dynamic_depthwise_conv2d(x, k, 'reference'), *exact, grad=grad.double())
     # Sums of half precision in plain PyTorch round at every step.
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
-    for value, truth in zip(actual, expected):
-        assert value.dtype == dtype
-        assert (value.double() - truth).abs().max() <= tolerance * truth.abs().max()
+    assert all(value.dtype == dtype for value in actual)
+    assert_near(actual, expected, tolerance)
 
 
 @each_backend
@@ -184,7 +191,7 @@ def test_autocast_keeps_one_dtype():
     assert out.dtype == torch.bfloat16 and kernels.grad.dtype == torch.float32
 
 
-@pytest.mark.skipif(backends.find('triton') is None, reason='no Triton here that the backend can use')
+@needs_triton
 def test_triton_in_its_interpreter():
     """The kernels run without a GPU, in a process that interprets them from the start."""
     run_interpreted(__file__)
@@ -204,15 +211,11 @@ def interpreted_triton(shape, size, dtype):
     ]
     grad = random(*tensors[0].shape, dtype=dtype, seed=2).detach()
     actual = gradients(lambda x, k: dynamic_depthwise_conv_tokens(x, k, height, width, 'triton'), *tensors, grad=grad)
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    expected = gradients(
-        lambda x, k: dynamic_depthwise_conv_tokens(x, k, height, width, 'reference'), *exact, grad=grad.double()
-    )
+    expected = exact_gradients(*tensors, grad, height, width)
     # Sums are in single precision at least, so that half precision is rounded once.
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3}[dtype]
-    for value, truth in zip(actual, expected):
-        assert value.dtype == dtype
-        assert (value.double() - truth).abs().max() <= tolerance * truth.abs().max()
+    assert all(value.dtype == dtype for value in actual)
+    assert_near(actual, expected, tolerance)
     # Kernels in other places of memory: channels innermost, or the same for all samples.
     for kernels in (
         tensors[1].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
@@ -225,7 +228,7 @@ def interpreted_triton(shape, size, dtype):
         assert torch.equal(*out)
 
 
-@pytest.mark.skipif(backends.find('triton') is None, reason='no Triton here that the backend can use')
+@needs_triton
 @pytest.mark.parametrize(
     ('shape', 'size', 'dtype'),
     [((2, 1, 9, 19, 64), 3, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
@@ -239,21 +242,17 @@ def test_triton_as_compiled_for_a_gpu(monkeypatch, shape, size, dtype):
     grad = random(*tokens.shape, dtype=dtype, seed=2).detach()
     # Channels innermost, as they come out of FilterNorm.
     kernels = random(batch, size, size, channels, dtype=dtype, seed=1).detach().permute(0, 3, 1, 2)
-    exact = [t.double().requires_grad_() for t in (tokens, kernels)]
-    expected = gradients(
-        lambda x, k: dynamic_depthwise_conv_tokens(x, k, height, width, 'reference'), *exact, grad=grad.double()
-    )
+    expected = exact_gradients(tokens, kernels, grad, height, width)
     backend = backends.find('triton')
     run_compiled(monkeypatch, backend, '_convolve', '_convolve_3x3')
     actual = [backend.correlate(tokens, kernels, height, width)]
     actual += backend.gradients(grad, tokens, kernels, height, width)
     actual += [backend.kernel_gradient(grad, tokens, size, height, width)]
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
-    for value, truth in zip(actual, (*expected, expected[-1]), strict=True):
-        assert (value.double() - truth).abs().max() <= tolerance * truth.abs().max()
+    assert_near(actual, [*expected, expected[-1]], tolerance)
 
 
-@pytest.mark.skipif(backends.find('triton') is None, reason='no Triton here that the backend can use')
+@needs_triton
 def test_triton_refuses_the_cpu():
     with pytest.raises(RuntimeError, match="'triton' needs tensors on a CUDA device, got them on cpu"):
         dynamic_depthwise_conv2d(torch.ones(1, 2, 2, 1), torch.ones(1, 1, 3, 3), 'triton')
@@ -268,13 +267,9 @@ def test_on_a_gpu(backend, dtype, size):
     grad = random(*tensors[0].shape, dtype=dtype, seed=2).detach()
     cuda = [t.detach().cuda().requires_grad_() for t in tensors]
     actual = gradients(lambda x, k: dynamic_depthwise_conv_tokens(x, k, 20, 27, backend), *cuda, grad=grad.cuda())
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    expected = gradients(
-        lambda x, k: dynamic_depthwise_conv_tokens(x, k, 20, 27, 'reference'), *exact, grad=grad.double()
-    )
+    expected = exact_gradients(*tensors, grad, 20, 27)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}[dtype]
-    for value, truth in zip(actual, expected):
-        assert (value.cpu().double() - truth).abs().max() <= tolerance * truth.abs().max()
+    assert_near(actual, expected, tolerance)
 
 
 def test_without_numba_another_backend_serves(monkeypatch):

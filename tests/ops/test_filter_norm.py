@@ -2,13 +2,9 @@ import copy
 
 import pytest
 import torch
-from triton_checks import run_compiled, run_interpreted
+from operator_checks import assert_near, needs_triton, run_compiled, run_interpreted
 
 from iconformer_mm.ops import backends, dynamic_depthwise_conv2d, filter_norm
-
-needs_triton = pytest.mark.skipif(
-    backends.find('triton_norm') is None, reason='no Triton here that the backend can use'
-)
 
 
 def definition(raw, gamma, beta, eps):
@@ -85,9 +81,8 @@ def test_precision(dtype):
     exact = [t.detach().double().requires_grad_() for t in rounded]
     expected = gradients(lambda *args: definition(*args, 1e-5), exact, grad.double())
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    for value, truth, own in zip(actual, expected, [dtype, dtype, torch.float32, torch.float32]):
-        assert value.dtype == own
-        assert (value.double() - truth).abs().max() <= tolerance * truth.abs().max()
+    assert [value.dtype for value in actual] == [dtype, dtype, torch.float32, torch.float32]
+    assert_near(actual, expected, tolerance)
 
 
 @pytest.mark.parametrize('size', [1, 3])
@@ -137,9 +132,8 @@ def interpreted_triton(batch, size, dtype):
     actual = [triton.normalise(raw.detach(), gamma.detach(), beta.detach(), 1e-2)]
     actual += triton.gradients(grad, raw.detach(), gamma.detach(), 1e-2)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}[dtype]
-    for value, truth in zip(actual, expected):
-        assert value.dtype == dtype
-        assert (value.double() - truth).abs().max() <= tolerance * truth.abs().max()
+    assert all(value.dtype == dtype for value in actual)
+    assert_near(actual, expected, tolerance)
 
 
 @needs_triton
@@ -162,8 +156,7 @@ def test_triton_as_compiled_for_a_gpu(monkeypatch, batch, channels, size, dtype)
     expected = gradients(lambda *args: definition(*args, 1e-2), exact, grad.double())
     actual = [backend.normalise(raw, gamma, beta, 1e-2), *backend.gradients(grad, raw, gamma, 1e-2)]
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
-    for value, truth in zip(actual, expected, strict=True):
-        assert (value.double() - truth).abs().max() <= tolerance * truth.abs().max()
+    assert_near(actual, expected, tolerance)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -177,5 +170,4 @@ def test_on_a_gpu(size, dtype):
     expected = gradients(filter_norm, exact, grad.double())
     actual = gradients(filter_norm, [t.cuda().requires_grad_() for t in rounded], grad.cuda())
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    for value, truth in zip(actual, expected):
-        assert (value.cpu().double() - truth).abs().max() <= tolerance * truth.abs().max()
+    assert_near(actual, expected, tolerance)

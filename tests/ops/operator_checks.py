@@ -1,4 +1,4 @@
-"""How Triton's kernels are checked without a GPU."""
+"""What the tests of both operators share: how near results are, and how Triton's kernels run without a GPU."""
 
 import os
 import subprocess
@@ -7,9 +7,20 @@ from contextlib import nullcontext
 from itertools import product
 
 import ptx
+import pytest
 import torch
 
+from iconformer_mm.ops import backends
+
+needs_triton = pytest.mark.skipif(backends.find('triton') is None, reason='no Triton here that the backend can use')
+
 _TYPES = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
+
+
+def assert_near(actual, expected, tolerance):
+    """Each tensor lies within a part of the largest number of what is expected, which is in double precision."""
+    for value, truth in zip(actual, expected, strict=True):
+        assert (value.cpu().double() - truth).abs().max() <= tolerance * truth.abs().max()
 
 
 def run_interpreted(file):
@@ -47,21 +58,22 @@ class Compiled:
         memory, signature, fixed, divisible, values = ptx.Memory(), {}, {}, {}, []
         # As Triton's launcher specialises: for None and 1, and for what is divisible by 16, as are tensors.
         for place, parameter in enumerate(self.kernel.params):
-            name, value = parameter.name, named[parameter.name]
-            special = not (parameter.do_not_specialize or isinstance(value, (float, torch.Tensor)))
-            if parameter.is_constexpr or value is None or special and value == 1:
+            name, value, general = parameter.name, named[parameter.name], parameter.do_not_specialize
+            if isinstance(value, torch.Tensor):
+                signature[name], argument, aligned = '*' + _TYPES[value.dtype], memory.place(_memory_of(value)), True
+            elif isinstance(value, float):
+                signature[name], argument, aligned = 'fp32', value, False
+            elif parameter.is_constexpr or value is None or value == 1 and not general:
                 signature[name], fixed[name] = 'constexpr', value
                 continue
-            if isinstance(value, torch.Tensor):
-                signature[name] = '*' + _TYPES[value.dtype]
-                values.append(memory.place(_memory_of(value)))
             else:
-                signature[name] = 'fp32' if isinstance(value, float) else 'i32'
-                values.append(value)
-            if isinstance(value, torch.Tensor) or special and value % 16 == 0:
+                signature[name], argument, aligned = 'i32', value, value % 16 == 0 and not general
+            values.append(argument)
+            if aligned:
                 divisible[(place,)] = [['tt.divisibility', 16]]
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=fixed, attrs=divisible)
         code = compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=num_warps))
+        assert code.asm['cubin']
         kernel = ptx.parse(code.asm['ptx'])
         for z, y, x in product(*map(range, grid[::-1])):
             ptx.Block(kernel, values, (x, y, z), grid, 32 * num_warps, code.metadata.shared, memory).run()
