@@ -19,6 +19,7 @@ from .tuning import (
     remove,
     set_adapter,
     summarize,
+    unmerge,
 )
 from .version import __version__
 
@@ -41,4 +42,5 @@ __all__ = [
     'save_adapter',
     'set_adapter',
     'summarize',
+    'unmerge',
 ]

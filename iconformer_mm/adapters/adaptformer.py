@@ -23,6 +23,8 @@ class AdaptFormerAdapter(BottleneckAdapter):
         learnable_scale: Whether s is trained. Defaults to False.
     """
 
+    needs_grid = False
+
     def __init__(
         self,
         embed_dims: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,9 +125,15 @@ class MapConvolution(nn.Module):
 class Adapter(nn.Module):
     """Contract: ``forward(tokens, grid)`` returns what is to be added, already scaled.
 
-    An adapter knows nothing of its host. ``tokens`` are (B, N, d) with
-    ``N == grid.num_tokens``; so is the result.
+    An adapter knows nothing of its host. ``tokens`` are (B, N, d); so is the result.
+
+    Attributes:
+        needs_grid: Whether the adapter asks where the tokens lie. Then ``N == grid.num_tokens``.
+            An adapter that does not gets None for the grid, and works on any tokens,
+            such as those that masked pre-training leaves. Defaults to True.
     """
+
+    needs_grid = True
 
     @staticmethod
     def on_maps(function: Callable[[Tensor], Tensor], z: Tensor, grid: TokenGrid) -> Tensor:
@@ -135,8 +142,13 @@ class Adapter(nn.Module):
         maps = function(z[:, prefix:].unflatten(1, (grid.height, grid.width))).flatten(1, 2)
         return torch.cat((z[:, :prefix], maps), dim=1) if prefix else maps
 
-    def forward(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
-        """Compute the delta, (B, N, d)."""
+    def forward(self, tokens: Tensor, grid: Any) -> Tensor:
+        """Compute the delta, (B, N, d).
+
+        Args:
+            tokens: (B, N, d).
+            grid: The :class:`TokenGrid`; None for adapters that do not need it.
+        """
         raise NotImplementedError
 
 
@@ -186,16 +198,16 @@ class BottleneckAdapter(Adapter):
         self.scale = nn.Parameter(torch.tensor(float(scale))) if learnable_scale else float(scale)
         self._unscaled = not learnable_scale and scale == 1
 
-    def transform(self, z: Tensor, grid: TokenGrid) -> Tensor:
+    def transform(self, z: Tensor, grid: Any) -> Tensor:
         """What happens in the bottleneck, (B, N, c) to (B, N, c); here nothing."""
         return z
 
-    def forward(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
+    def forward(self, tokens: Tensor, grid: Any = None) -> Tensor:
         """Compute the scaled delta.
 
         Args:
             tokens: (B, N, d).
-            grid: The place of the tokens.
+            grid: The place of the tokens; None for adapters that do not need it.
 
         Returns:
             (B, N, d), zero before any training.
@@ -203,7 +215,8 @@ class BottleneckAdapter(Adapter):
         Raises:
             ValueError: The number of tokens is not the grid's.
         """
-        grid.check(tokens)
+        if self.needs_grid:
+            grid.check(tokens)
         z = self.transform(self.down(tokens), grid)
         delta = self.up(self.dropout(self.activation(z)))
         return delta if self._unscaled else delta * self.scale

@@ -23,6 +23,8 @@ class HoulsbyAdapter(BottleneckAdapter):
         learnable_scale: Whether the factor is trained. Defaults to False.
     """
 
+    needs_grid = False
+
     def __init__(
         self,
         embed_dims: int,

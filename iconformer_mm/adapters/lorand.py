@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from iconformer_mm.registry import ADAPTERS
 
-from .base import Adapter, TokenGrid, check_count
+from .base import Adapter, check_count
 
 
 @ADAPTERS.register_module()
@@ -31,6 +32,8 @@ class LoRandAdapter(Adapter):
         ValueError: An argument is out of its range.
     """
 
+    needs_grid = False
+
     def __init__(self, embed_dims: int, reduction: int = 2, kernel_dims: int = 8, branches: int = 2) -> None:
         super().__init__()
         for name, value in dict(reduction=reduction, kernel_dims=kernel_dims, branches=branches).items():
@@ -47,7 +50,7 @@ class LoRandAdapter(Adapter):
             for matrix in matrices:
                 nn.init.kaiming_uniform_(matrix.data, a=math.sqrt(5))
 
-    def forward(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
+    def forward(self, tokens: Tensor, grid: Any = None) -> Tensor:
         """Compute the delta, (B, N, d)."""
         down = (self.down_p @ self.kernels @ self.down_q).sum(0)
         up = (self.up_p @ self.kernels @ self.up_q).sum(0)

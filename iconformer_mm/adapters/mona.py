@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class MonaAdapter(BottleneckAdapter):
         """Filter the patch tokens of ``z`` (B, N, c)."""
         return self.on_maps(self._filter, z, grid)
 
-    def forward(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
+    def forward(self, tokens: Tensor, grid: Any = None) -> Tensor:
         """Compute the delta, (B, N, d)."""
         return super().forward(self.norm(tokens) * self.gamma + tokens * self.gammax, grid)
 

@@ -36,5 +36,5 @@ class PromptAdapter(nn.Module):
         nn.init.uniform_(self.tokens, -bound, bound)
 
     def forward(self, batch_size: int) -> Tensor:
-        """The tokens for a batch, (B, n, d)."""
-        return self.dropout(self.tokens).expand(batch_size, -1, -1)
+        """The tokens for a batch, (B, n, d); dropout is drawn for each sample, as in the paper's code."""
+        return self.dropout(self.tokens.expand(batch_size, -1, -1))

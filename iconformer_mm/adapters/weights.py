@@ -1,12 +1,14 @@
-"""Adapters that make weights of the host's weights: low rank, scales, differences."""
+"""Adapters of linear layers and other weights: low rank, scales, differences."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iconformer_mm.registry import ADAPTERS
@@ -80,25 +82,37 @@ class Target:
 
 @ADAPTERS.register_module()
 class LoRAAdapter(WeightAdapter):
-    """Adds a product of low rank to linear maps (LoRA, Hu et al., ICLR 2022).
+    """Adds a path of low rank to linear maps (LoRA, Hu et al., ICLR 2022).
 
-    ``W + alpha / rank * B A`` with ``A`` (rank, in) Kaiming-uniform and ``B`` (out, rank)
-    zero. The sum is formed before the weight is used, for a layer of any kind; so
-    there is no dropout on the layer's input.
+    ``W x + s B A drop(x)`` with ``A`` (rank, in) Kaiming-uniform and ``B`` (out, rank) zero. The
+    factor ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` where it is rank-stabilised
+    (rsLoRA, Kalajdzievski, 2023, arXiv 2312.03732). As a weight adapter it makes ``W + s B A``.
 
     Args:
         targets: The maps.
-        rank: Rank of the product.
-        alpha: Over the rank, the factor of the product.
+        rank: Rank of the path.
+        alpha: Factor of the path, before the rank is taken into account.
+        dropout: Dropout probability of the path's input. Defaults to 0.
+        rank_stabilized: Whether s is ``alpha / sqrt(rank)``. Defaults to False.
 
     Raises:
-        ValueError: The rank is not a positive integer.
+        ValueError: An argument is out of its range.
     """
 
-    def __init__(self, targets: Sequence[Target], rank: int, alpha: float) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+    ) -> None:
         super().__init__()
         check_count('rank', rank)
-        self.scale = alpha / rank
+        if not 0 <= dropout < 1:
+            raise ValueError(f'dropout must be at least 0 and below 1, got {dropout!r}')
+        self.scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
+        self.dropout = nn.Dropout(dropout)
         self.targets: dict[str, list[Target]] = {}
         for target in sorted(targets, key=lambda target: (target.weight, target.rows)):
             self.targets.setdefault(target.weight, []).append(target)
@@ -110,6 +124,44 @@ class LoRAAdapter(WeightAdapter):
             self.b[target.role] = torch.zeros(target.rows[1] - target.rows[0], rank)
             nn.init.kaiming_uniform_(self.a[target.role], a=math.sqrt(5))
 
+    def add_path(self, name: str, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        """Add the paths beside a layer to its output.
+
+        Args:
+            name: Name of the layer's weight.
+            layer: The layer, an ``nn.Linear`` or an ``nn.Conv2d`` of 1 x 1.
+            x: Its input.
+            out: Its output.
+
+        Returns:
+            The sum. Rows of a shared weight that are no map's stay as they are.
+        """
+        return out + self._path(name, layer, x)
+
+    def _path(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        """What the paths beside a layer make of its input, in the shape of its output."""
+        targets = self.targets[name]
+        down = torch.cat([self.a[t.role] for t in targets]) if len(targets) > 1 else self.a[targets[0].role]
+        up = self._spread({t.role: self.b[t.role] for t in targets}, targets, _outputs(layer)) * self.scale
+        x = self.dropout(x)
+        if isinstance(layer, nn.Conv2d):
+            return F.conv2d(F.conv2d(x, down[:, :, None, None]), up[:, :, None, None])
+        return F.linear(F.linear(x, down), up)
+
+    @staticmethod
+    def _spread(ups: dict[str, Tensor], targets: list[Target], outputs: int) -> Tensor:
+        """Up-projections as one, (outputs, ranks): each in its rows and columns, zero elsewhere."""
+        if len(targets) == 1 and targets[0].rows == (0, outputs):
+            return ups[targets[0].role]
+        ranks = [ups[t.role].shape[1] for t in targets]
+        blocks, row, left = [], 0, 0
+        for target, rank in zip(targets, ranks):
+            first, last = target.rows
+            above = ups[target.role].new_zeros(first - row, sum(ranks))
+            blocks += [above, F.pad(ups[target.role], (left, sum(ranks) - left - rank))]
+            row, left = last, left + rank
+        return torch.cat([*blocks, blocks[-1].new_zeros(outputs - row, sum(ranks))])
+
     def _map(self, weight: Tensor, role: str) -> Tensor:
         """The adapted linear map of one, (out, in) to (out, in)."""
         return weight + self.scale * (self.b[role] @ self.a[role])
@@ -117,15 +169,20 @@ class LoRAAdapter(WeightAdapter):
     def forward(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights with their maps adapted."""
         adapted = {}
-        for name, targets in self.targets.items():
-            matrix = weights[name].flatten(1)
+        for name, weight in weights.items():
+            matrix = weight.flatten(1)
             pieces, row = [], 0
-            for target in targets:
+            for target in self.targets[name]:
                 first, last = target.rows
                 pieces += [matrix[row:first], self._map(matrix[first:last], target.role)]
                 row = last
-            adapted[name] = torch.cat([*pieces, matrix[row:]]).view_as(weights[name])
+            adapted[name] = torch.cat([*pieces, matrix[row:]]).view_as(weight)
         return adapted
+
+
+def _outputs(layer: nn.Module) -> int:
+    """Number of outputs of a linear layer or a convolution."""
+    return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features  # type: ignore[return-value]
 
 
 @ADAPTERS.register_module()
@@ -139,20 +196,52 @@ class DoRAAdapter(LoRAAdapter):
 
     Args:
         targets: The maps.
-        rank: Rank of the product.
-        alpha: Over the rank, the factor of the product.
+        rank: Rank of the path.
+        alpha: Factor of the path, before the rank is taken into account.
+        dropout: Dropout probability of the path's input. Defaults to 0.
+        rank_stabilized: Whether the factor is divided by the rank's square root. Defaults to False.
     """
 
-    def __init__(self, targets: Sequence[Target], rank: int, alpha: float) -> None:
-        super().__init__(targets, rank, alpha)
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+    ) -> None:
+        super().__init__(targets, rank, alpha, dropout, rank_stabilized)
         self.magnitude = nn.ParameterDict({t.role: torch.zeros(t.rows[1] - t.rows[0]) for t in targets})
 
+    def _factor(self, weight: Tensor, role: str) -> Tensor:
+        """What the rows of ``W + dW`` are multiplied with, (out,)."""
+        with torch.no_grad():  # in single precision at least; the matrices are not kept
+            weight = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+            moved = super()._map(weight, role).norm(dim=1).clamp_min(1e-12)
+            # Equal norms give one exactly, and so the pre-trained weight at first.
+            ratio = weight.norm(dim=1).clamp_min(1e-12) / moved
+        return ratio.to(self.magnitude[role].dtype) * (1 + self.magnitude[role])
+
     def _map(self, weight: Tensor, role: str) -> Tensor:
-        moved = super()._map(weight, role)
-        norm = moved.detach().norm(dim=1, keepdim=True).clamp_min(1e-12)
-        # Equal norms give one exactly, and so the pre-trained weight at first.
-        ratio = weight.norm(dim=1, keepdim=True).clamp_min(1e-12) / norm
-        return moved * (ratio * (1 + self.magnitude[role].unsqueeze(1)))
+        return super()._map(weight, role) * self._factor(weight, role).unsqueeze(1)
+
+    def add_path(self, name: str, layer: Any, x: Tensor, out: Tensor) -> Tensor:
+        """Make of a layer's output that of the layer with the adapted weight; see :meth:`LoRAAdapter.add_path`."""
+        matrix = layer.weight.detach().flatten(1)
+        factors, row = [], 0
+        for target in self.targets[name]:
+            first, last = target.rows
+            factor = self._factor(matrix[first:last], target.role)
+            factors += [factor.new_ones(first - row), factor]
+            row = last
+        factor = torch.cat([*factors, factors[-1].new_ones(len(matrix) - row)])
+        bias = layer.bias
+        if isinstance(layer, nn.Conv2d):
+            factor, bias = factor[:, None, None], None if bias is None else bias[:, None, None]
+        linear = out if bias is None else out - bias
+        path = self._path(name, layer, x)
+        # Written so that a factor of one and a path of zero leave the output as it is, to the last bit.
+        return out + ((factor - 1).to(out.dtype) * linear + factor.to(path.dtype) * path)
 
 
 @ADAPTERS.register_module()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from iconformer_mm.adapters import TokenGrid
-from iconformer_mm.tuning.attachment import GridTracker, grid_of_call
+from iconformer_mm.tuning.grids import GridTracker, PatchEmbedTap, grid_of_call
 from iconformer_mm.tuning.injection import find_backbone
 from iconformer_mm.tuning.sites import FromPatchEmbed, Site, find_sites, no_site_error
 
@@ -168,7 +168,11 @@ def _at_block(site: Site) -> Iterator[_Seen]:
     """Within it the grid of a block's tokens is noted at each call."""
     seen = _Seen(site)
     host, source = site.host, site.family.grid
-    tracker = GridTracker(host, source) if host is not None and isinstance(source, FromPatchEmbed) else None
+    tracker, tap = None, None
+    if host is not None and isinstance(source, FromPatchEmbed):
+        tracker = GridTracker(host, source)
+        tap = PatchEmbedTap(host.get_submodule('patch_embed'), source, tracker)
+        tap.replace()
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.grid = grid_of_call(site.family, args, kwargs, tracker)
@@ -178,8 +182,8 @@ def _at_block(site: Site) -> Iterator[_Seen]:
         yield seen
     finally:
         handle.remove()
-        if tracker is not None:
-            tracker.detach()
+        if tap is not None:
+            tap.restore()
 
 
 class _AttentionTap(TorchFunctionMode):

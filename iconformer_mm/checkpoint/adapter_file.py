@@ -21,7 +21,15 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from iconformer_mm.tuning.freezing import is_adapter
-from iconformer_mm.tuning.injection import adapter_shapes, find_backbone, get_injection, inject, remove, unwrap
+from iconformer_mm.tuning.injection import (
+    PARTS,
+    adapter_shapes,
+    find_backbone,
+    get_injection,
+    inject,
+    remove,
+    unwrap,
+)
 from iconformer_mm.tuning.methods import build_method
 from iconformer_mm.tuning.switching import active_adapter, add_adapter, delete_adapter, set_adapter
 from iconformer_mm.version import __version__
@@ -81,10 +89,13 @@ def same_base(first: str, second: str) -> bool:
 def _tuned_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors an adapter file holds, by the names they have there."""
     model = unwrap(model)
-    backbone = find_backbone(model)
-    state = {_BACKBONE + name: value for name, value in backbone.state_dict().items() if is_adapter(name)}
-    if backbone is not model:
-        state.update((name, value) for name, value in model.state_dict().items() if not name.startswith(_BACKBONE))
+    injection = get_injection(model)
+    assert injection is not None
+    current = injection.current
+    state = {_BACKBONE + name: value for name, value in (current.state() if current else {}).items()}
+    if injection.backbone is not model:
+        beside = (_BACKBONE, f'{PARTS}.')
+        state.update((name, value) for name, value in model.state_dict().items() if not name.startswith(beside))
     return state
 
 

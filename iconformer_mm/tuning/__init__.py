@@ -1,4 +1,4 @@
-from .injection import get_injection, inject, merge, remove, summarize
+from .injection import get_injection, inject, merge, remove, summarize, unmerge
 from .methods import PEFTMethod, build_method
 from .sites import FAMILIES, BlockFamily
 from .summary import Summary
@@ -21,4 +21,5 @@ __all__ = [
     'remove',
     'set_adapter',
     'summarize',
+    'unmerge',
 ]

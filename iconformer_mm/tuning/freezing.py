@@ -31,14 +31,18 @@ class Freezing:
         self._requires_grad = {n: p.requires_grad for n, p in backbone.named_parameters() if not is_adapter(n)}
         self._replaced = backbone.__dict__.get('train')
         self._host_train = backbone.train
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(is_adapter(name))
         backbone.__dict__['train'] = self.train
         self.train(backbone.training)
 
     def train(self, mode: bool = True) -> nn.Module:
         """``backbone.train``, with the freezing kept."""
+        before = {n: p.requires_grad for n, p in self.backbone.named_parameters()}
         self._host_train(mode)
         for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(is_adapter(name))
+            if before.get(name, parameter.requires_grad) != parameter.requires_grad:
+                parameter.requires_grad_(before[name])
         for name, module in self.backbone.named_modules():
             if is_adapter(name):
                 module.training = mode

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_map
 
 from iconformer_mm.compat import is_autocast_enabled
 
-from .attachment import Replacement
 from .freezing import is_adapter
+from .replacement import Replacement
 
 DTYPES = {'bfloat16': torch.bfloat16}
 
@@ -42,6 +42,7 @@ class FrozenPrecision(Replacement):
     def __init__(self, backbone: nn.Module, dtype: torch.dtype) -> None:
         super().__init__(backbone)
         self.dtype = dtype
+        self.name = str(dtype).removeprefix('torch.')
         self._originals = {
             name: parameter.dtype
             for name, parameter in backbone.named_parameters()

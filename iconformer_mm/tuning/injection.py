@@ -2,42 +2,81 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from torch import nn
+from torch import Tensor, nn
 
-from .attachment import Attachment, BlockAttachment, GridTracker
+from .attachments import Attachment, BlockAttachment, BranchAttachment, Joint, Switch, Tap, WeightMergingAttachment
+from .attachments.base import placement
 from .freezing import ADAPTER, Freezing, is_adapter
 from .frozen_precision import FrozenPrecision, check_frozen_dtype
+from .grids import GridTracker, PatchEmbedTap
 from .methods import PEFTMethod, build_method
 from .pretrained import PretrainedCheck
+from .recomputation import Recomputation
 from .sites import FromPatchEmbed, Site, find_sites, no_site_error
 from .summary import Summary
-from .weight_attachment import WeightAttachment
 
 _KEY = '_peft_injection'
+_MERGED = '_peft_merged'
 DEFAULT_NAME = 'default'
+PARTS = 'adapter_parts'  # where a model keeps necks and heads of inactive adapters
+
+
+def escape(name: str) -> str:
+    """An adapter's name as a part of a module's name, which has no dots."""
+    return name.replace('%', '%25').replace('.', '%2E')
 
 
 @dataclass
 class NamedAdapter:
     """One of the adapters of a backbone: what its method put together for it.
 
+    All adapters stay registered in the host, so that they follow ``.to()``, ``.half()`` and
+    ``state_dict()`` whether they are active or not.
+
     Attributes:
         method: The method.
-        attachments: Its joints with the blocks.
+        attachments: Its attachments to modules of the host.
         parts: What stands beside the backbone for it (neck, head), by name;
             None while the model has this adapter only.
+        trained: While it is inactive, which of its parameters are trained when it is active.
     """
 
     method: PEFTMethod
     attachments: list[Attachment]
     parts: dict[str, nn.Module] | None = None
+    trained: dict[nn.Parameter, bool] | None = None
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Its modules, by the names in the backbone that they have as the only adapter."""
+        for attachment in self.attachments:
+            for key in attachment.adapters:
+                yield attachment.path(key), attachment.part(key)
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors, by the names in the backbone that they have as the only adapter."""
+        return {f'{name}.{n}': t for name, module in self.modules() for n, t in module.state_dict().items()}
+
+    def hold(self) -> None:
+        """Stop training it, and remember what was trained."""
+        if self.trained is None:
+            own = [p for _, module in self.modules() for p in module.parameters()]
+            own += [p for part in (self.parts or {}).values() for p in part.parameters()]
+            self.trained = {p: p.requires_grad for p in own}
+        for parameter in self.trained:
+            parameter.requires_grad_(False)
+
+    def release(self) -> None:
+        """Train again what was trained before."""
+        for parameter, was_trained in (self.trained or {}).items():
+            parameter.requires_grad_(was_trained)
+        self.trained = None
 
 
 class Injection:
@@ -71,23 +110,32 @@ class Injection:
                 'marks the parameters that iconformer_mm adds; rename them'
             )
         self.backbone = backbone
-        self.trackers: dict[nn.Module, GridTracker] = {}
+        self.switch = Switch()
+        self.joints: dict[nn.Module, Joint] = {}
+        self.taps: dict[nn.Module, Tap] = {}
+        self.trackers: dict[nn.Module, tuple[GridTracker, PatchEmbedTap]] = {}
+        self.recomputation: Recomputation | None = None
         self.adapters: dict[str, NamedAdapter] = {}
-        self.active: str | None = None
         self.freezing: Freezing | None = None
         self.with_cp = with_cp
         self.precision = FrozenPrecision(backbone, frozen_dtype) if frozen_dtype is not None else None
         # With the matrices in another one, adapters keep the dtype that the backbone had.
-        self.adapter_dtype = None if frozen_dtype is None else next(backbone.parameters()).dtype
+        self.adapter_dtype = None if frozen_dtype is None else placement(backbone)[1]
         sites = find_sites(backbone) if method.freezes else []
-        first = self._make(method, sites)
+        self._check(method, sites)
         self.check = PretrainedCheck(backbone, [site.name for site in sites]) if sites else None
-        self.adapters[name] = first
-        self.activate(name)
+        self._install(name, method, sites)
+        self.switch.active = name
         self.freezing = Freezing(backbone) if method.freezes else None
+        self.recomputation = Recomputation(backbone, sites, self.joint)
         if self.precision is not None:
             self.precision.hold()
         setattr(backbone, _KEY, self)
+
+    @property
+    def active(self) -> str | None:
+        """Name of the active adapter, None while there is none."""
+        return self.switch.active
 
     @property
     def current(self) -> NamedAdapter | None:
@@ -104,64 +152,120 @@ class Injection:
         """The attachments of the active adapter."""
         return self.current.attachments if self.current else []
 
-    def _make(self, method: PEFTMethod, sites: list[Site]) -> NamedAdapter:
-        # First without memory, and without trackers, so that nothing is left of what fails.
-        adapter_shapes(self.backbone, method)
+    def _check(self, method: PEFTMethod, sites: list[Site]) -> None:
+        """Refuse what cannot be carried out, before memory is taken and the host is touched."""
+        attachments = plan(self.backbone, method, sites)
+        if self.with_cp and (not attachments or not all(isinstance(a, BlockAttachment) for a in attachments)):
+            raise ValueError(
+                f"with_cp recomputes adapted blocks, and method '{method.name}' adapts none as a whole; use the "
+                "backbone's own with_cp, or MMEngine's activation_checkpointing"
+            )
+
+    def _install(self, name: str, method: PEFTMethod, sites: list[Site]) -> None:
+        """Make an adapter, and put it into the host."""
         attachments = method.make_attachments(self.backbone, sites, self._tracker)
-        if self.with_cp:
-            if not attachments or not all(isinstance(a, BlockAttachment) for a in attachments):
-                raise ValueError(
-                    f"with_cp recomputes adapted blocks, and method '{method.name}' adapts none as a whole; use the "
-                    "backbone's own with_cp, or MMEngine's activation_checkpointing"
-                )
-            for attachment in attachments:
-                attachment.with_cp = True
-        return NamedAdapter(method, attachments)
+        # The first one's names are those that a model with one adapter has.
+        suffix = f'__{escape(name)}' if self.adapters else ''
+        for attachment in attachments:
+            attachment.register(suffix, self.adapter_dtype)
+            attachment.joint = self.joint(attachment.module)
+            attachment.joint.attachments[name] = attachment
+            if self.with_cp:
+                attachment.joint.with_cp = True
+            for path in attachment.handlers:
+                self._tap(path).users += 1
+        self.adapters[name] = NamedAdapter(method, attachments)
+
+    def joint(self, module: nn.Module) -> Joint:
+        """The joint of a module, made if there is none."""
+        if module not in self.joints:
+            self.joints[module] = Joint(module, self.switch)
+        return self.joints[module]
+
+    def _tap(self, path: str) -> Tap:
+        module = self.backbone.get_submodule(path)
+        if module not in self.taps:
+            self.taps[module] = Tap(module, path)
+        return self.taps[module]
 
     def _tracker(self, site: Site) -> GridTracker | None:
         host, source = site.host, site.family.grid
         if host is None or not isinstance(source, FromPatchEmbed):
             return None
         if host not in self.trackers:
-            self.trackers[host] = GridTracker(host, source)
-        return self.trackers[host]
+            tracker = GridTracker(host, source)
+            tap = PatchEmbedTap(host.get_submodule('patch_embed'), source, tracker)
+            tap.replace()
+            self.trackers[host] = tracker, tap
+        return self.trackers[host][0]
 
     def add(self, name: str, method: PEFTMethod) -> None:
         """Make another adapter, which stays inactive."""
-        with self.inactive():
-            made = self._make(method, find_sites(self.backbone))
-        self.adapters[name] = made
+        sites = find_sites(self.backbone)
+        self._check(method, sites)
+        self._install(name, method, sites)
+        adapter = self.adapters[name]
+        for _, module in adapter.modules():
+            module.train(self.backbone.training)
+        adapter.hold()
 
-    @contextmanager
-    def inactive(self) -> Iterator[None]:
-        """Within it no adapter is active."""
-        name = self.active
-        self.activate(None)
-        try:
-            yield
-        finally:
-            if name in self.adapters:
-                self.activate(name)
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter another name."""
+        self.adapters = {new if name == old else name: adapter for name, adapter in self.adapters.items()}
+        for attachment in self.adapters[new].attachments:
+            attachment.joint.attachments[new] = attachment.joint.attachments.pop(old)
+        if self.switch.active == old:
+            self.switch.active = new
+
+    def delete(self, name: str) -> None:
+        """Take an adapter out; with the last one, all."""
+        if self.switch.active == name:
+            self.activate(None)
+        if len(self.adapters) == 1:
+            self.undo()
+            return
+        self._uninstall(name)
+
+    def _uninstall(self, name: str) -> None:
+        adapter = self.adapters.pop(name)
+        for attachment in adapter.attachments:
+            for path in attachment.handlers:
+                tap = self.taps[self.backbone.get_submodule(path)]
+                tap.users -= 1
+                if not tap.users:
+                    self.taps.pop(tap.module).restore()
+            joint = attachment.joint
+            del joint.attachments[name]
+            attachment.unregister()
+            if not joint.attachments and not joint.host_with_cp:
+                self.joints.pop(joint.module).restore()
 
     def activate(self, name: str | None) -> None:
         """Make one adapter the active one, or none."""
-        if name == self.active:
+        if name == self.switch.active:
             return
-        for attachment in self.attachments:
-            attachment.detach()
-        self.active = name
-        for attachment in self.attachments:
-            attachment.attach(self.adapter_dtype)
-        if self.freezing is not None:
-            self.freezing.train(self.backbone.training)
+        if self.current is not None:
+            self.current.hold()
+        self.switch.active = name
+        if self.current is not None:
+            self.current.release()
 
     def undo(self) -> None:
         """Give the backbone back as it was."""
-        self.activate(None)
+        for adapter in self.adapters.values():
+            adapter.release()
+        for name in list(self.adapters):
+            self._uninstall(name)
+        self.switch.active = None
+        assert self.recomputation is not None
+        self.recomputation.release()
+        for joint in self.joints.values():
+            joint.restore()
+        self.joints.clear()
         if self.precision is not None:
             self.precision.release()
-        for tracker in self.trackers.values():
-            tracker.detach()
+        for _, tap in self.trackers.values():
+            tap.restore()
         if self.check is not None:
             self.check.release()
         if self.freezing is not None:
@@ -189,6 +293,32 @@ def get_injection(model: nn.Module) -> Injection | None:
     return getattr(find_backbone(model), _KEY, None)
 
 
+def plan(backbone: nn.Module, method: PEFTMethod, sites: list[Site]) -> list[Attachment]:
+    """What a method would put into a backbone, without memory taken for it and without a trace in the host.
+
+    Raises:
+        ValueError: The method is not defined for the backbone.
+    """
+    if not method.adapts:
+        return []
+    if method.needs_blocks and not sites:
+        raise no_site_error(backbone)
+
+    def tracker_of(site: Site) -> None:
+        if isinstance(site.family.grid, FromPatchEmbed) and site.host is None:
+            raise ValueError(
+                f'{type(backbone).__name__} has no `patch_embed` around its blocks, so the grid of its tokens is '
+                f"unknown, and method '{method.name}' asks for it; use one that does not, such as adaptformer, lora or "
+                'ssf, or add a BlockFamily of its own to iconformer_mm.tuning.sites.FAMILIES'
+            )
+
+    with torch.device('meta'):
+        attachments = method.make_attachments(backbone, sites, tracker_of)
+    if not any(p is not None for a in attachments for adapter in a.adapters.values() for p in adapter.parameters()):
+        raise ValueError(f"method '{method.name}' finds nothing to adapt in {type(backbone).__name__}")
+    return attachments
+
+
 def adapter_shapes(model: nn.Module, method: str | dict | PEFTMethod) -> dict[str, torch.Size]:
     """Shapes of the adapter parameters a method would add, without memory taken for them.
 
@@ -204,24 +334,40 @@ def adapter_shapes(model: nn.Module, method: str | dict | PEFTMethod) -> dict[st
             method is not defined for the model.
     """
     built = method if isinstance(method, PEFTMethod) else build_method(method)
-    if not built.adapts:
-        return {}
     backbone = find_backbone(model)
-    sites = find_sites(backbone)
-    if built.needs_blocks and not sites:
-        raise no_site_error(backbone)
-    injection = get_injection(model)
-    with torch.device('meta'), injection.inactive() if injection else nullcontext():
-        attachments = built.make_attachments(backbone, sites, lambda site: None)
-    shapes = {
-        f'{attachment.name}.{place}.{name}'.removeprefix('.'): parameter.shape
-        for attachment in attachments
-        for place, adapter in attachment.adapters.items()
+    return {
+        attachment.path(f'{key}.{name}'): parameter.shape
+        for attachment in plan(backbone, built, find_sites(backbone))
+        for key, adapter in attachment.adapters.items()
         for name, parameter in adapter.named_parameters()
     }
-    if not shapes:
-        raise ValueError(f"method '{built.name}' finds nothing to adapt in {type(backbone).__name__}")
-    return shapes
+
+
+def _refuse_dropped_tokens(model: nn.Module, method: PEFTMethod) -> None:
+    """Refuse adapters that ask for the grid of tokens in masked pre-training, which drops some."""
+    backbone = find_backbone(model)
+    if backbone is model or not method.freezes:
+        return
+    sites = find_sites(backbone)
+    for site in sites:
+        host = site.host
+        if host is not None and _drops_tokens(host) and any(_asks_for_grid(a) for a in plan(backbone, method, sites)):
+            raise ValueError(
+                f'{type(model).__name__} drops tokens of its {type(host).__name__} at random, so that they lie on no '
+                f"grid, and method '{method.name}' filters them on one; use a method that does not, such as "
+                'adaptformer, lora or ssf'
+            )
+
+
+def _drops_tokens(host: nn.Module) -> bool:
+    """Whether a host runs its blocks on a part of the tokens when it is pre-trained (MAE, MILAN, MFF, CAE)."""
+    masks = any(hasattr(type(host), name) for name in ('random_masking', 'attention_masking', 'masking_id'))
+    takes_mask = 'mask' in inspect.signature(type(host).forward).parameters
+    return masks or (takes_mask and not hasattr(host, 'mask_token'))
+
+
+def _asks_for_grid(attachment: Attachment) -> bool:
+    return isinstance(attachment, BranchAttachment) and attachment.needs_grid
 
 
 def inject(
@@ -276,6 +422,7 @@ def inject(
     current = get_injection(model)
     if current is not None:
         raise ValueError(f"the model is adapted already, by '{current.method.name}'; call remove(model) first")
+    _refuse_dropped_tokens(model, built)
     dtype = None if frozen_dtype is None else check_frozen_dtype(frozen_dtype)
     if dtype is not None and not built.freezes:
         raise ValueError(f"method '{built.name}' freezes nothing that could be held in frozen_dtype={frozen_dtype!r}")
@@ -298,20 +445,36 @@ def remove(model: nn.Module) -> None:
     injection.undo()
 
 
-def merge(model: nn.Module) -> None:
+@dataclass
+class _Merged:
+    """What :func:`unmerge` needs: the adapter, and what merging changed."""
+
+    name: str
+    method: dict[str, Any]
+    frozen_dtype: str | None
+    with_cp: bool
+    adapter: dict[str, Tensor]
+    base: dict[str, Tensor] | None
+
+
+def merge(model: nn.Module, safe: bool = True, keep_base: bool = True) -> None:
     """Fold the adapter into the base weights, for methods that make weights of them.
 
     The model is a stock one afterwards: its own parameters and names, outputs
-    as they were with the adapter (but for rounding), no cost at inference.
+    as they were with the adapter up to rounding, no cost at inference.
     Those methods are ``lora``, ``dora``, ``ssf``, ``bitfit``, ``norm`` and ``partial``.
 
     Args:
-        model: An adapted model. Its base is changed for good.
+        model: An adapted model.
+        safe: Whether to refuse an adapter that would put NaN or infinity into
+            the base. Defaults to True.
+        keep_base: Whether to keep a copy of the weights that change, so that
+            :func:`unmerge` can give them back. Defaults to True.
 
     Raises:
         ValueError: The model is not adapted, has other adapters on the same
-            base, or its method computes what no weight of the base can. The
-            model is unchanged then.
+            base, its method computes what no weight of the base can, or the
+            weights would not be finite. The model is unchanged then.
     """
     injection = get_injection(model)
     if injection is None:
@@ -321,16 +484,68 @@ def merge(model: nn.Module) -> None:
             f'merging one of the adapters {", ".join(injection.adapters)} would change the base of the others; '
             'delete_adapter(model, name) those first, or merge a copy of the model'
         )
-    (adapter,) = injection.adapters.values()
-    attachments = [a for a in adapter.attachments if isinstance(a, WeightAttachment)]
+    ((name, adapter),) = injection.adapters.items()
+    attachments = [a for a in adapter.attachments if isinstance(a, WeightMergingAttachment)]
     if not attachments or len(attachments) < len(adapter.attachments):
         raise ValueError(
             f"method '{adapter.method.name}' cannot be merged into the base weights; those that can: lora, dora, ssf, "
             'bitfit, norm, partial'
         )
+    for attachment in attachments if safe else ():
+        for weight, (_, value) in attachment.merged_weights().items():
+            if not torch.isfinite(value).all():
+                raise ValueError(
+                    f"merging would put NaN or infinity into {attachment.path(weight)}: the adapter '{name}' diverged. "
+                    'Take a checkpoint from before that, or pass safe=False'
+                )
+    dtype = None if injection.precision is None else injection.precision.name
+    record = _Merged(name, adapter.method.config, dtype, injection.with_cp, {}, {} if keep_base else None)
+    record.adapter = {n: t.detach().clone() for n, t in adapter.state().items()}
+    backbone = injection.backbone
     injection.undo()
     for attachment in attachments:
-        attachment.merge()
+        for weight, (parameter, value) in attachment.merged_weights().items():
+            if record.base is not None:
+                record.base[attachment.path(weight)] = parameter.detach().clone()
+            with torch.no_grad():
+                parameter.copy_(value)
+    setattr(backbone, _MERGED, record)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take a merged adapter out of the base weights again, which are then what they were to the last bit.
+
+    The model is adapted as before :func:`merge`: neck and head stay as they are.
+
+    Args:
+        model: A model whose adapter was merged.
+
+    Raises:
+        ValueError: No adapter was merged into it, or ``keep_base=False`` was given.
+            The model is unchanged then.
+    """
+    backbone = find_backbone(model)
+    record: _Merged | None = getattr(backbone, _MERGED, None)
+    if record is None:
+        raise ValueError(f'no adapter was merged into {type(unwrap(model)).__name__}: there is nothing to unmerge')
+    if record.base is None:
+        raise ValueError(
+            'the adapter was merged with keep_base=False, so its base is gone; load the base weights again'
+        )
+    if get_injection(model) is not None:
+        raise ValueError('the model is adapted anew; call remove(model) first')
+    parameters = dict(backbone.named_parameters())
+    with torch.no_grad():
+        for name, value in record.base.items():
+            parameters[name].copy_(value)
+    dtype = None if record.frozen_dtype is None else check_frozen_dtype(record.frozen_dtype)
+    method = build_method(record.method)
+    injection = Injection(backbone, method, record.name, frozen_dtype=dtype, with_cp=record.with_cp)
+    state = injection.adapters[record.name].state()
+    with torch.no_grad():
+        for name, value in record.adapter.items():
+            state[name].copy_(value)
+    delattr(backbone, _MERGED)
 
 
 def summarize(model: nn.Module) -> Summary:
@@ -347,9 +562,18 @@ def summarize(model: nn.Module) -> Summary:
     injection = get_injection(model)
     own = {id(p) for n, p in backbone.named_parameters() if not is_adapter(n)}
 
+    inactive = {
+        id(p)
+        for adapter in (injection.adapters.values() if injection else ())
+        if adapter.trained
+        for p in adapter.trained
+    }
+
     parts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
-        if id(parameter) in own:
+        if id(parameter) in inactive:
+            part = 'inactive adapters'
+        elif id(parameter) in own:
             part = 'backbone'
         elif is_adapter(name):
             part = 'adapters'

@@ -10,11 +10,13 @@ and the FFN's sum is the last thing it computes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from .freezing import is_adapter
 
 Size = tuple[int, int]
 
@@ -66,10 +68,15 @@ class BlockFamily:
         ffn: Name of the FFN submodule, whose input is LN2(x').
         attention_norm: Name of the norm LN1 before attention, None where
             attention reads x itself.
+        attention: Name of the attention submodule, where it is called with LN1(x) as a whole. None
+            where it is called with windows of it; then the output of LN1 is taken.
         attention_out: Name of the submodule whose output, of the shape of the block's
             input, is the last that happens to the branch of attention before its sum
-            (with the sum, in some families). None where there is no such submodule, or
-            the FFN uses it, too.
+            (with the sum, where it is called with ``identity``). None where there is no such
+            submodule, or the FFN uses it, too.
+        ffn_out: The same for the branch of the FFN.
+        shared_out: Name of the submodule that is the last of both branches, attention
+            first. None where there is no such submodule.
         takes_prompts: Whether attention runs over any sequence, whatever the
             place of its tokens.
         idle: Submodules that the block never calls.
@@ -81,7 +88,10 @@ class BlockFamily:
     norm: str | None
     ffn: str = 'ffn'
     attention_norm: str | None = 'norm1'
+    attention: str | None = None
     attention_out: str | None = None
+    ffn_out: str | None = None
+    shared_out: str | None = None
     takes_prompts: bool = False
     idle: tuple[str, ...] = ()
 
@@ -115,8 +125,10 @@ FAMILIES: list[BlockFamily] = [
         _MM_VIT,
         'ln2',
         attention_norm='ln1',
-        takes_prompts=True,
+        attention='attn',
         attention_out='attn',
+        ffn_out='ffn',
+        takes_prompts=True,
     ),
     # DeiT III normalises the FFN's input by ln1 as well; its ln2 is never called.
     BlockFamily(
@@ -125,27 +137,45 @@ FAMILIES: list[BlockFamily] = [
         _MM_VIT,
         'ln1',
         attention_norm='ln1',
+        attention='attn',
+        attention_out='attn',
+        ffn_out='ffn',
         takes_prompts=True,
         idle=('ln2',),
-        attention_out='attn',
     ),
     BlockFamily(
-        'mmpretrain BEiT', _MMPRETRAIN + 'beit.BEiTTransformerEncoderLayer', _MM_VIT, 'ln2', attention_norm='ln1'
+        'mmpretrain BEiT',
+        _MMPRETRAIN + 'beit.BEiTTransformerEncoderLayer',
+        _MM_VIT,
+        'ln2',
+        attention_norm='ln1',
+        shared_out='drop_path',
     ),
-    BlockFamily('mmpretrain EVA-02', _MMPRETRAIN + 'vit_eva02.EVA02EndcoderLayer', _MM_VIT, 'norm2', ffn='mlp'),
+    BlockFamily(
+        'mmpretrain EVA-02',
+        _MMPRETRAIN + 'vit_eva02.EVA02EndcoderLayer',
+        _MM_VIT,
+        'norm2',
+        ffn='mlp',
+        shared_out='drop_path',
+    ),
+    # Attention runs on windows of LN1(x), and nothing follows that sees the whole map.
     BlockFamily(
         'mmpretrain ViT-SAM',
         _MMPRETRAIN + 'vit_sam.TransformerEncoderLayer',
         FromShape(),
         'ln2',
         attention_norm='ln1',
+        ffn_out='ffn',
     ),
     BlockFamily(
         'mmpretrain Swin',
         _MMPRETRAIN + 'swin_transformer.SwinBlock',
         Argument('hw_shape'),
         'norm2',
+        attention='attn',
         attention_out='attn',
+        ffn_out='ffn',
     ),
     BlockFamily(
         'mmpretrain SwinV2',
@@ -154,28 +184,69 @@ FAMILIES: list[BlockFamily] = [
         None,
         attention_norm=None,
         attention_out='norm1',
+        ffn_out='norm2',
     ),
-    BlockFamily('mmdet Swin', _MMDET + 'swin.SwinBlock', Argument('hw_shape'), 'norm2', attention_out='attn'),
-    BlockFamily('mmdet PVT', _MMDET + 'pvt.PVTEncoderLayer', Argument('hw_shape'), 'norm2', attention_out='attn'),
-    BlockFamily('mmseg Swin', _MMSEG + 'swin.SwinBlock', Argument('hw_shape'), 'norm2', attention_out='attn'),
     BlockFamily(
-        'mmseg ViT', _MMSEG + 'vit.TransformerEncoderLayer', _SEG_VIT, 'norm2', takes_prompts=True, attention_out='attn'
+        'mmdet Swin',
+        _MMDET + 'swin.SwinBlock',
+        Argument('hw_shape'),
+        'norm2',
+        attention='attn',
+        attention_out='attn',
+        ffn_out='ffn',
+    ),
+    BlockFamily(
+        'mmdet PVT',
+        _MMDET + 'pvt.PVTEncoderLayer',
+        Argument('hw_shape'),
+        'norm2',
+        attention='attn',
+        attention_out='attn',
+        ffn_out='ffn',
+    ),
+    BlockFamily(
+        'mmseg Swin',
+        _MMSEG + 'swin.SwinBlock',
+        Argument('hw_shape'),
+        'norm2',
+        attention='attn',
+        attention_out='attn',
+        ffn_out='ffn',
+    ),
+    BlockFamily(
+        'mmseg ViT',
+        _MMSEG + 'vit.TransformerEncoderLayer',
+        _SEG_VIT,
+        'norm2',
+        attention='attn',
+        attention_out='attn',
+        ffn_out='ffn',
+        takes_prompts=True,
     ),
     # MAE's block is a BEiT block.
-    BlockFamily('mmseg BEiT', _MMSEG + 'beit.BEiTTransformerEncoderLayer', _SEG_BEIT, 'norm2'),
+    BlockFamily('mmseg BEiT', _MMSEG + 'beit.BEiTTransformerEncoderLayer', _SEG_BEIT, 'norm2', shared_out='drop_path'),
     BlockFamily(
-        'mmseg MiT', _MMSEG + 'mit.TransformerEncoderLayer', Argument('hw_shape'), 'norm2', attention_out='attn'
+        'mmseg MiT',
+        _MMSEG + 'mit.TransformerEncoderLayer',
+        Argument('hw_shape'),
+        'norm2',
+        attention='attn',
+        attention_out='attn',
+        ffn_out='ffn',
     ),
-    BlockFamily('mmseg Twins', _MMSEG + 'twins.LSAEncoderLayer', Argument('hw_shape'), 'norm2'),
-    BlockFamily('mmseg Twins global', _MMSEG + 'twins.GSAEncoderLayer', Argument('hw_shape'), 'norm2'),
+    BlockFamily('mmseg Twins', _MMSEG + 'twins.LSAEncoderLayer', Argument('hw_shape'), 'norm2', shared_out='drop_path'),
+    BlockFamily(
+        'mmseg Twins global', _MMSEG + 'twins.GSAEncoderLayer', Argument('hw_shape'), 'norm2', shared_out='drop_path'
+    ),
     BlockFamily(
         'timm ViT',
         _TIMM + 'vision_transformer.Block',
         FromPatchEmbed(_read_timm, 'num_prefix_tokens'),
         'norm2',
         ffn='mlp',
-        takes_prompts=True,
         attention_out='drop_path1',
+        ffn_out='drop_path2',
+        takes_prompts=True,
     ),
     BlockFamily(
         'timm Swin',
@@ -184,6 +255,7 @@ FAMILIES: list[BlockFamily] = [
         'norm2',
         ffn='mlp',
         attention_out='drop_path1',
+        ffn_out='drop_path2',
     ),
     BlockFamily(
         'timm SwinV2',
@@ -193,6 +265,7 @@ FAMILIES: list[BlockFamily] = [
         ffn='mlp',
         attention_norm=None,
         attention_out='drop_path1',
+        ffn_out='drop_path2',
     ),
 ]
 
@@ -207,7 +280,7 @@ class Site:
         family: Its family.
         embed_dims: Width d of its tokens.
         host: For :class:`FromPatchEmbed` families the module that owns the
-            patch embedding, else None.
+            patch embedding. None for others, and where there is none.
     """
 
     name: str
@@ -215,6 +288,16 @@ class Site:
     family: BlockFamily
     embed_dims: int
     host: nn.Module | None
+
+
+def host_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A module's own submodules by name, without adapters; like ``named_modules``."""
+    return ((name, child) for name, child in module.named_modules() if not is_adapter(name))
+
+
+def host_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's own parameters by name, without adapters; like ``named_parameters``."""
+    return ((name, parameter) for name, parameter in module.named_parameters() if not is_adapter(name))
 
 
 def class_path(cls: type) -> str:
@@ -237,31 +320,28 @@ def _width(block: nn.Module, family: BlockFamily) -> int:
     return next(m.weight.shape[1] for m in ffn.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
 
 
-def _owner_of_patch_embed(backbone: nn.Module, name: str) -> nn.Module:
+def _owner_of_patch_embed(backbone: nn.Module, name: str) -> nn.Module | None:
     """The innermost module around a block that has a patch embedding."""
     while name:
         name = name.rpartition('.')[0]
         host = backbone.get_submodule(name)
         if isinstance(getattr(host, 'patch_embed', None), nn.Module):
             return host
-    raise ValueError(
-        f'{type(backbone).__name__} has no `patch_embed` around its blocks, so the grid of its tokens is '
-        'unknown; add a BlockFamily of its own to iconformer_mm.tuning.sites.FAMILIES'
-    )
+    return None
 
 
 def find_sites(backbone: nn.Module) -> list[Site]:
     """List the blocks of a backbone that adapters can attach to, in order.
 
     Raises:
-        ValueError: The grid of a block's tokens cannot be known, or a block
-            lacks a submodule that its family names.
+        ValueError: A block lacks a submodule that its family names.
     """
     sites = []
-    for name, module in backbone.named_modules():
+    for name, module in host_modules(backbone):
         family = family_of(module)
         if family is not None:
-            for part in (family.ffn, family.norm, family.attention_norm, family.attention_out):
+            named = (family.norm, family.attention_norm, family.attention_out, family.ffn_out, family.shared_out)
+            for part in (family.ffn, family.attention, *named):
                 if part is not None and not isinstance(getattr(module, part, None), nn.Module):
                     raise ValueError(
                         f"the block {name} has no submodule '{part}', which its BlockFamily '{family.name}' names; "

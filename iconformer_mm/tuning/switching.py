@@ -11,7 +11,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS
 from torch import nn
 
-from .injection import Injection, find_backbone, get_injection, inject, unwrap
+from .attachments.base import placement
+from .injection import DEFAULT_NAME, PARTS, Injection, escape, find_backbone, get_injection, inject, unwrap
 from .methods import build_method
 
 
@@ -47,7 +48,7 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     backbone = find_backbone(model)
     if backbone is model:
         return {}
-    return {n: m for n, m in model.named_children() if m is not backbone and n != 'data_preprocessor'}
+    return {n: m for n, m in model.named_children() if m is not backbone and n not in ('data_preprocessor', PARTS)}
 
 
 def add_adapter(
@@ -83,9 +84,7 @@ def add_adapter(
     own = {n: p if isinstance(p, nn.Module) else MODELS.build(p) for n, p in (parts or {}).items()}
     if get_injection(model) is None:
         inject(model, method, **options)
-        injection = _require(model)
-        (only,) = injection.adapters.values()
-        injection.adapters, injection.active = {name: only}, name
+        _require(model).rename(DEFAULT_NAME, name)
         for part, module in own.items():
             setattr(model, part, module)
         return
@@ -101,8 +100,11 @@ def add_adapter(
     if injection.current is not None and injection.current.parts is None:
         injection.current.parts = present
     new = {n: own[n] if n in own else copy.deepcopy(m) for n, m in present.items()}
-    reference = next(find_backbone(model).parameters())
-    injection.adapters[name].parts = {n: m.to(reference.device) for n, m in new.items()}
+    adapter, device = injection.adapters[name], placement(find_backbone(model))[0]
+    adapter.release()
+    adapter.parts = {n: m.to(device) for n, m in new.items()}
+    adapter.hold()
+    _register_parts(model, injection)
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -122,13 +124,28 @@ def set_adapter(model: nn.Module, name: str) -> None:
     injection.activate(name)
     for part, module in (injection.adapters[name].parts or {}).items():
         setattr(model, part, module.train(model.training))
+    _register_parts(model, injection)
+
+
+def _register_parts(model: nn.Module, injection: Injection) -> None:
+    """Keep necks and heads of inactive adapters in the model, so that they follow ``.to()`` and ``state_dict()``."""
+    if hasattr(model, PARTS):
+        delattr(model, PARTS)
+    waiting = {
+        escape(name): nn.ModuleDict(adapter.parts)
+        for name, adapter in injection.adapters.items()
+        if adapter.parts and name != injection.active
+    }
+    if waiting:
+        setattr(model, PARTS, nn.ModuleDict(waiting))
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the backbone runs as the base, exactly as before it was adapted.
 
-    Neck and head stay those of the active adapter.
+    Neck and head stay those of the active adapter. It holds for the calling thread, touches no module,
+    and may be nested. The backward pass of what ran within it may come later.
 
     Args:
         model: An adapted model.
@@ -137,7 +154,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         >>> with disabled(model):
         ...     base_features = model.extract_feat(images)
     """
-    with _require(model).inactive():
+    with _require(model).switch.off():
         yield model
 
 
@@ -155,9 +172,5 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         ValueError: There is no such adapter, or the model is wrapped.
     """
     injection = _require(model, name)
-    if injection.active == name:
-        injection.activate(None)
-    if len(injection.adapters) == 1:
-        injection.undo()
-    else:
-        del injection.adapters[name]
+    injection.delete(name)
+    _register_parts(model, injection)

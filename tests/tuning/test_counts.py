@@ -11,7 +11,7 @@ from families import image
 from iconformer_mm import inject, remove, summarize
 from iconformer_mm.registry import PEFT_METHODS
 from iconformer_mm.tuning import get_injection
-from iconformer_mm.tuning.weight_attachment import WeightAttachment
+from iconformer_mm.tuning.attachments import WeightMergingAttachment
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_the_table_of_the_guide(vit_base, swin_base):
             attachments = get_injection(model).attachments
             remove(model)
         assert counts == ' | '.join(expected), method
-        assert (merges == 'yes') == bool(attachments and isinstance(attachments[0], WeightAttachment))
+        assert (merges == 'yes') == bool(attachments and isinstance(attachments[0], WeightMergingAttachment))
 
 
 def test_swin_base_itself_stays_exact():

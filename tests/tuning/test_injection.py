@@ -32,11 +32,11 @@ def count_forwards(model: nn.Module) -> list[int]:
     count = [0]
     for attachment in get_injection(model).attachments:
 
-        def counted(*args, forward=attachment.host_forward, **kwargs):
+        def counted(*args, forward=attachment.joint.host_forward, **kwargs):
             count[0] += 1
             return forward(*args, **kwargs)
 
-        attachment.host_forward = counted
+        attachment.joint.host_forward = counted
     return count
 
 
@@ -226,8 +226,8 @@ def test_gradient_checkpointing_of_any_host(family, method):
 
 def test_gradient_checkpointing_needs_adapted_blocks():
     model = vit()
-    with pytest.raises(ValueError, match="with_cp recomputes adapted blocks, and method 'lora' adapts none"):
-        inject(model, 'lora', with_cp=True)
+    with pytest.raises(ValueError, match="with_cp recomputes adapted blocks, and method 'bitfit' adapts none"):
+        inject(model, 'bitfit', with_cp=True)
     assert summarize(model).method is None
 
 

@@ -1,4 +1,4 @@
-"""Methods that put adapters beside or behind attention and FFN."""
+"""Methods that put adapters parallel to attention and FFN, or after them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import nn
 from iconformer_mm import adapters
 from iconformer_mm.registry import PEFT_METHODS
 
-from ..attachment import Attachment
-from ..branch_attachment import ATTENTION, FFN, INPUTS, BranchAttachment
+from ..attachments import ATTENTION, FFN, INPUTS, Attachment, BranchAttachment
 from ..sites import Site
 from .base import PEFTMethod, TrackerOf, defaults_of
 
@@ -22,7 +21,7 @@ class AdapterMethod(PEFTMethod):
     Args:
         input: What an adapter reads. Parallel to the branch: ``'normed'`` for
             ``LN(x)``, which the branch reads, or ``'residual'`` for ``x``; in post-norm
-            blocks (SwinV2) both are ``x``. Behind the branch: ``'output'`` for what it
+            blocks (SwinV2) both are ``x``. After the branch: ``'output'`` for what it
             returns, or ``'sum'`` for that plus ``x``.
         sites: The branches that get an adapter: ``'ffn'``, ``'attention'``.
         **adapter_options: Arguments of the adapter.
@@ -66,7 +65,7 @@ class AdapterMethod(PEFTMethod):
                 site,
                 {branch: self.adapter_class(site.embed_dims, **self.adapter_options) for branch in self.sites},
                 self.input,
-                tracker_of(site),
+                tracker_of(site) if self.adapter_class.needs_grid else None,
             )
             for site in sites
         ]
@@ -111,7 +110,7 @@ class AdaptFormerMethod(AdapterMethod):
 
 @PEFT_METHODS.register_module(name='adapter')
 class HoulsbyMethod(AdapterMethod):
-    """Adapters (Houlsby et al., ICML 2019): behind attention and FFN, before the residual sum.
+    """Adapters (Houlsby et al., ICML 2019): after attention and FFN, before the residual sum.
 
     The paper trains the layer norms, too; here they stay frozen.
     """
@@ -132,7 +131,7 @@ class ConvpassMethod(AdapterMethod):
 
 @PEFT_METHODS.register_module(name='lorand')
 class LoRandMethod(AdapterMethod):
-    """LoRand (Yin et al., CVPR 2023): behind attention and FFN, before the residual sum."""
+    """LoRand (Yin et al., CVPR 2023): after attention and FFN, before the residual sum."""
 
     adapter_class = adapters.LoRandAdapter
     default_input = 'output'
@@ -141,7 +140,7 @@ class LoRandMethod(AdapterMethod):
 
 @PEFT_METHODS.register_module(name='mona')
 class MonaMethod(AdapterMethod):
-    """Mona (Yin et al., CVPR 2025): behind attention and FFN, after the residual sum."""
+    """Mona (Yin et al., CVPR 2025): after attention and FFN, after the residual sum."""
 
     adapter_class = adapters.MonaAdapter
     default_input = 'sum'

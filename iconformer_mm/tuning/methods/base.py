@@ -11,7 +11,8 @@ from torch import nn
 
 from iconformer_mm.registry import PEFT_METHODS
 
-from ..attachment import Attachment, GridTracker
+from ..attachments import Attachment
+from ..grids import GridTracker
 from ..sites import Site
 
 TrackerOf = Callable[[Site], GridTracker | None]
@@ -56,10 +57,11 @@ class PEFTMethod:
         Args:
             backbone: The backbone.
             sites: Its blocks.
-            tracker_of: Gives the tracker of a block's host.
+            tracker_of: Gives the tracker of a block's host. It raises a ValueError where the host
+                has none, so it is asked only if the grid is needed.
 
         Returns:
-            Attachments, still detached; no two of one module.
+            Attachments, not yet installed; no two of one module.
 
         Raises:
             ValueError: The method is not defined for this backbone.

@@ -7,8 +7,7 @@ from torch import nn
 from iconformer_mm.adapters import PromptAdapter
 from iconformer_mm.registry import PEFT_METHODS
 
-from ..attachment import Attachment
-from ..prompt_attachment import PromptAttachment, PromptStream
+from ..attachments import Attachment, PromptAttachment, PromptStream
 from ..sites import Site
 from .base import PEFTMethod, TrackerOf
 
@@ -49,7 +48,10 @@ class VPTMethod(PEFTMethod):
                 f'{site.family.name} blocks ({site.family.block}) take no prompt tokens: their attention is windowed '
                 'or depends on positions. Visual prompt tuning needs plain ViT blocks'
             )
-        assert site.host is not None  # plain ViTs have a patch embedding
+        if site.host is None:
+            raise ValueError(
+                f'{site.name} has no `patch_embed` around it, whose size the first prompt tokens depend on'
+            )
         convolution = next(m for m in site.host.get_submodule('patch_embed').modules() if isinstance(m, nn.Conv2d))
         patch_dims = convolution.weight[0].numel()
         return PromptAdapter(site.embed_dims, patch_dims, self.num_tokens, self.dropout)

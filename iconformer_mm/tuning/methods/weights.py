@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -13,9 +15,8 @@ from iconformer_mm.adapters import DeltaAdapter, DoRAAdapter, LoRAAdapter, SSFAd
 from iconformer_mm.adapters.base import check_count
 from iconformer_mm.registry import PEFT_METHODS
 
-from ..attachment import Attachment
-from ..sites import Site
-from ..weight_attachment import WeightAttachment
+from ..attachments import Attachment, LowRankAttachment, WeightAttachment
+from ..sites import Site, host_modules, host_parameters
 from .base import PEFTMethod, TrackerOf
 
 _LINEAR = (nn.Linear, _ConvNd)
@@ -47,7 +48,8 @@ def find_layers(module: nn.Module, idle: Sequence[str] = ()) -> list[Layer]:
         idle: Submodules to leave out.
     """
     layers = []
-    for name, layer in module.named_modules():
+    layer: Any
+    for name, layer in host_modules(module):
         if name.partition('.')[0] in idle:
             continue
         names = {n: f'{name}.{n}'.removeprefix('.') for n, _ in layer.named_parameters(recurse=False)}
@@ -82,10 +84,10 @@ class WeightMethod(PEFTMethod):
         families = {site.name: site.family for site in sites}
         within = tuple(f'{name}.' for name in families)
         attachments: list[Attachment] = []
-        for name, module in backbone.named_modules():
+        for name, module in host_modules(backbone):
             if name in families:
                 kind, adapter = families[name].name, self.make_adapter(module, families[name].idle)
-            elif name.startswith(within) or next(module.children(), None) is not None:
+            elif name.startswith(within) or any(True for _ in module.children()):
                 continue
             else:
                 kind, adapter = type(module).__name__, self.make_adapter(module, ())
@@ -108,7 +110,7 @@ class BitFitMethod(WeightMethod):
 
     def make_adapter(self, module: nn.Module, idle: Sequence[str]) -> WeightAdapter | None:
         """Tune the biases."""
-        names = [n for n, _ in module.named_parameters() if n.partition('.')[0] not in idle]
+        names = [n for n, _ in host_parameters(module) if n.partition('.')[0] not in idle]
         return _deltas(module, [n for n in names if n.rpartition('.')[2].endswith('bias')])
 
 
@@ -163,7 +165,7 @@ class PartialMethod(PEFTMethod):
             raise ValueError(f'num_blocks is {self.num_blocks}, but {type(backbone).__name__} has {len(sites)} blocks')
         attachments: list[Attachment] = []
         for site in sites[-self.num_blocks :]:
-            names = [n for n, _ in site.block.named_parameters() if n.partition('.')[0] not in site.family.idle]
+            names = [n for n, _ in host_parameters(site.block) if n.partition('.')[0] not in site.family.idle]
             adapter = _deltas(site.block, names)
             assert adapter is not None  # no block is without weights
             attachments.append(WeightAttachment(site.name, site.block, site.family.name, adapter))
@@ -184,7 +186,7 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
     Raises:
         ValueError: The block has no such map.
     """
-    weights = {name: p for name, p in site.block.named_parameters() if p.dim() > 1}
+    weights = {name: p for name, p in host_parameters(site.block) if p.dim() > 1}
     found = {}
     for name, weight in weights.items():
         rows, columns = weight.shape[0], weight[0].numel()
@@ -206,25 +208,29 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
 
 
 class LowRankMethod(PEFTMethod):
-    """Products of low rank added to linear maps of every block; can be merged into them."""
+    """Paths of low rank beside linear maps of every block; can be merged into them."""
 
     adapter_class: type[LoRAAdapter]
 
-    def __init__(self, rank: int, alpha: float, targets: Sequence[str]) -> None:
+    def __init__(self, rank: int, alpha: float, targets: Sequence[str], dropout: float, rank_stabilized: bool) -> None:
         if isinstance(targets, str) or not targets or not set(targets) <= set(ROLES):
             raise ValueError(f'targets must be a list of {", ".join(ROLES)}, got {targets!r}')
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f'alpha must be a finite number, got {alpha!r}')
         self.rank = rank
         self.alpha = alpha
         self.targets = [role for role in ROLES if role in targets]
+        self.dropout = dropout
+        self.rank_stabilized = rank_stabilized
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
         """Adapt the maps of every block."""
         return [
-            WeightAttachment(
-                site.name,
-                site.block,
-                site.family.name,
-                self.adapter_class(find_targets(site, self.targets), self.rank, self.alpha),
+            LowRankAttachment(
+                site,
+                self.adapter_class(
+                    find_targets(site, self.targets), self.rank, self.alpha, self.dropout, self.rank_stabilized
+                ),
             )
             for site in sites
         ]
@@ -235,10 +241,13 @@ class LoRAMethod(LowRankMethod):
     """LoRA (Hu et al., ICLR 2022); defaults as the paper has them for RoBERTa.
 
     Args:
-        rank: Rank of the products. Defaults to 8.
-        alpha: Over the rank, the factor of the products. Defaults to 8.
+        rank: Rank of the paths. Defaults to 8.
+        alpha: Over the rank, the factor of the paths. Defaults to 8.
         targets: Which maps: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
             (FFN). Defaults to q and v.
+        dropout: Dropout probability of the input of the paths. Defaults to 0.
+        rank_stabilized: Whether alpha is divided by the square root of the rank (rsLoRA,
+            Kalajdzievski, 2023). Defaults to False.
 
     Raises:
         ValueError: An option is out of its range, or a map is not there.
@@ -246,19 +255,28 @@ class LoRAMethod(LowRankMethod):
 
     adapter_class = LoRAAdapter
 
-    def __init__(self, rank: int = 8, alpha: float = 8, targets: Sequence[str] = ('q', 'v')) -> None:
-        super().__init__(rank, alpha, targets)
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float = 8,
+        targets: Sequence[str] = ('q', 'v'),
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+    ) -> None:
+        super().__init__(rank, alpha, targets, dropout, rank_stabilized)
 
 
 @PEFT_METHODS.register_module(name='dora')
 class DoRAMethod(LowRankMethod):
-    """DoRA (Liu et al., ICML 2024); defaults as the paper has them for LLaMA.
+    """DoRA (Liu et al., ICML 2024); defaults as the paper has them for LLaMA, dropout aside.
 
     Args:
-        rank: Rank of the products. Defaults to 16.
-        alpha: Over the rank, the factor of the products. Defaults to 32.
+        rank: Rank of the paths. Defaults to 16.
+        alpha: Over the rank, the factor of the paths. Defaults to 32.
         targets: Which maps: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
             (FFN). Defaults to all but o.
+        dropout: Dropout probability of the input of the paths. Defaults to 0.
+        rank_stabilized: Whether alpha is divided by the square root of the rank. Defaults to False.
 
     Raises:
         ValueError: An option is out of its range, or a map is not there.
@@ -267,6 +285,11 @@ class DoRAMethod(LowRankMethod):
     adapter_class = DoRAAdapter
 
     def __init__(
-        self, rank: int = 16, alpha: float = 32, targets: Sequence[str] = ('q', 'k', 'v', 'fc1', 'fc2')
+        self,
+        rank: int = 16,
+        alpha: float = 32,
+        targets: Sequence[str] = ('q', 'k', 'v', 'fc1', 'fc2'),
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
     ) -> None:
-        super().__init__(rank, alpha, targets)
+        super().__init__(rank, alpha, targets, dropout, rank_stabilized)

@@ -9,18 +9,33 @@ from torch import Tensor
 
 from iconformer_mm.adapters import PromptAdapter
 
-from .attachment import BlockAttachment, GridTracker
-from .sites import Site
+from ..calls import PerThread
+from ..grids import GridTracker
+from ..sites import Site
+from .base import BlockAttachment
 
 
 class PromptStream:
     """Carries the prompt tokens of a forward pass from block to block, past what lies between.
 
-    Attributes:
-        tokens: What the last block made of them, (B, n, d).
+    Each thread has tokens of its own.
     """
 
-    tokens: Tensor | None = None
+    def __init__(self) -> None:
+        self._tokens = PerThread()
+
+    def put(self, tokens: Tensor) -> None:
+        """Leave the tokens (B, n, d) for the next block."""
+        self._tokens.value = tokens
+
+    def take(self) -> Tensor:
+        """The tokens that the last block left."""
+        tokens, self._tokens.value = self._tokens.value, None
+        if tokens is None:
+            raise RuntimeError(
+                'a block ran before the first one did, so it has no prompt tokens; call the whole backbone'
+            )
+        return tokens
 
 
 class PromptAttachment(BlockAttachment):
@@ -43,22 +58,19 @@ class PromptAttachment(BlockAttachment):
         tracker: GridTracker | None,
     ) -> None:
         super().__init__(site, {'adapter': source} if isinstance(source, PromptAdapter) else {}, tracker)
-        self.source = source
+        self.source = source if isinstance(source, PromptStream) else None
         self.target = target
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The block's forward among prompt tokens."""
-        prefix = self._grid((x, *args), kwargs).num_prefix_tokens
-        if isinstance(self.source, PromptAdapter):
-            prompts = self.source(len(x))
-        else:
-            prompts, self.source.tokens = self.source.tokens, None
-        out, prompts = self._run(self._forward, prefix, x, prompts, *args, **kwargs)
+        prefix = self.grid((x, *args), kwargs).num_prefix_tokens
+        prompts = self.part('adapter')(len(x)) if self.source is None else self.source.take()
+        out, prompts = self.joint.run(self._run_block, prefix, x, prompts, *args, **kwargs)
         if self.target is not None:
-            self.target.tokens = prompts
+            self.target.put(prompts)
         return out
 
-    def _forward(self, prefix: int, x: Tensor, prompts: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def _run_block(self, prefix: int, x: Tensor, prompts: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         end = prefix + prompts.shape[1]
-        out = self.host_forward(torch.cat((x[:, :prefix], prompts, x[:, prefix:]), dim=1), *args, **kwargs)
+        out = self.joint.host_forward(torch.cat((x[:, :prefix], prompts, x[:, prefix:]), dim=1), *args, **kwargs)
         return torch.cat((out[:, :prefix], out[:, end:]), dim=1), out[:, prefix:end]

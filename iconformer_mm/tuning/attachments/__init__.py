@@ -1,0 +1,22 @@
+from .base import Attachment, BlockAttachment, Joint, Switch, Tap, WeightMergingAttachment
+from .branch import ATTENTION, FFN, INPUTS, BranchAttachment
+from .linear import LowRankAttachment
+from .prompts import PromptAttachment, PromptStream
+from .weights import WeightAttachment
+
+__all__ = [
+    'ATTENTION',
+    'FFN',
+    'INPUTS',
+    'Attachment',
+    'BlockAttachment',
+    'BranchAttachment',
+    'Joint',
+    'LowRankAttachment',
+    'PromptAttachment',
+    'PromptStream',
+    'Switch',
+    'Tap',
+    'WeightAttachment',
+    'WeightMergingAttachment',
+]

@@ -1,0 +1,111 @@
+"""Paths of low rank beside the linear layers of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iconformer_mm.adapters import LoRAAdapter
+
+from ..calls import Frame, run_in_frame
+from ..replacement import parameter_of, with_parameters
+from ..sites import Site
+from .base import BlockAttachment, WeightMergingAttachment
+from .weights import merged_weights
+
+
+class LowRankAttachment(WeightMergingAttachment, BlockAttachment):
+    """Runs the linear layers of a block with a path of low rank beside them.
+
+    A layer that the block calls keeps its weight, whatever its precision, and the path is added to
+    its output. Some blocks read a layer's weight instead (``F.linear(x, self.qkv.weight, ...)``, as
+    BEiT, EVA-02 and Swin V2 do, and ``nn.MultiheadAttention``). They run as a view with the
+    sum of the weight and the product of the path, which is the same map.
+
+    Args:
+        site: The block.
+        adapter: The paths.
+
+    Raises:
+        ValueError: The paths have dropout, and the block reads a weight.
+    """
+
+    def __init__(self, site: Site, adapter: LoRAAdapter) -> None:
+        super().__init__(site, {'adapter': adapter})
+        self.weight_names = adapter.names
+        called = [name for name in adapter.names if _is_called(site.block, name)]
+        self._made = tuple(name for name in adapter.names if name not in called)
+        if self._made and adapter.dropout.p > 0:
+            raise ValueError(
+                f'{site.family.name} blocks ({site.family.block}) read the weight {self._made[0]} instead of calling '
+                'its layer, so there is no place for dropout on the input of the path; set dropout=0'
+            )
+        self.handlers = {
+            self.path(name.rpartition('.')[0]): partial(self._add_path, name, site.block.get_submodule(_owner(name)))
+            for name in called
+        }
+
+    def _add_path(
+        self, name: str, layer: nn.Module, host_forward: Callable, frame: Frame, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """A layer's output with that of its path."""
+        return self.part('adapter').add_path(name, layer, x, host_forward(x, *args, **kwargs))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward with the paths."""
+        return self.joint.run(self._run_block, *args, **kwargs)
+
+    def _run_block(self, *args: Any, **kwargs: Any) -> Any:
+        host_forward = self.joint.host_forward
+        if self._made:
+            weights = {name: parameter_of(self.module, name) for name in self._made}
+            host_forward = with_parameters(self.module, self.part('adapter')(weights)).forward
+        return run_in_frame(Frame(self.handlers), host_forward, *args, **kwargs)
+
+    @torch.no_grad()
+    def merged_weights(self) -> dict[str, tuple[nn.Parameter, Tensor]]:
+        """For each weight its parameter, and the value that it would get."""
+        return merged_weights(self.module, self.adapters['adapter'], self.weight_names)
+
+
+def _owner(weight: str) -> str:
+    return weight.rpartition('.')[0]
+
+
+def _is_called(block: nn.Module, weight: str) -> bool:
+    """Whether a weight is that of a layer which computes a linear map, and which its block calls."""
+    layer = block.get_submodule(_owner(weight))
+    if isinstance(layer, nn.Conv2d):
+        is_linear = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1
+    else:
+        is_linear = isinstance(layer, nn.Linear)
+    return is_linear and weight.endswith('.weight') and not _is_read(block, _owner(weight).rpartition('.')[2])
+
+
+def _is_read(block: nn.Module, layer: str) -> bool:
+    """Whether a method of the block, or of a module in it, reads the weight of a layer of this name.
+
+    It does if it uses both names. ``nn.MultiheadAttention`` reads that of its output projection.
+    """
+    return any(
+        {layer, 'weight'} <= set(code.co_names)
+        for cls in {type(module) for module in block.modules()}
+        for code in _methods(cls)
+    )
+
+
+def _methods(cls: type) -> Iterator[CodeType]:
+    """The code of a class's methods that may take part in a forward pass."""
+    for base in cls.__mro__:
+        if base in (nn.Module, object):
+            break
+        for name, method in vars(base).items():
+            code = getattr(method, '__code__', None)
+            if code is not None and not any(word in name for word in ('init', 'reset', 'load')):
+                yield code
+                yield from (constant for constant in code.co_consts if isinstance(constant, CodeType))

@@ -1,0 +1,54 @@
+"""Modules that run with weights made from their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iconformer_mm.adapters import WeightAdapter
+
+from ..replacement import parameter_of, with_parameters
+from .base import Attachment, WeightMergingAttachment
+
+
+class WeightAttachment(WeightMergingAttachment, Attachment):
+    """Runs a module with weights made from its own, which stay as they are (ours).
+
+    So methods that tune some of the host's parameters keep what holds for
+    adapters: the base is not changed, the trained tensors can be saved, switched
+    and removed, and the result can be merged into the base. What runs is a view of
+    the module for one call, see :func:`~iconformer_mm.tuning.replacement.with_parameters`.
+
+    Args:
+        name: Name of the module in the backbone.
+        module: The module, a block or a leaf.
+        kind: What kind of module it is, for people.
+        adapter: Makes the weights, by their names in the module.
+    """
+
+    def __init__(self, name: str, module: nn.Module, kind: str, adapter: WeightAdapter) -> None:
+        super().__init__(name, module, kind, {'adapter': adapter})
+        self.weight_names = adapter.names
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward with the other weights."""
+        return self.joint.run(self._run, *args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        made = self.part('adapter')({name: parameter_of(self.module, name) for name in self.weight_names})
+        view = with_parameters(self.module, made)
+        return view.forward(*args, **kwargs)
+
+    @torch.no_grad()
+    def merged_weights(self) -> dict[str, tuple[nn.Parameter, Tensor]]:
+        """For each weight its parameter, and the value that it would get."""
+        return merged_weights(self.module, self.adapters['adapter'], self.weight_names)
+
+
+def merged_weights(module: nn.Module, adapter: Any, names: tuple[str, ...]) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """Parameters of a module by name, each with what a weight adapter makes of it."""
+    weights = {name: module.get_parameter(name) for name in names}
+    made = adapter({name: weight.detach() for name, weight in weights.items()})
+    return {name: (weight, made[name]) for name, weight in weights.items()}

@@ -1,0 +1,57 @@
+"""What travels within one call of a host: kept apart for each thread, and on no module."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from iconformer_mm.adapters import TokenGrid
+
+
+class PerThread(threading.local):
+    """Holds a value of its own for every thread; copies and pickles start empty.
+
+    Attributes:
+        value: The calling thread's value. Defaults to None.
+    """
+
+    value: Any = None
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+
+@dataclass
+class Frame:
+    """One call of an adapted block.
+
+    Attributes:
+        handlers: What happens at submodules during the call, by their name in the
+            backbone. A handler is called with the submodule's own forward, the
+            frame and the submodule's arguments, and returns the submodule's output.
+        grid: The place of the tokens; None where no adapter of the block asks for it.
+        values: What one handler leaves for another.
+    """
+
+    handlers: Mapping[str, Callable]
+    grid: TokenGrid | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+_frame = PerThread()
+
+
+def current_frame() -> Frame | None:
+    """The innermost call under way in this thread, None outside of adapted blocks."""
+    return _frame.value
+
+
+def run_in_frame(frame: Frame, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call a function as part of a block's call."""
+    outer, _frame.value = _frame.value, frame
+    try:
+        return function(*args, **kwargs)
+    finally:  # recomputing for a backward pass stops halfway, by an exception
+        _frame.value = outer

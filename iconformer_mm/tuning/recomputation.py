@@ -1,0 +1,89 @@
+"""Gradient checkpointing that a host does from outside of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .attachments import Joint
+from .sites import Site
+
+
+class Recomputation:
+    """Takes over timm's gradient checkpointing (``set_grad_checkpointing``).
+
+    timm recomputes its blocks from outside of them, where neither the grid nor the adapter of the call is
+    known any more. The joints of the blocks do it instead, also where it is switched on or off later.
+
+    Args:
+        backbone: The adapted backbone.
+        sites: All known blocks of the backbone.
+        joint_of: Gives the joint of a block.
+    """
+
+    def __init__(self, backbone: nn.Module, sites: list[Site], joint_of: Callable[[nn.Module], Joint]) -> None:
+        self.joint_of = joint_of
+        self.holders: list[Any] = []
+        self.blocks: list[list[nn.Module]] = []  # of each holder
+        self.is_on: list[bool] = []
+        self._setters: list[_Setter] = []
+        for name, module in backbone.named_modules():
+            blocks = [site.block for site in sites if not name or site.name.startswith(f'{name}.')]
+            if blocks and isinstance(getattr(module, 'grad_checkpointing', None), bool):
+                self.holders.append(module)
+                self.blocks.append(blocks)
+                self.is_on.append(False)
+        if self.holders:
+            self.take_over()
+            self._setters = [
+                _Setter(module, self)
+                for module in backbone.modules()
+                if callable(getattr(module, 'set_grad_checkpointing', None))
+            ]
+
+    def take_over(self) -> None:
+        """Have joints do what the host would do now."""
+        for index, holder in enumerate(self.holders):
+            if holder.grad_checkpointing:
+                holder.grad_checkpointing = False
+                self._switch(index, True)
+
+    def set(self, module: Any, enable: bool) -> None:
+        """Carry out ``set_grad_checkpointing`` of a module."""
+        type(module).set_grad_checkpointing(module, enable)
+        self.take_over()
+        inside = {id(m) for m in module.modules()}
+        for index, holder in enumerate(self.holders):
+            if not enable and id(holder) in inside:
+                self._switch(index, False)
+
+    def _switch(self, index: int, on: bool) -> None:
+        self.is_on[index] = on
+        for block in self.blocks[index]:
+            self.joint_of(block).host_with_cp = on
+
+    def release(self) -> None:
+        """Give it back to the host."""
+        for setter in self._setters:
+            setter.restore()
+        for holder, is_on in zip(self.holders, self.is_on):
+            holder.grad_checkpointing = is_on
+
+
+class _Setter:
+    """Stands in for ``set_grad_checkpointing`` of one module."""
+
+    def __init__(self, module: Any, recomputation: Recomputation) -> None:
+        self.module = module
+        self.recomputation = recomputation
+        module.set_grad_checkpointing = self.set
+
+    def set(self, enable: bool = True) -> None:
+        """Switch gradient checkpointing on or off."""
+        self.recomputation.set(self.module, enable)
+
+    def restore(self) -> None:
+        """Give the module its own method back."""
+        del self.module.set_grad_checkpointing

@@ -1,0 +1,107 @@
+"""Standing in for the ``forward`` of one module."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Replacement:
+    """Stands in for ``forward`` of one module, on the instance.
+
+    A hook of PyTorch's would not do. ``torch.compile`` reuses the code it made for
+    a module for another one of the same class with other hooks.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module  # of any library, with attributes of its own
+        self._replaced: Callable | None = None
+        self._input_name = next(iter(list(inspect.signature(type(module).forward).parameters)[1:]), None)
+
+    def replace(self) -> None:
+        """Put :meth:`forward` in the module's place."""
+        self._replaced = self.module.__dict__.get('forward')
+        self.module.forward = self.forward
+
+    def restore(self) -> None:
+        """Give the module its ``forward`` back."""
+        if self._replaced is None:
+            del self.module.forward
+        else:
+            self.module.forward = self._replaced
+
+    def host_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward; looked up each time, since a stored method would be pickled as what stands in."""
+        if self._replaced is None:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self._replaced(*args, **kwargs)
+
+    def input_first(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Arguments of a call with the input as the first positional one, also where it was given by name."""
+        if args or self._input_name not in kwargs:
+            return args, kwargs
+        rest = {name: value for name, value in kwargs.items() if name != self._input_name}
+        return (kwargs[self._input_name],), rest
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module does now."""
+        raise NotImplementedError
+
+
+def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    """A view of a module in which some parameters are other tensors.
+
+    The view shares everything else with the module, and the module is not touched. So
+    any number of threads can run views of one module with values of their own.
+    Attributes that the forward pass sets on a module of the view are lost.
+
+    Args:
+        module: The module.
+        values: Tensors by the names of the parameters they stand for.
+
+    Raises:
+        RuntimeError: The ``forward`` of a module in the view was replaced on the
+            instance by a function that runs the original module.
+    """
+    view = object.__new__(type(module))
+    view.__dict__.update(module.__dict__)
+    view.__dict__['_parameters'] = dict(module._parameters)
+    view.__dict__['_modules'] = dict(module._modules)
+    view.__dict__['_compiled_call_impl'] = None  # code that was compiled for the original
+    forward = view.__dict__.pop('forward', None)
+    if isinstance(getattr(forward, '__self__', None), Replacement):
+        # Nothing of ours happens at a module whose parameters are made: one adapter is active.
+        forward = forward.__self__._replaced
+    if forward is not None:
+        if getattr(forward, '__self__', None) is not module:
+            raise RuntimeError(
+                f'the forward of a {type(module).__name__} was replaced on the instance by {forward!r}, which would '
+                'run it with its original weights; this PEFT method makes others. Replace forward in the class instead'
+            )
+        view.__dict__['forward'] = forward.__func__.__get__(view)
+    below: dict[str, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        head, _, rest = name.partition('.')
+        if rest:
+            below.setdefault(head, {})[rest] = value
+        elif head in view.__dict__:  # FSDP has plain tensors in the place of parameters while it runs
+            view.__dict__[head] = value
+        else:
+            view.__dict__['_parameters'][head] = value
+    for head, inner in below.items():
+        child = module._modules[head]
+        assert child is not None
+        view.__dict__['_modules'][head] = with_parameters(child, inner)
+    return view
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter by name, or the plain tensor that FSDP has in its place while it runs."""
+    path, _, last = name.rpartition('.')
+    return getattr(module.get_submodule(path), last)
