@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,20 @@ class NamedAdapter:
     def state(self) -> dict[str, Tensor]:
         """Its tensors, by the names in the backbone that they have as the only adapter."""
         return {f'{name}.{n}': t for name, module in self.modules() for n, t in module.state_dict().items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy tensors in, by the names of :meth:`state`.
+
+        Raises:
+            ValueError: A tensor is missing, left over or of another shape. Nothing is copied then.
+        """
+        own = self.state()
+        wrong = own.keys() ^ state.keys() or {n for n in own if own[n].shape != state[n].shape}
+        if wrong:
+            raise ValueError(f'{len(wrong)} tensors are missing, left over or of another shape, such as {min(wrong)}')
+        for name, value in own.items():
+            value.copy_(state[name])
 
     def hold(self) -> None:
         """Stop training it, and remember what was trained."""
@@ -443,6 +457,8 @@ def remove(model: nn.Module) -> None:
     if injection is None:
         raise ValueError(f'{type(unwrap(model)).__name__} is not adapted: there is nothing to remove')
     injection.undo()
+    if hasattr(unwrap(model), PARTS):
+        delattr(unwrap(model), PARTS)
 
 
 @dataclass
@@ -541,10 +557,7 @@ def unmerge(model: nn.Module) -> None:
     dtype = None if record.frozen_dtype is None else check_frozen_dtype(record.frozen_dtype)
     method = build_method(record.method)
     injection = Injection(backbone, method, record.name, frozen_dtype=dtype, with_cp=record.with_cp)
-    state = injection.adapters[record.name].state()
-    with torch.no_grad():
-        for name, value in record.adapter.items():
-            state[name].copy_(value)
+    injection.adapters[record.name].load(record.adapter)
     delattr(backbone, _MERGED)
 
 

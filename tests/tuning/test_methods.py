@@ -479,7 +479,9 @@ def test_attention_in_other_blocks(name, input):
         (dict(method='icon', kernel='static', window_size=4), 'a static kernel is the same for all windows'),
         (dict(method='icon-static', kernel='dynamic'), "kernel must be 'static' in icon-static"),
         (dict(method='icon-static', pooling='mean'), "unknown option 'pooling' of PEFT method 'icon-static'"),
-        (dict(method='dora', dropout=0.1), "unknown option 'dropout' of PEFT method 'dora'"),
+        (dict(method='dora', drop=0.1), r"unknown option 'drop' of PEFT method 'dora' \(did you mean 'dropout'\?\)"),
+        (dict(method='lora', dropout=1.0), 'dropout must be at least 0 and below 1'),
+        (dict(method='lora', alpha=float('nan')), 'alpha must be a finite number'),
     ],
 )
 def test_refused_options_leave_no_trace(arguments, message):
