@@ -138,29 +138,27 @@ class LoRAAdapter(WeightAdapter):
         """
         return out + self._path(name, layer, x)
 
-    def _path(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
+    def _path(self, name: str, layer: Any, x: Tensor) -> Tensor:
         """What the paths beside a layer make of its input, in the shape of its output."""
-        targets = self.targets[name]
-        down = torch.cat([self.a[t.role] for t in targets]) if len(targets) > 1 else self.a[targets[0].role]
-        up = self._spread({t.role: self.b[t.role] for t in targets}, targets, _outputs(layer)) * self.scale
         x = self.dropout(x)
-        if isinstance(layer, nn.Conv2d):
-            return F.conv2d(F.conv2d(x, down[:, :, None, None]), up[:, :, None, None])
-        return F.linear(F.linear(x, down), up)
-
-    @staticmethod
-    def _spread(ups: dict[str, Tensor], targets: list[Target], outputs: int) -> Tensor:
-        """Up-projections as one, (outputs, ranks): each in its rows and columns, zero elsewhere."""
-        if len(targets) == 1 and targets[0].rows == (0, outputs):
-            return ups[targets[0].role]
-        ranks = [ups[t.role].shape[1] for t in targets]
-        blocks, row, left = [], 0, 0
-        for target, rank in zip(targets, ranks):
+        is_map = isinstance(layer, nn.Conv2d)
+        dim, outputs = (1, layer.out_channels) if is_map else (-1, layer.out_features)
+        pieces: list[Tensor] = []
+        row = 0
+        for target in self.targets[name]:
+            down, up = self.a[target.role], self.b[target.role]
+            if is_map:
+                piece = F.conv2d(F.conv2d(x, down[:, :, None, None]) * self.scale, up[:, :, None, None])
+            else:
+                piece = F.linear(F.linear(x, down) * self.scale, up)
             first, last = target.rows
-            above = ups[target.role].new_zeros(first - row, sum(ranks))
-            blocks += [above, F.pad(ups[target.role], (left, sum(ranks) - left - rank))]
-            row, left = last, left + rank
-        return torch.cat([*blocks, blocks[-1].new_zeros(outputs - row, sum(ranks))])
+            if first > row:
+                pieces.append(_zeros(piece, dim, first - row))
+            pieces.append(piece)
+            row = last
+        if outputs > row:
+            pieces.append(_zeros(pieces[-1], dim, outputs - row))
+        return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
 
     def _map(self, weight: Tensor, role: str) -> Tensor:
         """The adapted linear map of one, (out, in) to (out, in)."""
@@ -180,9 +178,11 @@ class LoRAAdapter(WeightAdapter):
         return adapted
 
 
-def _outputs(layer: nn.Module) -> int:
-    """Number of outputs of a linear layer or a convolution."""
-    return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features  # type: ignore[return-value]
+def _zeros(like: Tensor, dim: int, size: int) -> Tensor:
+    """Zeros in the shape of another tensor, with another size in one dimension."""
+    shape = list(like.shape)
+    shape[dim] = size
+    return like.new_zeros(shape)
 
 
 @ADAPTERS.register_module()
@@ -239,9 +239,8 @@ class DoRAAdapter(LoRAAdapter):
         if isinstance(layer, nn.Conv2d):
             factor, bias = factor[:, None, None], None if bias is None else bias[:, None, None]
         linear = out if bias is None else out - bias
-        path = self._path(name, layer, x)
         # Written so that a factor of one and a path of zero leave the output as it is, to the last bit.
-        return out + ((factor - 1).to(out.dtype) * linear + factor.to(path.dtype) * path)
+        return out + (factor.to(out.dtype) * (linear + self._path(name, layer, x)) - linear)
 
 
 @ADAPTERS.register_module()
