@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.model import is_model_wrapper
 from torch import nn
 
 from .attachment import Attachment, BlockAttachment, GridTracker
-from .freezing import ADAPTER, Freezing, is_adapter
+from .backbones import (
+    averaged_models,
+    check_host,
+    find_backbones,
+    find_classifiers,
+    find_copies,
+    is_below,
+    join,
+    search,
+    unwrap,
+)
+from .freezing import ADAPTER, Freezing, FrozenParts, is_adapter
 from .frozen_precision import FrozenPrecision, check_frozen_dtype
 from .methods import PEFTMethod, build_method
 from .pretrained import PretrainedCheck
+from .selection import Selection
 from .sites import FromPatchEmbed, Site, find_sites, no_site_error
 from .summary import Summary
+from .trained_base import TrainedBase
 from .weight_attachment import WeightAttachment
 
 _KEY = '_peft_injection'
@@ -26,68 +39,116 @@ DEFAULT_NAME = 'default'
 
 @dataclass
 class NamedAdapter:
-    """One of the adapters of a backbone: what its method put together for it.
+    """One of the adapters of a model: what its method put together for it.
 
     Attributes:
         method: The method.
         attachments: Its joints with the blocks.
-        parts: What stands beside the backbone for it (neck, head), by name;
+        parts: What stands beside the backbones for it (neck, head), by name;
             None while the model has this adapter only.
+        selection: What it adapts and trains beside the method's own choice.
+        paths: Of each attachment, the path of its backbone.
     """
 
     method: PEFTMethod
     attachments: list[Attachment]
     parts: dict[str, nn.Module] | None = None
+    selection: Selection = field(default_factory=Selection)
+    paths: list[str] = field(default_factory=list)
 
 
 class Injection:
-    """All that was done to one backbone; kept on it, so that it can be undone.
+    """All that was done to the backbones of a model; kept on each, so that it can be undone.
 
     Args:
-        backbone: The backbone to adapt.
+        backbones: The backbones to adapt, by their path in the model, or one alone.
         method: The method of the first adapter.
         name: The name of the first adapter.
         frozen_dtype: What frozen matrices are held in; None for what they are in.
         with_cp: Whether blocks are recomputed in the backward pass.
+        selection: What is adapted and trained beside the method's own choice.
+        follows: Whether the backbones follow others by averaging, and learn nothing themselves.
+
+    Attributes:
+        outside: Of each backbone, names of the classifiers in it, which are heads.
+        trained: Of each backbone whose own parameters are trained in part, those.
 
     Raises:
-        ValueError: No block is known, the host uses the adapters' name, or there are no
-            adapted blocks to recompute.
+        ValueError: No block is known, the host uses the adapters' name, what was selected is not there, or there
+            are no adapted blocks to recompute.
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbones: dict[str, nn.Module] | nn.Module,
         method: PEFTMethod,
         name: str = DEFAULT_NAME,
         frozen_dtype: torch.dtype | None = None,
         with_cp: bool = False,
+        selection: Selection = Selection(),  # noqa: B008 - it cannot be changed
+        follows: bool = False,
     ) -> None:
         # All that can fail comes first: a refused model is an untouched model.
-        taken = [n for n, _ in backbone.named_parameters() if is_adapter(n)]
-        if taken:
-            raise ValueError(
-                f"parameters of {type(backbone).__name__} have '{ADAPTER}' in their names ('{taken[0]}'), which "
-                'marks the parameters that iconformer_mm adds; rename them'
-            )
-        self.backbone = backbone
+        self.backbones = {'': backbones} if isinstance(backbones, nn.Module) else dict(backbones)
+        for backbone in self.backbones.values():
+            taken = [n for n, _ in backbone.named_parameters() if is_adapter(n)]
+            if taken:
+                raise ValueError(
+                    f"parameters of {type(backbone).__name__} have '{ADAPTER}' in their names ('{taken[0]}'), which "
+                    'marks the parameters that iconformer_mm adds; rename them'
+                )
+        self.follows = follows
         self.trackers: dict[nn.Module, GridTracker] = {}
         self.adapters: dict[str, NamedAdapter] = {}
         self.active: str | None = None
-        self.freezing: Freezing | None = None
         self.with_cp = with_cp
-        self.precision = FrozenPrecision(backbone, frozen_dtype) if frozen_dtype is not None else None
+        items = list(self.backbones.items())
+        self.outside = {
+            path: find_classifiers(b) if selection.classifiers and method.freezes else [] for path, b in items
+        }
+        trained = {path: selection.trained_names(b, self.outside[path]) for path, b in items}
+        selection.check_unfreeze(
+            n
+            for path, b in items
+            for n, _ in b.named_parameters()
+            if not is_adapter(n) and not is_below(n, self.outside[path])
+        )
+        if not method.freezes and selection.unfreeze:
+            raise ValueError(f"method '{method.name}' trains the whole backbone: there is nothing to unfreeze")
+        first = self._make(method, selection)
+        self.precisions = [
+            FrozenPrecision(b, frozen_dtype, [*trained[path], *self.outside[path]])
+            for path, b in items
+            if frozen_dtype is not None
+        ]
         # With the matrices in another one, adapters keep the dtype that the backbone had.
-        self.adapter_dtype = None if frozen_dtype is None else next(backbone.parameters()).dtype
-        sites = find_sites(backbone) if method.freezes else []
-        first = self._make(method, sites)
-        self.check = PretrainedCheck(backbone, [site.name for site in sites]) if sites else None
+        self.adapter_dtype = None if frozen_dtype is None else next(items[0][1].parameters()).dtype
+        self.checks = []
+        for backbone in self.backbones.values() if method.freezes and not follows else ():
+            sites = find_sites(backbone)
+            if sites:
+                self.checks.append(PretrainedCheck(backbone, [site.name for site in sites]))
         self.adapters[name] = first
+        self.freezings: list[Freezing] = []
         self.activate(name)
-        self.freezing = Freezing(backbone) if method.freezes else None
-        if self.precision is not None:
-            self.precision.hold()
-        setattr(backbone, _KEY, self)
+        if method.freezes and not follows:
+            self.freezings = [Freezing(b, trained[path], self.outside[path]) for path, b in items]
+        self.trained = {path: TrainedBase(b, trained[path]) for path, b in items if trained[path] and not follows}
+        for precision in self.precisions:
+            precision.hold()
+        for backbone in self.backbones.values():
+            setattr(backbone, _KEY, self)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The only backbone.
+
+        Raises:
+            ValueError: There are several.
+        """
+        if len(self.backbones) > 1:
+            raise ValueError(f'there are several adapted backbones, {", ".join(map(repr, self.backbones))}')
+        return next(iter(self.backbones.values()))
 
     @property
     def current(self) -> NamedAdapter | None:
@@ -100,14 +161,53 @@ class Injection:
         return (self.current or next(iter(self.adapters.values()))).method
 
     @property
+    def selection(self) -> Selection:
+        """What the active adapter adapts and trains beside its method's own choice; while none is, the first."""
+        return (self.current or next(iter(self.adapters.values()))).selection
+
+    @property
     def attachments(self) -> list[Attachment]:
         """The attachments of the active adapter."""
         return self.current.attachments if self.current else []
 
-    def _make(self, method: PEFTMethod, sites: list[Site]) -> NamedAdapter:
+    def named_attachments(self) -> dict[str, Attachment]:
+        """The attachments of the active adapter, by their names in the backbone; of several, with its path."""
+        if self.current is None:
+            return {}
+        pairs = zip(self.current.paths, self.current.attachments)
+        return {self.full_name(path, attachment.name): attachment for path, attachment in pairs}
+
+    def full_name(self, path: str, name: str) -> str:
+        """A name in one of the backbones, as files have it: with the path only where there are several."""
+        return join(path, name) if len(self.backbones) > 1 else name
+
+    def trained_names(self) -> list[str]:
+        """Names of the backbones' own parameters and statistics that are trained in place."""
+        return [self.full_name(path, name) for path, base in self.trained.items() for name in base.names]
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter or buffer of a backbone is trained, an adapter's or the backbone's own.
+
+        Args:
+            name: Its name in the backbone; of several, with the backbone's path.
+        """
+        return is_adapter(name) or name in self.trained_names()
+
+    def is_base(self, name: str) -> bool:
+        """Whether a tensor of a backbone is neither trained nor of a classifier in it.
+
+        Args:
+            name: Its name in the backbone; of several, with the backbone's path.
+        """
+        heads = [self.full_name(path, head) for path, heads in self.outside.items() for head in heads]
+        return not self.trains(name) and not is_below(name, heads)
+
+    def _make(self, method: PEFTMethod, selection: Selection) -> NamedAdapter:
         # First without memory, and without trackers, so that nothing is left of what fails.
-        adapter_shapes(self.backbone, method)
-        attachments = method.make_attachments(self.backbone, sites, self._tracker)
+        with torch.device('meta'):
+            self._attachments(method, selection, lambda site: None)
+        found = self._attachments(method, selection, self._tracker)
+        attachments = [attachment for _, attachment in found]
         if self.with_cp:
             if not attachments or not all(isinstance(a, BlockAttachment) for a in attachments):
                 raise ValueError(
@@ -116,7 +216,17 @@ class Injection:
                 )
             for attachment in attachments:
                 attachment.with_cp = True
-        return NamedAdapter(method, attachments)
+        return NamedAdapter(method, attachments, selection=selection, paths=[path for path, _ in found])
+
+    def _attachments(
+        self, method: PEFTMethod, selection: Selection, tracker_of: Callable[[Site], GridTracker | None]
+    ) -> list[tuple[str, Attachment]]:
+        """What a method puts together for all backbones, with their paths."""
+        return [
+            (path, attachment)
+            for path, backbone in self.backbones.items()
+            for attachment in make_attachments(backbone, method, selection, self.outside[path], tracker_of)
+        ]
 
     def _tracker(self, site: Site) -> GridTracker | None:
         host, source = site.host, site.family.grid
@@ -126,10 +236,30 @@ class Injection:
             self.trackers[host] = GridTracker(host, source)
         return self.trackers[host]
 
-    def add(self, name: str, method: PEFTMethod) -> None:
-        """Make another adapter, which stays inactive."""
+    def check_unchanged(self, what: str) -> None:
+        """Refuse what needs the base as it was, while some of it is trained in place.
+
+        Args:
+            what: What needs it, for the error.
+
+        Raises:
+            ValueError: Parameters of the base are trained.
+        """
+        if self.trained:
+            name = next(iter(self.trained.values())).names[0]
+            raise ValueError(f'{what} needs the base as it was, but {name} of it is trained in place (unfreeze)')
+
+    def add(self, name: str, method: PEFTMethod, selection: Selection = Selection()) -> None:  # noqa: B008
+        """Make another adapter, which stays inactive.
+
+        Raises:
+            ValueError: The base is trained in place, or would be.
+        """
+        self.check_unchanged('another adapter')
+        if selection.unfreeze:
+            raise ValueError('unfreeze changes the base itself, so an adapter with it cannot share it with others')
         with self.inactive():
-            made = self._make(method, find_sites(self.backbone))
+            made = self._make(method, selection)
         self.adapters[name] = made
 
     @contextmanager
@@ -150,77 +280,166 @@ class Injection:
         for attachment in self.attachments:
             attachment.detach()
         self.active = name
-        for attachment in self.attachments:
+        for attachment, path in zip(self.attachments, self.current.paths if self.current else ()):
             attachment.attach(self.adapter_dtype)
-        if self.freezing is not None:
-            self.freezing.train(self.backbone.training)
+            for adapter in attachment.adapters.values():
+                adapter.train(self.backbones[path].training)
 
-    def undo(self) -> None:
-        """Give the backbone back as it was."""
+    def undo(self, restore: bool = True) -> None:
+        """Give the backbones back as they were.
+
+        Args:
+            restore: Whether parameters that were trained in place get their base values back. Defaults to True.
+
+        Raises:
+            ValueError: The base values are not known.
+        """
+        for base in self.trained.values() if restore else ():
+            base.check()
         self.activate(None)
-        if self.precision is not None:
-            self.precision.release()
+        for precision in self.precisions:
+            precision.release()
+        for base in self.trained.values():
+            if restore:
+                base.restore()
+            base.release()
         for tracker in self.trackers.values():
             tracker.detach()
-        if self.check is not None:
-            self.check.release()
-        if self.freezing is not None:
-            self.freezing.release()
-        delattr(self.backbone, _KEY)
+        for check in self.checks:
+            check.release()
+        for freezing in self.freezings:
+            freezing.release()
+        for backbone in self.backbones.values():
+            delattr(backbone, _KEY)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of (distributed or test-time-augmentation) wrappers."""
-    inner: Any = model
-    while is_model_wrapper(inner) or isinstance(inner, BaseTTAModel):
-        inner = inner.module
-    return inner
+def make_attachments(
+    backbone: nn.Module,
+    method: PEFTMethod,
+    selection: Selection,
+    outside: Sequence[str],
+    tracker_of: Callable[[Site], GridTracker | None],
+) -> list[Attachment]:
+    """What a method puts together for a backbone.
+
+    Args:
+        backbone: The backbone.
+        method: The method.
+        selection: Which of its blocks are adapted. Not all: nothing outside of blocks is.
+        outside: Names of classifiers in it, which get no adapters.
+        tracker_of: Gives the tracker of a block's host.
+
+    Raises:
+        ValueError: The method is not defined for the backbone, or finds nothing to adapt.
+    """
+    if not method.adapts:
+        if selection.blocks != 'all':
+            raise ValueError(f"method '{method.name}' adapts no blocks, so there are none to choose by `blocks`")
+        return []
+    sites = find_sites(backbone)
+    if method.needs_blocks and not sites:
+        raise no_site_error(backbone)
+    chosen = selection.chosen(sites, type(backbone).__name__)
+    attachments = method.make_attachments(backbone, chosen, tracker_of)
+    if selection.blocks != 'all':
+        attachments = [a for a in attachments if is_below(a.name, [site.name for site in chosen])]
+    attachments = [a for a in attachments if not is_below(a.name, outside)]
+    if not any(True for a in attachments for adapter in a.adapters.values() for _ in adapter.parameters()):
+        raise ValueError(f"method '{method.name}' finds nothing to adapt in {type(backbone).__name__}")
+    return attachments
 
 
-def find_backbone(model: nn.Module) -> nn.Module:
-    """``model.backbone``, or the model itself where there is none."""
-    model = unwrap(model)
-    backbone = getattr(model, 'backbone', None)
-    return backbone if isinstance(backbone, nn.Module) else model
+def injections_of(model: nn.Module) -> list[Injection]:
+    """All that was injected below a model, followers included."""
+    found = [vars(module)[_KEY] for module in unwrap(model).modules() if _KEY in vars(module)]
+    return list({id(injection): injection for injection in found}.values())
 
 
 def get_injection(model: nn.Module) -> Injection | None:
-    """What was injected into a model, None for an unadapted one."""
-    return getattr(find_backbone(model), _KEY, None)
+    """What was injected into a model, None for an unadapted one.
+
+    Raises:
+        ValueError: Parts of the model were adapted apart from each other, or only a part of what was adapted
+            together is given.
+    """
+    model = unwrap(model)
+    found = injections_of(model)
+    if len(found) > 1:
+        averaged = [id(m) for root in search(model).followers.values() for m in root.modules()]
+        found = [i for i in found if not i.follows and not all(id(b) in averaged for b in i.backbones.values())]
+    if len(found) > 1:
+        raise ValueError(
+            f'{type(model).__name__} has {len(found)} backbones that were adapted apart from each other: adapt them '
+            'together, by inject(model, backbones=[...])'
+        )
+    if not found:
+        return None
+    return found[0]
 
 
-def adapter_shapes(model: nn.Module, method: str | dict | PEFTMethod) -> dict[str, torch.Size]:
+def backbones_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The backbones of a model by their paths in it: the adapted ones, or those there are by structure.
+
+    Raises:
+        ValueError: Several were adapted together, and not all of them lie in the model.
+    """
+    model = unwrap(model)
+    injection = get_injection(model)
+    if injection is None:
+        return search(model).learning or {'': model}
+    own = {id(b) for b in injection.backbones.values()}
+    found = {name: module for name, module in model.named_modules() if id(module) in own}
+    if len(found) < len(own):
+        raise ValueError(
+            f'{", ".join(map(repr, injection.backbones))} were adapted together: give the whole model, not one of them'
+        )
+    return found
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The only backbone of a model, or the model itself where it is one.
+
+    Raises:
+        ValueError: There are several.
+    """
+    found = backbones_of(model)
+    if len(found) > 1:
+        raise ValueError(
+            f'{type(unwrap(model)).__name__} has several backbones, {", ".join(map(repr, found))}, where one is needed'
+        )
+    return next(iter(found.values()))
+
+
+def adapter_shapes(
+    model: nn.Module, method: str | dict | PEFTMethod, selection: Selection | None = None
+) -> dict[str, torch.Size]:
     """Shapes of the adapter parameters a method would add, without memory taken for them.
 
     Args:
         model: A model, or a backbone alone.
         method: The method, its name or its config.
+        selection: What would be adapted. Defaults to None, all blocks of what is adapted or found.
 
     Returns:
-        Shapes by the names in the backbone.
+        Shapes by the names in the backbone; of several, with the backbone's path.
 
     Raises:
         ValueError: The method or an option is unknown or out of range, or the
             method is not defined for the model.
     """
     built = method if isinstance(method, PEFTMethod) else build_method(method)
-    if not built.adapts:
-        return {}
-    backbone = find_backbone(model)
-    sites = find_sites(backbone)
-    if built.needs_blocks and not sites:
-        raise no_site_error(backbone)
+    selection = selection or Selection()
     injection = get_injection(model)
+    backbones = backbones_of(model) if injection else find_backbones(unwrap(model), selection.backbones)
+    shapes = {}
     with torch.device('meta'), injection.inactive() if injection else nullcontext():
-        attachments = built.make_attachments(backbone, sites, lambda site: None)
-    shapes = {
-        f'{attachment.name}.{place}.{name}'.removeprefix('.'): parameter.shape
-        for attachment in attachments
-        for place, adapter in attachment.adapters.items()
-        for name, parameter in adapter.named_parameters()
-    }
-    if not shapes:
-        raise ValueError(f"method '{built.name}' finds nothing to adapt in {type(backbone).__name__}")
+        for path, backbone in backbones.items():
+            outside = find_classifiers(backbone) if selection.classifiers else []
+            for attachment in make_attachments(backbone, built, selection, outside, lambda site: None):
+                for place, adapter in attachment.adapters.items():
+                    for name, parameter in adapter.named_parameters():
+                        full = f'{attachment.name}.{place}.{name}'.removeprefix('.')
+                        shapes[join(path, full) if len(backbones) > 1 else full] = parameter.shape
     return shapes
 
 
@@ -229,6 +448,10 @@ def inject(
     method: str | dict = 'icon',
     frozen_dtype: str | None = None,
     with_cp: bool = False,
+    blocks: str | Sequence[int | str] = 'all',
+    unfreeze: Sequence[str] = (),
+    freeze: Sequence[str] = (),
+    backbones: Sequence[str] | None = None,
     **options: Any,
 ) -> Summary:
     """Put a PEFT method into a model, in place.
@@ -236,8 +459,13 @@ def inject(
     The model stays the same object, its parameter names stay what they were,
     and until the first training step so do its outputs, to the last bit (but
     for methods whose papers start otherwise: ssf, vpt, mona). The backbone
-    (``model.backbone``, or the model itself) is frozen but for its adapters;
-    neck and head stay as they are.
+    is frozen but for its adapters; all else (neck, head, classifier, text encoder) stays as it is.
+
+    The backbone is found by structure: ``model.backbone``, ``model.image_encoder``, ``model.detector.backbone``, or
+    whatever module holds the blocks, or the model itself. Copies that follow it by averaging (momentum encoders,
+    teachers) get the same adapters, frozen, so that the averaging covers them.
+
+    All is set once: a ``requires_grad`` that you set afterwards stays, whatever ``train()`` and ``eval()`` do.
 
     Args:
         model: A model, or a backbone alone.
@@ -251,6 +479,17 @@ def inject(
         with_cp: Whether adapted blocks are recomputed in the backward pass (gradient
             checkpointing), also where the backbone has no such option. Defaults to False,
             which leaves it to the backbone.
+        blocks: The blocks to adapt: ``'all'``, ``'first:2'``, ``'last:4'``, ``'stage:2'`` of a pyramid (from 0), or a
+            list of such, of block numbers and of names or patterns (``'stages.2'``). Counted in each backbone. Unless
+            it is ``'all'``, nothing outside of the chosen blocks is adapted. Defaults to ``'all'``.
+        unfreeze: Patterns of the backbone's own parameters that are trained, too, and saved with the adapters, by
+            their names in the backbone: ``['patch_embed.*', 'cls_token']``. ``*`` stands for anything, dots included;
+            a module's name for all in it. BatchNorm whose parameters are all trained also learns its statistics.
+            Defaults to none.
+        freeze: Patterns of parameters beside the backbone that are not trained, by their names in the model:
+            ``['neck.*', 'decode_head.conv_seg']``. BatchNorm among them keeps its statistics. Defaults to none.
+        backbones: Paths of the backbones in the model, needed where it has several: ``['image_encoder']``. Defaults
+            to None, the only one.
         **options: Options of the method, such as ``bottleneck=32``.
 
     Returns:
@@ -258,8 +497,8 @@ def inject(
 
     Raises:
         ValueError: The method or an option is unknown or out of range, the
-            model is adapted already or wrapped, or has no known block. The
-            model is unchanged then.
+            model is adapted already or wrapped, has no known block or several backbones, or does not have what was
+            selected. The model is unchanged then.
 
     Example:
         >>> from iconformer_mm import inject
@@ -279,23 +518,122 @@ def inject(
     dtype = None if frozen_dtype is None else check_frozen_dtype(frozen_dtype)
     if dtype is not None and not built.freezes:
         raise ValueError(f"method '{built.name}' freezes nothing that could be held in frozen_dtype={frozen_dtype!r}")
-    Injection(find_backbone(model), built, frozen_dtype=dtype, with_cp=with_cp)
+    paths = None if backbones is None else backbones if isinstance(backbones, str) else tuple(backbones)
+    selection = Selection(blocks, unfreeze, freeze, paths)  # type: ignore[arg-type]
+    adapt(model, built, selection, dtype, with_cp)
     return summarize(model)
+
+
+def adapt(
+    model: nn.Module,
+    method: PEFTMethod,
+    selection: Selection,
+    frozen_dtype: torch.dtype | None = None,
+    with_cp: bool = False,
+) -> Injection:
+    """Do what :func:`inject` does, for a method that is made and an unadapted model.
+
+    Raises:
+        ValueError: See there.
+    """
+    host = unwrap(model)
+    if method.freezes:
+        check_host(host)
+        backbones = find_backbones(host, selection.backbones)
+    else:
+        backbones = search(host).learning or {'': host}
+    copies = find_copies(host, backbones) if method.adapts else {}
+    injection = Injection(backbones, method, frozen_dtype=frozen_dtype, with_cp=with_cp, selection=selection)
+    try:
+        frozen = selection.frozen_names(beside(host, injection))
+        for copy_path, original in copies.items():
+            _follow(host.get_submodule(copy_path), backbones[original], method, selection)
+        _refresh_averages(host)
+        _check_state(host)
+    except Exception:
+        _undo_all(host)
+        raise
+    if frozen:
+        FrozenParts(host, frozen)
+    return injection
+
+
+def _follow(copy: nn.Module, original: nn.Module, method: PEFTMethod, selection: Selection) -> None:
+    """Give a copy that follows by averaging the adapters of its original."""
+    plain = Selection(blocks=selection.blocks, classifiers=selection.classifiers)
+    Injection(copy, method, selection=plain, follows=True)
+    values = original.state_dict()
+    with torch.no_grad():
+        for name, value in copy.state_dict().items():
+            if is_adapter(name):
+                value.copy_(values[name])
+    for name, parameter in copy.named_parameters():
+        if is_adapter(name):
+            parameter.requires_grad_(False)
+
+
+def _refresh_averages(model: nn.Module) -> None:
+    """Let MMEngine's averaging models know the parameters that their modules have now."""
+    for averaged in averaged_models(model):
+        module: Any = averaged.module
+        averaged.avg_parameters = module.state_dict() if averaged.update_buffers else dict(module.named_parameters())
+
+
+def _check_state(model: nn.Module) -> None:
+    """Refuse models whose state dict does not have the adapters."""
+    kept = model.state_dict()
+    places = {path: module for path, module in model.named_modules() if _KEY in vars(module)}
+    lost = [
+        full
+        for path, module in places.items()
+        for name, _ in module.named_parameters()
+        if is_adapter(name) and (full := join(path, name)) not in kept
+    ]
+    if lost:
+        raise ValueError(
+            f'{type(model).__name__} leaves adapters out of its state_dict(), such as {lost[0]}: they would be lost on '
+            'saving. A module in it drops what is not its own; adapt what lies in that'
+        )
+
+
+def _undo_all(model: nn.Module, restore: bool = True) -> None:
+    parts = vars(model).get(FrozenParts.KEY)
+    if parts is not None:
+        parts.release()
+    for injection in injections_of(model):
+        injection.undo(restore)
+    _refresh_averages(model)
+
+
+def beside(model: nn.Module, injection: Injection) -> list[str]:
+    """Names of a model's parameters beside its backbones, classifiers within them included."""
+    inside = {
+        id(p)
+        for path, backbone in injection.backbones.items()
+        for n, p in backbone.named_parameters()
+        if not is_below(n, injection.outside[path])
+    }
+    return [n for n, p in model.named_parameters() if id(p) not in inside]
 
 
 def remove(model: nn.Module) -> None:
     """Take the PEFT method out again: same keys, same outputs, same gradients as before.
 
+    Parameters of the base that were trained in place (``unfreeze``) get the values of the base back.
+
     Args:
         model: An adapted model.
 
     Raises:
-        ValueError: The model is not adapted.
+        ValueError: The model is not adapted, or the values of the base are not known.
     """
     injection = get_injection(model)
     if injection is None:
         raise ValueError(f'{type(unwrap(model)).__name__} is not adapted: there is nothing to remove')
-    injection.undo()
+    backbones_of(model)  # all of what was adapted together
+    for base in injection.trained.values():
+        base.check()
+    _undo_all(unwrap(model))
 
 
 def merge(model: nn.Module) -> None:
@@ -328,7 +666,11 @@ def merge(model: nn.Module) -> None:
             f"method '{adapter.method.name}' cannot be merged into the base weights; those that can: lora, dora, ssf, "
             'bitfit, norm, partial'
         )
-    injection.undo()
+    backbones_of(model)  # all of what was adapted together
+    for follower in injections_of(model):
+        if follower is not injection:
+            attachments += [a for a in follower.attachments if isinstance(a, WeightAttachment)]
+    _undo_all(unwrap(model), restore=False)
     for attachment in attachments:
         attachment.merge()
 
@@ -343,18 +685,28 @@ def summarize(model: nn.Module) -> Summary:
         The counts. Print it for a table.
     """
     model = unwrap(model)
-    backbone = find_backbone(model)
     injection = get_injection(model)
-    own = {id(p) for n, p in backbone.named_parameters() if not is_adapter(n)}
+    backbones = backbones_of(model)
+    kinds: dict[int, str] = {}
+    for backbone in backbones.values():
+        outside = [] if injection is None else outside_of(injection, backbone)
+        for name, parameter in backbone.named_parameters():
+            if not is_below(name, outside):
+                kinds[id(parameter)] = 'adapters' if injection is not None and is_adapter(name) else 'backbone'
+    paths = list(backbones)
+
+    def part_of(name: str) -> str:
+        """The outermost module that holds no backbone."""
+        words = name.split('.')
+        for end in range(1, len(words)):
+            part = '.'.join(words[:end])
+            if not any(is_below(path, [part]) for path in paths):
+                return part
+        return name
 
     parts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
-        if id(parameter) in own:
-            part = 'backbone'
-        elif is_adapter(name):
-            part = 'adapters'
-        else:
-            part = name.partition('.')[0]
+        part = kinds.get(id(parameter)) or part_of(name)
         trained, total = parts.get(part, (0, 0))
         parts[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
 
@@ -362,8 +714,8 @@ def summarize(model: nn.Module) -> Summary:
     own_trained, own_total = parts.get('backbone', (0, 0))
     adapters_trained, adapters = parts.get('adapters', (0, 0))
     sites: dict[str, list[str]] = {}
-    for attachment in injection.attachments if injection else ():
-        sites.setdefault(attachment.kind, []).append(attachment.name)
+    for name, attachment in injection.named_attachments().items() if injection else ():
+        sites.setdefault(attachment.kind, []).append(name)
     return Summary(
         method=injection.current.method.name if injection and injection.current else None,
         trainable=trainable,
@@ -373,4 +725,16 @@ def summarize(model: nn.Module) -> Summary:
         backbone_share=(own_trained + adapters_trained) / max(own_total, 1),
         sites=sites,
         parts=parts,
+        backbones=paths,
+        unfrozen=injection.trained_names() if injection else [],
+        following=[
+            name
+            for name, module in model.named_modules()
+            if injection is not None and _KEY in vars(module) and vars(module)[_KEY] is not injection
+        ],
     )
+
+
+def outside_of(injection: Injection, backbone: nn.Module) -> list[str]:
+    """Names of the classifiers in one of the backbones."""
+    return next(injection.outside[path] for path, module in injection.backbones.items() if module is backbone)
