@@ -181,6 +181,10 @@ class Injection:
         """A name in one of the backbones, as files have it: with the path only where there are several."""
         return join(path, name) if len(self.backbones) > 1 else name
 
+    def trained_of(self, backbone: nn.Module) -> list[str]:
+        """Names in one of the backbones of its own parameters and statistics that are trained in place."""
+        return [n for path, base in self.trained.items() if self.backbones[path] is backbone for n in base.names]
+
     def trained_names(self) -> list[str]:
         """Names of the backbones' own parameters and statistics that are trained in place."""
         return [self.full_name(path, name) for path, base in self.trained.items() for name in base.names]
