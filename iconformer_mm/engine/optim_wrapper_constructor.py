@@ -85,10 +85,7 @@ class PEFTOptimWrapperConstructor:
         if self.base_lr is not None and self.adapter_lr_mult is not None:
             kinds = kinds_of_parameters(model)
             adapters = {id(p) for p in model.parameters() if kinds.get(id(p)) == ADAPTERS}
-            split_groups(optim_wrapper, adapters)
-            for group in optim_wrapper.param_groups:
-                if id(group['params'][0]) in adapters:
-                    group['lr'] = self.base_lr * self.adapter_lr_mult
+            set_learning_rate(optim_wrapper, adapters, self.base_lr * self.adapter_lr_mult)
         return optim_wrapper
 
 
@@ -113,21 +110,25 @@ def kinds_of_parameters(model: nn.Module) -> dict[int, str]:
     return kinds
 
 
-def split_groups(optim_wrapper: Any, adapters: set[int]) -> None:
-    """Give adapters groups of their own, where a constructor put them together with others.
+def set_learning_rate(optim_wrapper: Any, parameters: set[int], rate: float) -> None:
+    """Give some parameters a learning rate, and groups of their own where they share one that has another.
 
     Args:
         optim_wrapper: The optimizer wrapper.
-        adapters: The ``id`` of each parameter of an adapter.
+        parameters: The ``id`` of each.
+        rate: The learning rate.
     """
     for wrapper in optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]:
         for group in list(wrapper.optimizer.param_groups):
-            inside = [id(p) in adapters for p in group['params']]
-            if all(inside) or not any(inside):
+            inside = [id(p) in parameters for p in group['params']]
+            if not any(inside) or group['lr'] == rate:
+                continue
+            if all(inside):
+                group['lr'] = rate
                 continue
             # Names and the like, one for each parameter.
             lists = {k: v for k, v in group.items() if isinstance(v, list) and len(v) == len(inside)}
-            new = {**group, **{k: [x for x, i in zip(v, inside) if i] for k, v in lists.items()}}
+            new = {**group, 'lr': rate, **{k: [x for x, i in zip(v, inside) if i] for k, v in lists.items()}}
             group.update({k: [x for x, i in zip(v, inside) if not i] for k, v in lists.items()})
             wrapper.optimizer.add_param_group(new)
 

@@ -130,7 +130,12 @@ class Injection:
                 self.checks.append(PretrainedCheck(backbone, [site.name for site in sites]))
         self.adapters[name] = first
         self.freezings: list[Freezing] = []
+        # What follows learns nothing itself, whatever its host has set so far.
+        self._learnt = [p for b in self.backbones.values() for p in b.parameters() if follows and p.requires_grad]
         self.activate(name)
+        if follows:
+            for backbone in self.backbones.values():
+                backbone.requires_grad_(False)
         if method.freezes and not follows:
             self.freezings = [Freezing(b, trained[path], self.outside[path]) for path, b in items]
         self.trained = {path: TrainedBase(b, trained[path]) for path, b in items if trained[path] and not follows}
@@ -313,6 +318,8 @@ class Injection:
             check.release()
         for freezing in self.freezings:
             freezing.release()
+        for parameter in self._learnt:
+            parameter.requires_grad_(True)
         for backbone in self.backbones.values():
             delattr(backbone, _KEY)
 
@@ -571,9 +578,6 @@ def _follow(copy: nn.Module, original: nn.Module, method: PEFTMethod, selection:
         for name, value in copy.state_dict().items():
             if is_adapter(name):
                 value.copy_(values[name])
-    for name, parameter in copy.named_parameters():
-        if is_adapter(name):
-            parameter.requires_grad_(False)
 
 
 def _refresh_averages(model: nn.Module) -> None:
