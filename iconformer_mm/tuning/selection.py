@@ -134,11 +134,14 @@ def _check_patterns(option: str, patterns: Iterable[str], names: Iterable[str], 
     names = list(names)
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
-            parents = {name.rpartition('.')[0] for name in names}
-            words = sorted({*names, *parents} - {''})
+            words = sorted({'.'.join(parts[:end]) for parts in map(_parts, names) for end in range(1, len(parts) + 1)})
             hint = near(pattern.rstrip('.*'), words)
             top = ', '.join(dict.fromkeys(name.partition('.')[0] for name in names)) or 'nothing'
             raise ValueError(f'{option}: {what} fits {pattern!r}{hint}; there is: {top}')
+
+
+def _parts(name: str) -> list[str]:
+    return name.split('.')
 
 
 def _block_list(blocks: Any) -> tuple[int | str, ...]:
