@@ -343,7 +343,7 @@ def lora_model():
 def test_lora_model_is_refused(where):
     inner = lora_model()
     model = Model(backbone=inner, head=nn.Linear(2, 2)) if where == 'backbone' else inner
-    with pytest.raises(ValueError, match=r"LoRAModel, which drops from state_dict\(\)"):
+    with pytest.raises(ValueError, match=r'LoRAModel, which drops from state_dict\(\)'):
         inject(model)
     assert not any(is_adapter(n) for n, _ in model.named_parameters())
     if where == 'inside':  # adapted before it is wrapped

@@ -142,7 +142,10 @@ def test_unfreeze_trains_what_it_names_and_nothing_else():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(unfreeze=['patch_embd.*']), r"unfreeze: no parameter of the backbone fits 'patch_embd.\*' \(did you mean"),
+        (
+            dict(unfreeze=['patch_embd.*']),
+            r"unfreeze: no parameter of the backbone fits 'patch_embd.\*' \(did you mean",
+        ),
         (dict(unfreeze=['head.*']), "no parameter of the backbone fits 'head"),
         (dict(unfreeze='norm*'), "unfreeze must be a list of patterns.*got 'norm"),
         (dict(freeze=['haed.*']), r"freeze: no parameter beside the backbone fits 'haed.\*' \(did you mean 'head'"),
