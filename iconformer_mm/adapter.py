@@ -32,7 +32,10 @@ from iconformer_mm.checkpoint import (
 )
 from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.checkpoint.training_checkpoint import decode_checkpoint, is_checkpoint
+from iconformer_mm.checkpoint.tuned_state import file_names
 from iconformer_mm.tuning import inject
+from iconformer_mm.tuning.freezing import is_adapter
+from iconformer_mm.tuning.injection import find_backbone
 
 BACKBONE = 'backbone.'
 NOTE = 'iconformer_mm'  # where AdapterCheckpointHook keeps its own
@@ -62,8 +65,20 @@ def read_any(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         task=note['task'],
         classes=classes,
         notes=dict(epoch=checkpoint['meta']['epoch'], iter=checkpoint['meta']['iter']),
+        selection=note.get('selection'),
+        backbones=note.get('backbones'),
     )
-    return content, checkpoint['state_dict']
+    state = checkpoint['state_dict']
+    names = file_names(state, content['backbones'], note.get('heads', ()))
+    return content, {names[name]: value for name, value in state.items()}
+
+
+def prefix_of(content: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[str, ...]:
+    """What the names of tensors in the backbones begin with, in a file."""
+    paths = content.get('backbones', ['backbone'])
+    if len(paths) == 1 and (not paths[0] or any(n.startswith(BACKBONE) and is_adapter(n) for n in tensors)):
+        return (BACKBONE,)
+    return tuple(f'{path}.' for path in paths)
 
 
 def read_base(path: Path, trust: bool) -> dict[str, Tensor]:
@@ -95,8 +110,13 @@ def base_state(content: dict[str, Any], state: dict[str, Tensor], path: Path) ->
     Raises:
         UserError: Parameters of the adapter's base are missing.
     """
-    prefixed = {n.removeprefix(BACKBONE): v for n, v in state.items() if n.startswith(BACKBONE)}
-    backbone = prefixed or state
+    paths = content.get('backbones', ['backbone'])
+    backbone = state  # of several, the names have their paths
+    for path in dict.fromkeys([*paths, 'backbone']) if len(paths) == 1 else ():
+        prefixed = {n.removeprefix(f'{path}.'): v for n, v in state.items() if n.startswith(f'{path}.')}
+        if prefixed and path:
+            backbone = prefixed
+            break
     missing = [name for name in content['base_parameters'] if name not in backbone]
     if missing:
         raise UserError(
@@ -115,14 +135,17 @@ def check_base(content: dict[str, Any], backbone: dict[str, Tensor]) -> tuple[bo
 def info(args: argparse.Namespace) -> tuple[int, dict]:
     """Show what a file holds."""
     content, tensors = read_any(args.file)
-    adapters = sum(v.numel() for n, v in tensors.items() if n.startswith(BACKBONE))
+    inside = [n for n in tensors if n.startswith(prefix_of(content, tensors))]
+    adapters = sum(tensors[n].numel() for n in inside if is_adapter(n))
+    unfrozen = sum(tensors[n].numel() for n in inside if not is_adapter(n))
     result = {key: value for key, value in content.items() if key != 'base_parameters'}
     result.update(
         file=str(args.file),
         bytes=args.file.stat().st_size,
         tensors=len(tensors),
         adapter_parameters=adapters,
-        other_parameters=sum(v.numel() for v in tensors.values()) - adapters,
+        unfrozen_parameters=unfrozen,
+        other_parameters=sum(v.numel() for v in tensors.values()) - adapters - unfrozen,
         base_parameters=len(content['base_parameters']),
     )
     return FITS, result
@@ -134,7 +157,7 @@ def extract(args: argparse.Namespace) -> tuple[int, dict]:
     if args.checkpoint.suffix == '.safetensors':
         content, tensors = read_any(args.checkpoint)
         if args.backbone_only:
-            tensors = {n: v for n, v in tensors.items() if n.startswith(BACKBONE)}
+            tensors = {n: v for n, v in tensors.items() if n.startswith(prefix_of(content, tensors))}
         write_adapter(out, content, tensors)
     elif args.config is None:
         raise UserError('to extract from a checkpoint of the whole model, its --config is needed')
@@ -146,11 +169,11 @@ def extract(args: argparse.Namespace) -> tuple[int, dict]:
         init_default_scope(cfg.default_scope)
         model = MODELS.build(cfg.model)
         hooks = [*cfg.get('custom_hooks', []), *cfg.get('default_hooks', {}).values()]
-        methods = [hook['method'] for hook in hooks if hook and hook['type'] == 'PEFTHook']
-        if methods:
-            inject(model, methods[0])
+        found = [hook for hook in hooks if hook and hook['type'] == 'PEFTHook']
+        if found:
+            inject(model, **{k: v for k, v in found[0].items() if k not in ('type', 'save_adapter', 'priority')})
         load_checkpoint(model, str(args.checkpoint), map_location='cpu', strict=True, logger='silent')
-        save_adapter(model.backbone if args.backbone_only else model, out)
+        save_adapter(find_backbone(model) if args.backbone_only else model, out)
     return FITS, dict(wrote=str(out), bytes=out.stat().st_size)
 
 
@@ -161,7 +184,16 @@ def apply(args: argparse.Namespace) -> tuple[int, dict]:
     fits, actual = check_base(content, backbone)
     if not fits:
         raise UserError(_misfit(args.base, content, actual))
-    state = {**{BACKBONE + name: value for name, value in backbone.items()}, **tensors}
+    paths = content.get('backbones', ['backbone'])
+    inside = prefix_of(content, tensors)
+    if len(paths) > 1:
+        state = {**backbone, **tensors}
+    else:
+        # A backbone alone is written as that of a model, unless it has a classifier of its own.
+        alone = '' if any(not n.startswith(inside) for n in tensors) else 'backbone'
+        path = f'{paths[0] or alone}.'.removeprefix('.')
+        state = {path + name: value for name, value in backbone.items()}
+        state |= {path + n.removeprefix(inside[0]) if n.startswith(inside) else n: v for n, v in tensors.items()}
     meta = dict(epoch=0, iter=0, iconformer_mm=content)
     with written_whole(args.out) as temporary:
         torch.save(dict(meta=meta, state_dict=state), temporary)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iconformer_mm.tuning import Summary, get_injection, inject, summarize
-from iconformer_mm.tuning.injection import find_backbone
+from iconformer_mm.tuning.injection import backbones_of
 
 MIB = 2**20
 
@@ -118,15 +118,14 @@ class Cost:
 
 
 def cost_of(model: nn.Module, shape: tuple[int, int]) -> Cost:
-    """Measure a model's backbone on one image, and count what else its training takes.
+    """Measure a model's backbones on one image, and count what else its training takes.
 
     Args:
         model: A model, adapted or not.
         shape: Height and width of the image in pixels.
     """
-    backbone = find_backbone(model)
-    first = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
-    parameters = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    backbones = list(backbones_of(model).values())
+    parameters = {p.untyped_storage().data_ptr() for backbone in backbones for p in backbone.parameters()}
     stored: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -137,8 +136,11 @@ def cost_of(model: nn.Module, shape: tuple[int, int]) -> Cost:
 
     model.train()
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = backbone(torch.zeros(1, first.in_channels, *shape))  # alive, so that no address is given out twice
-    del out
+        outs = []  # alive, so that no address is given out twice
+        for backbone in backbones:
+            first = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+            outs.append(backbone(torch.zeros(1, first.in_channels, *shape)))
+    del outs
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad) / MIB
     return Cost(counter.get_total_flops() / 1e9, sum(stored.values()) / MIB, trained, 2 * trained, trained)
 
@@ -187,7 +189,7 @@ def inspect_model(cfg: Config, shape: tuple[int, int] = (224, 224)) -> Inspectio
         full = cost_of(build_model(plain), shape)
     injection = get_injection(model)
     sites = [
-        (a.name, a.kind, sum(p.numel() for adapter in a.adapters.values() for p in adapter.parameters()))
-        for a in (injection.attachments if injection else ())
+        (name, a.kind, sum(p.numel() for adapter in a.adapters.values() for p in adapter.parameters()))
+        for name, a in (injection.named_attachments().items() if injection else ())
     ]
     return Inspection(summarize(model), sites, cost_of(model, shape), full, find_mistakes(cfg))

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,17 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from iconformer_mm.tuning.backbones import find_backbones, join
 from iconformer_mm.tuning.freezing import is_adapter
-from iconformer_mm.tuning.injection import (
-    PARTS,
-    adapter_shapes,
-    find_backbone,
-    get_injection,
-    inject,
-    remove,
-    unwrap,
-)
+from iconformer_mm.tuning.injection import adapt, adapter_shapes, backbones_of, get_injection, remove, unwrap
 from iconformer_mm.tuning.methods import build_method
-from iconformer_mm.tuning.switching import active_adapter, add_adapter, delete_adapter, set_adapter
+from iconformer_mm.tuning.selection import Selection, matches
+from iconformer_mm.tuning.switching import active_adapter, add_selected, delete_adapter, set_adapter
 from iconformer_mm.version import __version__
 
 from .safetensors_io import DamagedFileError, read_safetensors, save_safetensors
 from .training_checkpoint import is_checkpoint
+from .tuned_state import base_state, file_names, heads_of, tuned_state
 
 FORMAT_VERSION = 1
 _KEY = 'iconformer_mm'
@@ -63,9 +59,22 @@ def fingerprint(model: nn.Module) -> str:
     return hash_parameters(base_parameters(model))
 
 
-def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The backbone's own parameters, without adapters, by their names in it."""
-    return {n: p.detach() for n, p in find_backbone(model).named_parameters() if not is_adapter(n)}
+def base_parameters(model: nn.Module, selection: Selection | None = None) -> dict[str, Tensor]:
+    """The backbone's own parameters that are not trained, by their names in it; of several, with the backbone's path.
+
+    Args:
+        model: A model, or a backbone alone.
+        selection: What an unadapted model would be adapted with.
+    """
+    backbones = backbones_of(model) if selection is None else _backbones_for(model, selection)
+    several = len(backbones) > 1
+    parameters = {join(p, n) if several else n for p, b in backbones.items() for n, _ in b.named_parameters()}
+    return {n: v for n, v in base_state(model, selection).items() if n in parameters}
+
+
+def _backbones_for(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
+    model = unwrap(model)
+    return backbones_of(model) if get_injection(model) else find_backbones(model, selection.backbones)
 
 
 def hash_parameters(parameters: dict[str, Tensor]) -> str:
@@ -84,19 +93,6 @@ def hash_parameters(parameters: dict[str, Tensor]) -> str:
 def same_base(first: str, second: str) -> bool:
     """Whether two fingerprints are of the same weights, be it that one copy is in half precision."""
     return len(first) == len(second) == 64 and (first[:32] == second[:32] or first[32:] == second[32:])
-
-
-def _tuned_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors an adapter file holds, by the names they have there."""
-    model = unwrap(model)
-    injection = get_injection(model)
-    assert injection is not None
-    current = injection.current
-    state = {_BACKBONE + name: value for name, value in (current.state() if current else {}).items()}
-    if injection.backbone is not model:
-        beside = (_BACKBONE, f'{PARTS}.')
-        state.update((name, value) for name, value in model.state_dict().items() if not name.startswith(beside))
-    return state
 
 
 def save_adapter(
@@ -120,7 +116,7 @@ def save_adapter(
 
     Raises:
         ValueError: The model is not adapted, or by a method that changes the
-            backbone itself.
+            backbone itself, or drops tensors of adapters from its state dict.
     """
     injection = get_injection(model)
     if injection is None:
@@ -132,13 +128,15 @@ def save_adapter(
         )
     content = describe_adapter(
         injection.method.config,
-        [attachment.name for attachment in injection.attachments],
+        list(injection.named_attachments()),
         base_parameters(model),
         task=task,
         classes=classes,
         notes=metadata,
+        selection=injection.selection.config,
+        backbones=list(backbones_of(model)),
     )
-    write_adapter(path, content, _tuned_state(model))
+    write_adapter(path, content, tuned_state(model))
 
 
 def describe_adapter(
@@ -148,6 +146,8 @@ def describe_adapter(
     task: str | None = None,
     classes: Sequence[str] | None = None,
     notes: dict | None = None,
+    selection: dict | None = None,
+    backbones: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The metadata of an adapter file.
 
@@ -158,6 +158,8 @@ def describe_adapter(
         task: What it was trained for.
         classes: Names of the classes.
         notes: Anything else (JSON).
+        selection: Config of what was selected beside the method.
+        backbones: Paths of the backbones in the model.
     """
     base_fingerprint, names = base if isinstance(base, tuple) else (hash_parameters(base), sorted(base))
     return dict(
@@ -170,6 +172,8 @@ def describe_adapter(
         task=task,
         classes=None if classes is None else [str(name) for name in classes],
         notes=notes or {},
+        selection=selection or {},
+        backbones=[_BACKBONE[:-1]] if backbones is None else list(backbones),
     )
 
 
@@ -233,14 +237,46 @@ def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str
     return content
 
 
-def _check_adapters(model: nn.Module, method: dict, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
+def _selection_of(content: dict[str, Any], model: nn.Module, path: str | os.PathLike) -> Selection:
+    """What a file says was selected, for a model to be adapted by it.
+
+    Files of releases that knew no selection held classifiers in the backbone for base. Paths of backbones count where
+    the model has them; a file of a single backbone fits one that is found otherwise.
+    """
+    try:
+        selection = Selection.from_config(content.get('selection'))
+    except (ValueError, TypeError) as error:
+        raise AdapterFileError(f'{path} is no intact adapter file: {error}') from error
+    if 'selection' not in content:
+        heads = heads_of(model, selection)
+        held = any(name.startswith(f'{head}.') for name in content['base_parameters'] for head in heads)
+        selection = replace(selection, classifiers=not held)
+    paths = selection.backbones or ()
+    if len(paths) == 1 and paths[0] not in dict(model.named_modules()):
+        selection = replace(selection, backbones=None)
+    return _fitting_freeze(selection, model)
+
+
+def _fitting_freeze(selection: Selection, model: nn.Module) -> Selection:
+    """Leave out patterns of what the model does not have, such as a head where a backbone alone is given."""
+    names = [name for name, _ in model.named_parameters()]
+    return replace(selection, freeze=tuple(p for p in selection.freeze if any(matches(n, p) for n in names)))
+
+
+def _check_adapters(
+    model: nn.Module, method: dict, selection: Selection, tensors: dict[str, Tensor], path: str | os.PathLike
+) -> None:
     """Compare a file's adapters with those its method would make, before memory is taken for them."""
     try:
-        expected = adapter_shapes(model, method)
+        shapes = adapter_shapes(model, method, selection)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise AdapterFileError(f'{path} does not fit: its method {method} cannot be carried out: {error}') from error
-    expected = {_BACKBONE + name: shape for name, shape in expected.items()}
-    found = {name: value.shape for name, value in tensors.items() if name.startswith(_BACKBONE)}
+    backbones = list(_backbones_for(model, selection))
+    full = {join(backbones[0], name) if len(backbones) == 1 else name: shape for name, shape in shapes.items()}
+    names = file_names([*unwrap(model).state_dict(), *full], backbones, heads_of(model, selection))
+    expected = {names[name]: shape for name, shape in full.items()}
+    inside = tuple({name.partition('.')[0] + '.' for name in expected})
+    found = {n: v.shape for n, v in tensors.items() if n.startswith(inside) and is_adapter(n)}
     if found != expected:
         name = min(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
         have, want = (
@@ -249,6 +285,25 @@ def _check_adapters(model: nn.Module, method: dict, tensors: dict[str, Tensor], 
         raise AdapterFileError(
             f'{path} does not fit: by its method {method}, {name} would be {want}, but in the file it is {have}'
         )
+
+
+def _check_selection(content: dict[str, Any], model: nn.Module, path: str | os.PathLike) -> None:
+    """Compare what a file adapts and trains with what the adapted model does."""
+    injection = get_injection(model)
+    assert injection is not None
+    try:
+        theirs = Selection.from_config(content.get('selection'))
+    except (ValueError, TypeError) as error:
+        raise AdapterFileError(f'{path} is no intact adapter file: {error}') from error
+    ours = injection.selection
+    for option in ('blocks', 'unfreeze'):
+        if getattr(theirs, option) != getattr(ours, option):
+            if option == 'blocks' and set(content['sites']) == set(injection.named_attachments()):
+                continue  # the same, said otherwise
+            raise AdapterFileError(
+                f'{path} does not fit: it was trained with {option}={getattr(theirs, option)!r}, the model is adapted '
+                f'with {option}={getattr(ours, option)!r}'
+            )
 
 
 def load_adapter(
@@ -287,8 +342,20 @@ def load_adapter(
     """
     content, tensors = read_adapter(path)
     model = unwrap(model)
+    injection = get_injection(model)
+    if injection is not None and name is None:
+        _check_selection(content, model, path)
+    selection = _selection_of(content, model, path)
+    if injection is not None and name is not None and selection.unfreeze:
+        raise AdapterFileError(
+            f'{path} has parameters of the base itself, trained in place ({selection.unfreeze[0]}, ...), so it cannot '
+            'share a base with other adapters: load it into a model of its own'
+        )
     problems = []
-    actual = fingerprint(model)
+    try:
+        actual = hash_parameters(base_parameters(model, None if injection else selection))
+    except ValueError as error:
+        raise AdapterFileError(f'{path} does not fit: {error}') from error
     if not same_base(content['base_fingerprint'], actual):
         problems.append(
             f'it was trained on another base: the base weights have fingerprint {actual[:12]}, the adapter needs '
@@ -297,7 +364,6 @@ def load_adapter(
         if strict:
             raise AdapterFileError(f'{path} does not fit: {problems[0]}')
 
-    injection = get_injection(model)
     if name is None:
         if injection is not None and injection.current is None:
             raise ValueError('no adapter is active: set_adapter first, or give a name to load the file under')
@@ -307,22 +373,28 @@ def load_adapter(
                 'give a name to load the file under'
             )
     if injection is None or name is not None:
-        _check_adapters(model, content['method'], tensors, path)
+        _check_adapters(model, content['method'], selection, tensors, path)
 
     before = active_adapter(model)
-    parts_before = {part: getattr(model, part) for part in parts or {}}
-    if name is not None:
-        add_adapter(model, name, content['method'], parts)
-        set_adapter(model, name)
-    elif injection is None:
-        inject(model, content['method'])
+    parts_before = {part: model.get_submodule(part) for part in parts or {}}
+    try:
+        if name is not None:
+            add_selected(model, name, content['method'], parts, selection)
+            set_adapter(model, name)
+        elif injection is None:
+            adapt(model, build_method(content['method']), selection)
+    except ValueError as error:
+        if injection is None:
+            raise AdapterFileError(f'{path} does not fit: {error}') from error
+        raise
     try:
         _fill(model, tensors, problems, strict, path)
     except AdapterFileError:
         if injection is None:
             remove(model)
             for part, module in parts_before.items():
-                setattr(model, part, module)
+                parent, _, last = part.rpartition('.')
+                setattr(model.get_submodule(parent), last, module)
         elif name is not None:
             _switch_back(model, before)
             delete_adapter(model, name)
@@ -351,11 +423,20 @@ def _switch_back(model: nn.Module, name: str | None) -> None:
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], problems: list[str], strict: bool, path: Any) -> None:
     """Copy a file's tensors into the active adapter and what stands beside the backbone."""
-    own = _tuned_state(model)
-    if find_backbone(model) is model:
-        tensors = {name: value for name, value in tensors.items() if name.startswith(_BACKBONE)}
-    elif all(name.startswith(_BACKBONE) for name in tensors):  # a file of a backbone alone
-        own = {name: value for name, value in own.items() if name.startswith(_BACKBONE)}
+    injection = get_injection(model)
+    assert injection is not None  # load_adapter has adapted the model
+    own = tuned_state(model)
+    backbones = list(backbones_of(model))
+    heads = heads_of(model)
+    inside = _inside(backbones, heads, own)
+    heads_in_file = [n for n in tensors if not _is_inside(n, inside, heads)]
+    heads_here = [n for n in own if not _is_inside(n, inside, heads)]
+    if not heads_here:  # a backbone alone
+        tensors = {n: v for n, v in tensors.items() if n not in heads_in_file}
+    elif not heads_in_file:  # a file of a backbone alone
+        own = {n: v for n, v in own.items() if n not in heads_here}
+    for base in injection.trained.values():
+        base.begin()
     fitting = {
         n: v
         for n, v in tensors.items()
@@ -376,3 +457,15 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], problems: list[str], str
     with torch.no_grad():
         for name, value in fitting.items():
             own[name].copy_(value)
+
+
+def _inside(backbones: list[str], heads: list[str], own: dict[str, Tensor]) -> tuple[str, ...]:
+    """What the names of tensors in backbones begin with, in a file for a model."""
+    if len(backbones) > 1:
+        return tuple(f'{path}.' for path in backbones)
+    path = f'{backbones[0]}.'
+    return (path,) if path != '.' and any(n.startswith(path) and is_adapter(n) for n in own) else (_BACKBONE,)
+
+
+def _is_inside(name: str, inside: tuple[str, ...], heads: list[str]) -> bool:
+    return name.startswith(inside) and not any(name.startswith(f'{head}.') for head in heads)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
+from iconformer_mm.tuning.backbones import is_below, join
 from iconformer_mm.tuning.freezing import is_adapter
-from iconformer_mm.tuning.injection import find_backbone
+from iconformer_mm.tuning.injection import backbones_of, get_injection, outside_of, unwrap
 
 
 @contextmanager
@@ -37,7 +42,8 @@ class PEFTOptimWrapperConstructor:
 
     One thing is otherwise: a smaller learning rate for the backbone, as many
     configs have it by ``custom_keys`` or layer decay, is meant for pre-trained
-    weights. Adapters are new and train at the base learning rate.
+    weights. Adapters are new and train at the base learning rate. Parameters of the backbone that are trained in
+    place (``unfreeze``) are pre-trained, and keep to the rules.
 
     Args:
         optim_wrapper_cfg: Config of the optimizer wrapper, with ``optimizer``.
@@ -77,8 +83,80 @@ class PEFTOptimWrapperConstructor:
         with only_trainable(model):
             optim_wrapper = self.inner(model)
         if self.base_lr is not None and self.adapter_lr_mult is not None:
-            adapters = {id(p) for n, p in find_backbone(model).named_parameters() if is_adapter(n)}
-            for group in optim_wrapper.param_groups:
-                if all(id(p) in adapters for p in group['params']):
-                    group['lr'] = self.base_lr * self.adapter_lr_mult
+            kinds = kinds_of_parameters(model)
+            adapters = {id(p) for p in model.parameters() if kinds.get(id(p)) == ADAPTERS}
+            set_learning_rate(optim_wrapper, adapters, self.base_lr * self.adapter_lr_mult)
         return optim_wrapper
+
+
+ADAPTERS = 'adapters'
+
+
+def kinds_of_parameters(model: nn.Module) -> dict[int, str]:
+    """What each trainable parameter of a model belongs to, by its ``id``: adapters, backbone, or a part beside it."""
+    model = unwrap(model)
+    injection = get_injection(model)
+    backbones = backbones_of(model)
+    kinds: dict[int, str] = {}
+    for path, backbone in backbones.items():
+        outside = [] if injection is None else outside_of(injection, backbone)
+        for name, parameter in backbone.named_parameters():
+            if parameter.requires_grad and not is_below(name, outside):
+                adapter = injection is not None and is_adapter(name)
+                kinds[id(parameter)] = ADAPTERS if adapter else (join(path, '') or 'backbone')
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kinds.setdefault(id(parameter), name.partition('.')[0])
+    return kinds
+
+
+def set_learning_rate(optim_wrapper: Any, parameters: set[int], rate: float) -> None:
+    """Give some parameters a learning rate, and groups of their own where they share one that has another.
+
+    Args:
+        optim_wrapper: The optimizer wrapper.
+        parameters: The ``id`` of each.
+        rate: The learning rate.
+    """
+    for wrapper in optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]:
+        for group in list(wrapper.optimizer.param_groups):
+            inside = [id(p) in parameters for p in group['params']]
+            if not any(inside) or group['lr'] == rate:
+                continue
+            if all(inside):
+                group['lr'] = rate
+                continue
+            # Names and the like, one for each parameter.
+            lists = {k: v for k, v in group.items() if isinstance(v, list) and len(v) == len(inside)}
+            new = {**group, 'lr': rate, **{k: [x for x, i in zip(v, inside) if i] for k, v in lists.items()}}
+            group.update({k: [x for x, i in zip(v, inside) if not i] for k, v in lists.items()})
+            wrapper.optimizer.add_param_group(new)
+
+
+def describe_groups(model: nn.Module, optim_wrapper: Any) -> str:
+    """A table of what is trained at which learning rate and weight decay, as the optimizer has them.
+
+    Args:
+        model: The model.
+        optim_wrapper: Its optimizer wrapper, or several in an ``OptimWrapperDict``.
+    """
+    kinds = kinds_of_parameters(model)
+    rows: dict[tuple[str, Any, Any], list[int]] = {}
+    wrappers = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
+    for wrapper in wrappers:
+        for group in wrapper.optimizer.param_groups:
+            for parameter in group['params']:
+                kind = kinds.get(id(parameter), 'other')
+                rows.setdefault((kind, group.get('lr'), group.get('weight_decay')), []).append(parameter.numel())
+    table = Table(title='learning rates', title_justify='left')
+    table.add_column('trained')
+    for column in ('tensors', 'parameters', 'learning rate', 'weight decay'):
+        table.add_column(column, justify='right')
+    order = {kind: i for i, kind in enumerate(dict.fromkeys([ADAPTERS, *(key[0] for key in rows)]))}
+    for (kind, rate, decay), sizes in sorted(rows.items(), key=lambda row: order[row[0][0]]):
+        numbers = ('-' if value is None else f'{value:g}' for value in (rate, decay))
+        table.add_row(kind, f'{len(sizes):,}', f'{sum(sizes):,}', *numbers)
+    text = io.StringIO()
+    # In a notebook rich would display the table, and write nothing into the text.
+    Console(file=text, width=88, color_system=None, force_jupyter=False).print(table)
+    return text.getvalue().rstrip()

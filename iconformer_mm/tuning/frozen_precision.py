@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from iconformer_mm.compat import is_autocast_enabled
 
+from .backbones import is_below
 from .freezing import is_adapter
 from .replacement import Replacement
 
@@ -37,16 +39,17 @@ class FrozenPrecision(Replacement):
     Args:
         backbone: The backbone.
         dtype: What to hold the matrices in.
+        keep: Names of parameters and modules that stay as they are, since they are trained.
     """
 
-    def __init__(self, backbone: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, backbone: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> None:
         super().__init__(backbone)
         self.dtype = dtype
-        self.name = str(dtype).removeprefix('torch.')
         self._originals = {
             name: parameter.dtype
             for name, parameter in backbone.named_parameters()
-            if parameter.dim() > 1 and parameter.is_floating_point() and not is_adapter(name)
+            if parameter.dim() > 1 and parameter.is_floating_point()
+            if not is_adapter(name) and not is_below(name, keep)
         }
 
     def hold(self) -> None:

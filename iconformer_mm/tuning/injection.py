@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from .attachments import Attachment, BlockAttachment, BranchAttachment, Joint, Switch, Tap, WeightMergingAttachment
 from .attachments.base import placement
-from .freezing import ADAPTER, Freezing, is_adapter
+from .backbones import (
+    averaged_models,
+    check_host,
+    find_backbones,
+    find_classifiers,
+    find_copies,
+    is_below,
+    join,
+    search,
+    unwrap,
+)
+from .freezing import ADAPTER, Freezing, FrozenParts, is_adapter
 from .frozen_precision import FrozenPrecision, check_frozen_dtype
 from .grids import GridTracker, PatchEmbedTap
 from .methods import PEFTMethod, build_method
 from .pretrained import PretrainedCheck
 from .recomputation import Recomputation
+from .selection import Selection
 from .sites import FromPatchEmbed, Site, find_sites, no_site_error
 from .summary import Summary
+from .trained_base import TrainedBase, set_values
 
 _KEY = '_peft_injection'
 _MERGED = '_peft_merged'
@@ -35,7 +48,7 @@ def escape(name: str) -> str:
 
 @dataclass
 class NamedAdapter:
-    """One of the adapters of a backbone: what its method put together for it.
+    """One of the adapters of a model: what its method put together for it.
 
     All adapters stay registered in the host, so that they follow ``.to()``, ``.half()`` and
     ``state_dict()`` whether they are active or not.
@@ -43,24 +56,29 @@ class NamedAdapter:
     Attributes:
         method: The method.
         attachments: Its attachments to modules of the host.
-        parts: What stands beside the backbone for it (neck, head), by name;
+        parts: What stands beside the backbones for it (neck, head), by name;
             None while the model has this adapter only.
+        selection: What it adapts and trains beside the method's own choice.
+        paths: Of each attachment, the path of its backbone.
         trained: While it is inactive, which of its parameters are trained when it is active.
     """
 
     method: PEFTMethod
     attachments: list[Attachment]
     parts: dict[str, nn.Module] | None = None
+    selection: Selection = field(default_factory=Selection)
+    paths: list[str] = field(default_factory=list)
     trained: dict[nn.Parameter, bool] | None = None
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Its modules, by the names in the backbone that they have as the only adapter."""
-        for attachment in self.attachments:
+        """Its modules, by the names that they have as the only adapter: in the backbone; of several, with its path."""
+        several = len(set(self.paths)) > 1
+        for path, attachment in zip(self.paths, self.attachments):
             for key in attachment.adapters:
-                yield attachment.path(key), attachment.part(key)
+                yield join(path if several else '', attachment.path(key)), attachment.part(key)
 
     def state(self) -> dict[str, Tensor]:
-        """Its tensors, by the names in the backbone that they have as the only adapter."""
+        """Its tensors, by the names of :meth:`modules`."""
         return {f'{name}.{n}': t for name, module in self.modules() for n, t in module.state_dict().items()}
 
     @torch.no_grad()
@@ -94,57 +112,107 @@ class NamedAdapter:
 
 
 class Injection:
-    """All that was done to one backbone; kept on it, so that it can be undone.
+    """All that was done to the backbones of a model; kept on each, so that it can be undone.
 
     Args:
-        backbone: The backbone to adapt.
+        backbones: The backbones to adapt, by their path in the model, or one alone.
         method: The method of the first adapter.
         name: The name of the first adapter.
         frozen_dtype: What frozen matrices are held in; None for what they are in.
         with_cp: Whether blocks are recomputed in the backward pass.
+        selection: What is adapted and trained beside the method's own choice.
+        follows: Whether the backbones follow others by averaging, and learn nothing themselves.
+
+    Attributes:
+        outside: Of each backbone, names of the classifiers in it, which are heads.
+        trained: Of each backbone whose own parameters are trained in part, those.
 
     Raises:
-        ValueError: No block is known, the host uses the adapters' name, or there are no
-            adapted blocks to recompute.
+        ValueError: No block is known, the host uses the adapters' name, what was selected is not there, or there
+            are no adapted blocks to recompute.
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbones: dict[str, nn.Module] | nn.Module,
         method: PEFTMethod,
         name: str = DEFAULT_NAME,
         frozen_dtype: torch.dtype | None = None,
         with_cp: bool = False,
+        selection: Selection = Selection(),  # noqa: B008 - it cannot be changed
+        follows: bool = False,
     ) -> None:
         # All that can fail comes first: a refused model is an untouched model.
-        taken = [n for n, _ in backbone.named_parameters() if is_adapter(n)]
-        if taken:
-            raise ValueError(
-                f"parameters of {type(backbone).__name__} have '{ADAPTER}' in their names ('{taken[0]}'), which "
-                'marks the parameters that iconformer_mm adds; rename them'
-            )
-        self.backbone = backbone
+        self.backbones = {'': backbones} if isinstance(backbones, nn.Module) else dict(backbones)
+        for backbone in self.backbones.values():
+            taken = [n for n, _ in backbone.named_parameters() if is_adapter(n)]
+            if taken:
+                raise ValueError(
+                    f"parameters of {type(backbone).__name__} have '{ADAPTER}' in their names ('{taken[0]}'), which "
+                    'marks the parameters that iconformer_mm adds; rename them'
+                )
+        self.follows = follows
         self.switch = Switch()
         self.joints: dict[nn.Module, Joint] = {}
         self.taps: dict[nn.Module, Tap] = {}
         self.trackers: dict[nn.Module, tuple[GridTracker, PatchEmbedTap]] = {}
-        self.recomputation: Recomputation | None = None
+        self.recomputations: list[Recomputation] = []
         self.adapters: dict[str, NamedAdapter] = {}
-        self.freezing: Freezing | None = None
         self.with_cp = with_cp
-        self.precision = FrozenPrecision(backbone, frozen_dtype) if frozen_dtype is not None else None
+        items = list(self.backbones.items())
+        self.outside = {
+            path: find_classifiers(b) if selection.classifiers and method.freezes else [] for path, b in items
+        }
+        trained = {path: selection.trained_names(b, self.outside[path]) for path, b in items}
+        selection.check_unfreeze(
+            n
+            for path, b in items
+            for n, _ in b.named_parameters()
+            if not is_adapter(n) and not is_below(n, self.outside[path])
+        )
+        if not method.freezes and selection.unfreeze:
+            raise ValueError(f"method '{method.name}' trains the whole backbone: there is nothing to unfreeze")
+        self._check(method, selection)
+        self.precisions = [
+            FrozenPrecision(b, frozen_dtype, [*trained[path], *self.outside[path]])
+            for path, b in items
+            if frozen_dtype is not None
+        ]
         # With the matrices in another one, adapters keep the dtype that the backbone had.
-        self.adapter_dtype = None if frozen_dtype is None else placement(backbone)[1]
-        sites = find_sites(backbone) if method.freezes else []
-        self._check(method, sites)
-        self.check = PretrainedCheck(backbone, [site.name for site in sites]) if sites else None
-        self._install(name, method, sites)
+        self.adapter_dtype = None if frozen_dtype is None else placement(items[0][1])[1]
+        self.checks = []
+        for backbone in self.backbones.values() if method.freezes and not follows else ():
+            sites = find_sites(backbone)
+            if sites:
+                self.checks.append(PretrainedCheck(backbone, [site.name for site in sites]))
+        self.freezings: list[Freezing] = []
+        # What follows learns nothing itself, whatever its host has set so far.
+        self._learnt = [p for b in self.backbones.values() for p in b.parameters() if follows and p.requires_grad]
+        self._install(name, method, selection)
         self.switch.active = name
-        self.freezing = Freezing(backbone) if method.freezes else None
-        self.recomputation = Recomputation(backbone, sites, self.joint)
-        if self.precision is not None:
-            self.precision.hold()
-        setattr(backbone, _KEY, self)
+        if follows:
+            for backbone in self.backbones.values():
+                backbone.requires_grad_(False)
+        if method.freezes and not follows:
+            self.freezings = [Freezing(b, trained[path], self.outside[path]) for path, b in items]
+        self.trained = {path: TrainedBase(b, trained[path]) for path, b in items if trained[path] and not follows}
+        for backbone in self.backbones.values() if method.freezes else ():
+            self.recomputations.append(Recomputation(backbone, find_sites(backbone), self.joint))
+        for precision in self.precisions:
+            precision.hold()
+        for backbone in self.backbones.values():
+            setattr(backbone, _KEY, self)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The only backbone.
+
+        Raises:
+            ValueError: There are several.
+        """
+        if len(self.backbones) > 1:
+            raise ValueError(f'there are several adapted backbones, {", ".join(map(repr, self.backbones))}')
+        return next(iter(self.backbones.values()))
 
     @property
     def active(self) -> str | None:
@@ -162,33 +230,83 @@ class Injection:
         return (self.current or next(iter(self.adapters.values()))).method
 
     @property
+    def selection(self) -> Selection:
+        """What the active adapter adapts and trains beside its method's own choice; while none is, the first."""
+        return (self.current or next(iter(self.adapters.values()))).selection
+
+    @property
     def attachments(self) -> list[Attachment]:
         """The attachments of the active adapter."""
         return self.current.attachments if self.current else []
 
-    def _check(self, method: PEFTMethod, sites: list[Site]) -> None:
+    def named_attachments(self) -> dict[str, Attachment]:
+        """The attachments of the active adapter, by their names in the backbone; of several, with its path."""
+        if self.current is None:
+            return {}
+        pairs = zip(self.current.paths, self.current.attachments)
+        return {self.full_name(path, attachment.name): attachment for path, attachment in pairs}
+
+    def full_name(self, path: str, name: str) -> str:
+        """A name in one of the backbones, as files have it: with the path only where there are several."""
+        return join(path, name) if len(self.backbones) > 1 else name
+
+    def trained_of(self, backbone: nn.Module) -> list[str]:
+        """Names in one of the backbones of its own parameters and statistics that are trained in place."""
+        return [n for path, base in self.trained.items() if self.backbones[path] is backbone for n in base.names]
+
+    def trained_names(self) -> list[str]:
+        """Names of the backbones' own parameters and statistics that are trained in place."""
+        return [self.full_name(path, name) for path, base in self.trained.items() for name in base.names]
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter or buffer of a backbone is trained, an adapter's or the backbone's own.
+
+        Args:
+            name: Its name in the backbone; of several, with the backbone's path.
+        """
+        return is_adapter(name) or name in self.trained_names()
+
+    def is_base(self, name: str) -> bool:
+        """Whether a tensor of a backbone is neither trained nor of a classifier in it.
+
+        Args:
+            name: Its name in the backbone; of several, with the backbone's path.
+        """
+        heads = [self.full_name(path, head) for path, heads in self.outside.items() for head in heads]
+        return not self.trains(name) and not is_below(name, heads)
+
+    def _check(self, method: PEFTMethod, selection: Selection) -> None:
         """Refuse what cannot be carried out, before memory is taken and the host is touched."""
-        attachments = plan(self.backbone, method, sites)
-        if self.with_cp and (not attachments or not all(isinstance(a, BlockAttachment) for a in attachments)):
+        planned = [
+            attachment
+            for path, backbone in self.backbones.items()
+            for attachment in plan(backbone, method, selection, self.outside[path])
+        ]
+        if self.with_cp and (not planned or not all(isinstance(a, BlockAttachment) for a in planned)):
             raise ValueError(
                 f"with_cp recomputes adapted blocks, and method '{method.name}' adapts none as a whole; use the "
                 "backbone's own with_cp, or MMEngine's activation_checkpointing"
             )
 
-    def _install(self, name: str, method: PEFTMethod, sites: list[Site]) -> None:
+    def _install(self, name: str, method: PEFTMethod, selection: Selection) -> None:
         """Make an adapter, and put it into the host."""
-        attachments = method.make_attachments(self.backbone, sites, self._tracker)
+        adapter = NamedAdapter(method, [], selection=selection)
         # The first one's names are those that a model with one adapter has.
         suffix = f'__{escape(name)}' if self.adapters else ''
-        for attachment in attachments:
-            attachment.register(suffix, self.adapter_dtype)
-            attachment.joint = self.joint(attachment.module)
-            attachment.joint.attachments[name] = attachment
-            if self.with_cp:
-                attachment.joint.with_cp = True
-            for path in attachment.handlers:
-                self._tap(path).users += 1
-        self.adapters[name] = NamedAdapter(method, attachments)
+        for path, backbone in self.backbones.items():
+            for attachment in make_attachments(backbone, method, selection, self.outside[path], self._tracker):
+                attachment.register(suffix, self.adapter_dtype)
+                attachment.joint = self.joint(attachment.module)
+                attachment.joint.attachments[name] = attachment
+                if self.with_cp:
+                    attachment.joint.with_cp = True
+                for tapped in attachment.handlers:
+                    self._tap(backbone, tapped).users += 1
+                for key in attachment.adapters:
+                    attachment.part(key).train(backbone.training)
+                adapter.attachments.append(attachment)
+                adapter.paths.append(path)
+        self.adapters[name] = adapter
 
     def joint(self, module: nn.Module) -> Joint:
         """The joint of a module, made if there is none."""
@@ -196,10 +314,10 @@ class Injection:
             self.joints[module] = Joint(module, self.switch)
         return self.joints[module]
 
-    def _tap(self, path: str) -> Tap:
-        module = self.backbone.get_submodule(path)
+    def _tap(self, backbone: nn.Module, name: str) -> Tap:
+        module = backbone.get_submodule(name)
         if module not in self.taps:
-            self.taps[module] = Tap(module, path)
+            self.taps[module] = Tap(module, name)
         return self.taps[module]
 
     def _tracker(self, site: Site) -> GridTracker | None:
@@ -213,15 +331,31 @@ class Injection:
             self.trackers[host] = tracker, tap
         return self.trackers[host][0]
 
-    def add(self, name: str, method: PEFTMethod) -> None:
-        """Make another adapter, which stays inactive."""
-        sites = find_sites(self.backbone)
-        self._check(method, sites)
-        self._install(name, method, sites)
-        adapter = self.adapters[name]
-        for _, module in adapter.modules():
-            module.train(self.backbone.training)
-        adapter.hold()
+    def check_unchanged(self, what: str) -> None:
+        """Refuse what needs the base as it was, while some of it is trained in place.
+
+        Args:
+            what: What needs it, for the error.
+
+        Raises:
+            ValueError: Parameters of the base are trained.
+        """
+        if self.trained:
+            name = next(iter(self.trained.values())).names[0]
+            raise ValueError(f'{what} needs the base as it was, but {name} of it is trained in place (unfreeze)')
+
+    def add(self, name: str, method: PEFTMethod, selection: Selection = Selection()) -> None:  # noqa: B008
+        """Make another adapter, which stays inactive.
+
+        Raises:
+            ValueError: The base is trained in place, or would be.
+        """
+        self.check_unchanged('another adapter')
+        if selection.unfreeze:
+            raise ValueError('unfreeze changes the base itself, so an adapter with it cannot share it with others')
+        self._check(method, selection)
+        self._install(name, method, selection)
+        self.adapters[name].hold()
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
@@ -232,19 +366,16 @@ class Injection:
             self.switch.active = new
 
     def delete(self, name: str) -> None:
-        """Take an adapter out; with the last one, all."""
+        """Take out one of several adapters."""
         if self.switch.active == name:
             self.activate(None)
-        if len(self.adapters) == 1:
-            self.undo()
-            return
         self._uninstall(name)
 
     def _uninstall(self, name: str) -> None:
         adapter = self.adapters.pop(name)
-        for attachment in adapter.attachments:
-            for path in attachment.handlers:
-                tap = self.taps[self.backbone.get_submodule(path)]
+        for path, attachment in zip(adapter.paths, adapter.attachments):
+            for tapped in attachment.handlers:
+                tap = self.taps[self.backbones[path].get_submodule(tapped)]
                 tap.users -= 1
                 if not tap.users:
                     self.taps.pop(tap.module).restore()
@@ -264,59 +395,94 @@ class Injection:
         if self.current is not None:
             self.current.release()
 
-    def undo(self) -> None:
-        """Give the backbone back as it was."""
+    def undo(self, restore: bool = True) -> None:
+        """Give the backbones back as they were.
+
+        Args:
+            restore: Whether parameters that were trained in place get their base values back. Defaults to True.
+
+        Raises:
+            ValueError: The base values are not known.
+        """
+        for base in self.trained.values() if restore else ():
+            base.check()
         for adapter in self.adapters.values():
             adapter.release()
         for name in list(self.adapters):
             self._uninstall(name)
         self.switch.active = None
-        assert self.recomputation is not None
-        self.recomputation.release()
+        for recomputation in self.recomputations:
+            recomputation.release()
         for joint in self.joints.values():
             joint.restore()
         self.joints.clear()
-        if self.precision is not None:
-            self.precision.release()
+        for precision in self.precisions:
+            precision.release()
+        for base in self.trained.values():
+            if restore:
+                base.restore()
+            base.release()
         for _, tap in self.trackers.values():
             tap.restore()
-        if self.check is not None:
-            self.check.release()
-        if self.freezing is not None:
-            self.freezing.release()
-        delattr(self.backbone, _KEY)
+        for check in self.checks:
+            check.release()
+        for freezing in self.freezings:
+            freezing.release()
+        for parameter in self._learnt:
+            parameter.requires_grad_(True)
+        for backbone in self.backbones.values():
+            delattr(backbone, _KEY)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of (distributed or test-time-augmentation) wrappers."""
-    inner: Any = model
-    while is_model_wrapper(inner) or isinstance(inner, BaseTTAModel):
-        inner = inner.module
-    return inner
+def make_attachments(
+    backbone: nn.Module,
+    method: PEFTMethod,
+    selection: Selection,
+    outside: Sequence[str],
+    tracker_of: Callable[[Site], GridTracker | None],
+) -> list[Attachment]:
+    """What a method puts together for a backbone.
+
+    Args:
+        backbone: The backbone.
+        method: The method.
+        selection: Which of its blocks are adapted. Not all: nothing outside of blocks is.
+        outside: Names of classifiers in it, which get no adapters.
+        tracker_of: Gives the tracker of a block's host.
+
+    Raises:
+        ValueError: The method is not defined for the backbone, or finds nothing to adapt.
+    """
+    if not method.adapts:
+        if selection.blocks != 'all':
+            raise ValueError(f"method '{method.name}' adapts no blocks, so there are none to choose by `blocks`")
+        return []
+    sites = find_sites(backbone)
+    if method.needs_blocks and not sites:
+        raise no_site_error(backbone)
+    chosen = selection.chosen(sites, type(backbone).__name__)
+    names = [site.name for site in sites]
+    places = [names.index(site.name) for site in chosen]
+    if places and getattr(method, 'deep', True) is False and places != list(range(places[0], places[-1] + 1)):
+        raise ValueError(
+            f"method '{method.name}' with deep=False carries tokens from block to block, so `blocks` must be "
+            f'consecutive; got {[site.name for site in chosen]}'
+        )
+    attachments = method.make_attachments(backbone, chosen, tracker_of)
+    if selection.blocks != 'all':
+        attachments = [a for a in attachments if is_below(a.name, [site.name for site in chosen])]
+    attachments = [a for a in attachments if not is_below(a.name, outside)]
+    if not any(True for a in attachments for adapter in a.adapters.values() for _ in adapter.parameters()):
+        raise ValueError(f"method '{method.name}' finds nothing to adapt in {type(backbone).__name__}")
+    return attachments
 
 
-def find_backbone(model: nn.Module) -> nn.Module:
-    """``model.backbone``, or the model itself where there is none."""
-    model = unwrap(model)
-    backbone = getattr(model, 'backbone', None)
-    return backbone if isinstance(backbone, nn.Module) else model
-
-
-def get_injection(model: nn.Module) -> Injection | None:
-    """What was injected into a model, None for an unadapted one."""
-    return getattr(find_backbone(model), _KEY, None)
-
-
-def plan(backbone: nn.Module, method: PEFTMethod, sites: list[Site]) -> list[Attachment]:
+def plan(backbone: nn.Module, method: PEFTMethod, selection: Selection, outside: Sequence[str]) -> list[Attachment]:
     """What a method would put into a backbone, without memory taken for it and without a trace in the host.
 
     Raises:
         ValueError: The method is not defined for the backbone.
     """
-    if not method.adapts:
-        return []
-    if method.needs_blocks and not sites:
-        raise no_site_error(backbone)
 
     def tracker_of(site: Site) -> None:
         if isinstance(site.family.grid, FromPatchEmbed) and site.host is None:
@@ -327,45 +493,112 @@ def plan(backbone: nn.Module, method: PEFTMethod, sites: list[Site]) -> list[Att
             )
 
     with torch.device('meta'):
-        attachments = method.make_attachments(backbone, sites, tracker_of)
-    if not any(p is not None for a in attachments for adapter in a.adapters.values() for p in adapter.parameters()):
-        raise ValueError(f"method '{method.name}' finds nothing to adapt in {type(backbone).__name__}")
-    return attachments
+        return make_attachments(backbone, method, selection, outside, tracker_of)
 
 
-def adapter_shapes(model: nn.Module, method: str | dict | PEFTMethod) -> dict[str, torch.Size]:
+def injections_of(model: nn.Module) -> list[Injection]:
+    """All that was injected below a model, followers included."""
+    found = [vars(module)[_KEY] for module in unwrap(model).modules() if _KEY in vars(module)]
+    return list({id(injection): injection for injection in found}.values())
+
+
+def get_injection(model: nn.Module) -> Injection | None:
+    """What was injected into a model, None for an unadapted one.
+
+    Raises:
+        ValueError: Parts of the model were adapted apart from each other, or only a part of what was adapted
+            together is given.
+    """
+    model = unwrap(model)
+    found = injections_of(model)
+    if len(found) > 1:
+        averaged = [id(m) for root in search(model).followers.values() for m in root.modules()]
+        found = [i for i in found if not i.follows and not all(id(b) in averaged for b in i.backbones.values())]
+    if len(found) > 1:
+        raise ValueError(
+            f'{type(model).__name__} has {len(found)} backbones that were adapted apart from each other: adapt them '
+            'together, by inject(model, backbones=[...])'
+        )
+    if not found:
+        return None
+    return found[0]
+
+
+def backbones_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The backbones of a model by their paths in it: the adapted ones, or those there are by structure.
+
+    Raises:
+        ValueError: Several were adapted together, and not all of them lie in the model.
+    """
+    model = unwrap(model)
+    injection = get_injection(model)
+    if injection is None:
+        return search(model).learning or {'': model}
+    own = {id(b) for b in injection.backbones.values()}
+    found = {name: module for name, module in model.named_modules() if id(module) in own}
+    if len(found) < len(own):
+        raise ValueError(
+            f'{", ".join(map(repr, injection.backbones))} were adapted together: give the whole model, not one of them'
+        )
+    return found
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The only backbone of a model, or the model itself where it is one.
+
+    Raises:
+        ValueError: There are several.
+    """
+    found = backbones_of(model)
+    if len(found) > 1:
+        raise ValueError(
+            f'{type(unwrap(model)).__name__} has several backbones, {", ".join(map(repr, found))}, where one is needed'
+        )
+    return next(iter(found.values()))
+
+
+def adapter_shapes(
+    model: nn.Module, method: str | dict | PEFTMethod, selection: Selection | None = None
+) -> dict[str, torch.Size]:
     """Shapes of the adapter parameters a method would add, without memory taken for them.
 
     Args:
         model: A model, or a backbone alone.
         method: The method, its name or its config.
+        selection: What would be adapted. Defaults to None, all blocks of what is adapted or found.
 
     Returns:
-        Shapes by the names in the backbone.
+        Shapes by the names in the backbone; of several, with the backbone's path.
 
     Raises:
         ValueError: The method or an option is unknown or out of range, or the
             method is not defined for the model.
     """
     built = method if isinstance(method, PEFTMethod) else build_method(method)
-    backbone = find_backbone(model)
-    return {
-        attachment.path(f'{key}.{name}'): parameter.shape
-        for attachment in plan(backbone, built, find_sites(backbone))
-        for key, adapter in attachment.adapters.items()
-        for name, parameter in adapter.named_parameters()
-    }
+    selection = selection or Selection()
+    injection = get_injection(model)
+    backbones = backbones_of(model) if injection else find_backbones(unwrap(model), selection.backbones)
+    shapes = {}
+    for path, backbone in backbones.items():
+        outside = find_classifiers(backbone) if selection.classifiers else []
+        for attachment in plan(backbone, built, selection, outside):
+            for key, adapter in attachment.adapters.items():
+                for name, parameter in adapter.named_parameters():
+                    full = attachment.path(f'{key}.{name}')
+                    shapes[join(path, full) if len(backbones) > 1 else full] = parameter.shape
+    return shapes
 
 
-def _refuse_dropped_tokens(model: nn.Module, method: PEFTMethod) -> None:
+def _refuse_dropped_tokens(
+    model: nn.Module, backbones: dict[str, nn.Module], method: PEFTMethod, selection: Selection
+) -> None:
     """Refuse adapters that ask for the grid of tokens in masked pre-training, which drops some."""
-    backbone = find_backbone(model)
-    if backbone is model or not method.freezes:
-        return
-    sites = find_sites(backbone)
-    for site in sites:
-        host = site.host
-        if host is not None and _drops_tokens(host) and any(_asks_for_grid(a) for a in plan(backbone, method, sites)):
+    for backbone in backbones.values():
+        hosts = [site.host for site in find_sites(backbone) if site.host is not None]
+        host = next(filter(_drops_tokens, hosts), None)
+        if host is None or backbone is model:
+            continue
+        if any(_asks_for_grid(a) for a in plan(backbone, method, selection, ())):
             raise ValueError(
                 f'{type(model).__name__} drops tokens of its {type(host).__name__} at random, so that they lie on no '
                 f"grid, and method '{method.name}' filters them on one; use a method that does not, such as "
@@ -389,6 +622,10 @@ def inject(
     method: str | dict = 'icon',
     frozen_dtype: str | None = None,
     with_cp: bool = False,
+    blocks: str | Sequence[int | str] = 'all',
+    unfreeze: Sequence[str] = (),
+    freeze: Sequence[str] = (),
+    backbones: Sequence[str] | None = None,
     **options: Any,
 ) -> Summary:
     """Put a PEFT method into a model, in place.
@@ -396,8 +633,13 @@ def inject(
     The model stays the same object, its parameter names stay what they were,
     and until the first training step so do its outputs, to the last bit (but
     for methods whose papers start otherwise: ssf, vpt, mona). The backbone
-    (``model.backbone``, or the model itself) is frozen but for its adapters;
-    neck and head stay as they are.
+    is frozen but for its adapters; all else (neck, head, classifier, text encoder) stays as it is.
+
+    The backbone is found by structure: ``model.backbone``, ``model.image_encoder``, ``model.detector.backbone``, or
+    whatever module holds the blocks, or the model itself. Copies that follow it by averaging (momentum encoders,
+    teachers) get the same adapters, frozen, so that the averaging covers them.
+
+    All is set once: a ``requires_grad`` that you set afterwards stays, whatever ``train()`` and ``eval()`` do.
 
     Args:
         model: A model, or a backbone alone.
@@ -411,6 +653,17 @@ def inject(
         with_cp: Whether adapted blocks are recomputed in the backward pass (gradient
             checkpointing), also where the backbone has no such option. Defaults to False,
             which leaves it to the backbone.
+        blocks: The blocks to adapt: ``'all'``, ``'first:2'``, ``'last:4'``, ``'stage:2'`` of a pyramid (from 0), or a
+            list of such, of block numbers and of names or patterns (``'stages.2'``). Counted in each backbone. Unless
+            it is ``'all'``, nothing outside of the chosen blocks is adapted. Defaults to ``'all'``.
+        unfreeze: Patterns of the backbone's own parameters that are trained, too, and saved with the adapters, by
+            their names in the backbone: ``['patch_embed.*', 'cls_token']``. ``*`` stands for anything, dots included;
+            a module's name for all in it. BatchNorm whose parameters are all trained also learns its statistics.
+            Defaults to none.
+        freeze: Patterns of parameters beside the backbone that are not trained, by their names in the model:
+            ``['neck.*', 'decode_head.conv_seg']``. BatchNorm among them keeps its statistics. Defaults to none.
+        backbones: Paths of the backbones in the model, needed where it has several: ``['image_encoder']``. Defaults
+            to None, the only one.
         **options: Options of the method, such as ``bottleneck=32``.
 
     Returns:
@@ -418,8 +671,8 @@ def inject(
 
     Raises:
         ValueError: The method or an option is unknown or out of range, the
-            model is adapted already or wrapped, or has no known block. The
-            model is unchanged then.
+            model is adapted already or wrapped, has no known block or several backbones, or does not have what was
+            selected. The model is unchanged then.
 
     Example:
         >>> from iconformer_mm import inject
@@ -436,29 +689,125 @@ def inject(
     current = get_injection(model)
     if current is not None:
         raise ValueError(f"the model is adapted already, by '{current.method.name}'; call remove(model) first")
-    _refuse_dropped_tokens(model, built)
     dtype = None if frozen_dtype is None else check_frozen_dtype(frozen_dtype)
     if dtype is not None and not built.freezes:
         raise ValueError(f"method '{built.name}' freezes nothing that could be held in frozen_dtype={frozen_dtype!r}")
-    Injection(find_backbone(model), built, frozen_dtype=dtype, with_cp=with_cp)
+    paths = None if backbones is None else backbones if isinstance(backbones, str) else tuple(backbones)
+    selection = Selection(blocks, unfreeze, freeze, paths)  # type: ignore[arg-type]
+    adapt(model, built, selection, dtype, with_cp)
     return summarize(model)
+
+
+def adapt(
+    model: nn.Module,
+    method: PEFTMethod,
+    selection: Selection,
+    frozen_dtype: torch.dtype | None = None,
+    with_cp: bool = False,
+) -> Injection:
+    """Do what :func:`inject` does, for a method that is made and an unadapted model.
+
+    Raises:
+        ValueError: See there.
+    """
+    host = unwrap(model)
+    if method.freezes:
+        check_host(host)
+        backbones = find_backbones(host, selection.backbones)
+        _refuse_dropped_tokens(host, backbones, method, selection)
+    else:
+        backbones = search(host).learning or {'': host}
+    copies = find_copies(host, backbones) if method.adapts else {}
+    injection = Injection(backbones, method, frozen_dtype=frozen_dtype, with_cp=with_cp, selection=selection)
+    try:
+        frozen = selection.frozen_names(beside(host, injection))
+        for copy_path, original in copies.items():
+            _follow(host.get_submodule(copy_path), backbones[original], method, selection)
+        _refresh_averages(host)
+        _check_state(host)
+    except Exception:
+        _undo_all(host)
+        raise
+    if frozen:
+        FrozenParts(host, frozen)
+    return injection
+
+
+def _follow(copy: nn.Module, original: nn.Module, method: PEFTMethod, selection: Selection) -> None:
+    """Give a copy that follows by averaging the adapters of its original."""
+    plain = Selection(blocks=selection.blocks, classifiers=selection.classifiers)
+    Injection(copy, method, selection=plain, follows=True)
+    values = original.state_dict()
+    with torch.no_grad():
+        for name, value in copy.state_dict().items():
+            if is_adapter(name):
+                value.copy_(values[name])
+
+
+def _refresh_averages(model: nn.Module) -> None:
+    """Let MMEngine's averaging models know the parameters that their modules have now."""
+    for averaged in averaged_models(model):
+        module: Any = averaged.module
+        averaged.avg_parameters = module.state_dict() if averaged.update_buffers else dict(module.named_parameters())
+
+
+def _check_state(model: nn.Module) -> None:
+    """Refuse models whose state dict does not have the adapters."""
+    kept = model.state_dict()
+    places = {path: module for path, module in model.named_modules() if _KEY in vars(module)}
+    lost = [
+        full
+        for path, module in places.items()
+        for name, _ in module.named_parameters()
+        if is_adapter(name) and (full := join(path, name)) not in kept
+    ]
+    if lost:
+        raise ValueError(
+            f'{type(model).__name__} leaves adapters out of its state_dict(), such as {lost[0]}: they would be lost on '
+            'saving. A module in it drops what is not its own; adapt what lies in that'
+        )
+
+
+def _undo_all(model: nn.Module, restore: bool = True) -> None:
+    parts = vars(model).get(FrozenParts.KEY)
+    if parts is not None:
+        parts.release()
+    for injection in injections_of(model):
+        injection.undo(restore)
+    if hasattr(model, PARTS):
+        delattr(model, PARTS)
+    _refresh_averages(model)
+
+
+def beside(model: nn.Module, injection: Injection) -> list[str]:
+    """Names of a model's parameters beside its backbones, classifiers within them included."""
+    inside = {
+        id(p)
+        for path, backbone in injection.backbones.items()
+        for n, p in backbone.named_parameters()
+        if not is_below(n, injection.outside[path])
+    }
+    return [n for n, p in model.named_parameters() if id(p) not in inside and not is_below(n, [PARTS])]
 
 
 def remove(model: nn.Module) -> None:
     """Take the PEFT method out again: same keys, same outputs, same gradients as before.
 
+    Parameters of the base that were trained in place (``unfreeze``) get the values of the base back.
+
     Args:
         model: An adapted model.
 
     Raises:
-        ValueError: The model is not adapted.
+        ValueError: The model is not adapted, or the values of the base are not known.
     """
     injection = get_injection(model)
     if injection is None:
         raise ValueError(f'{type(unwrap(model)).__name__} is not adapted: there is nothing to remove')
-    injection.undo()
-    if hasattr(unwrap(model), PARTS):
-        delattr(unwrap(model), PARTS)
+    backbones_of(model)  # all of what was adapted together
+    for base in injection.trained.values():
+        base.check()
+    _undo_all(unwrap(model))
 
 
 @dataclass
@@ -466,11 +815,13 @@ class _Merged:
     """What :func:`unmerge` needs: the adapter, and what merging changed."""
 
     name: str
-    method: dict[str, Any]
-    frozen_dtype: str | None
+    method: PEFTMethod
+    selection: Selection
+    frozen_dtype: torch.dtype | None
     with_cp: bool
     adapter: dict[str, Tensor]
-    base: dict[str, Tensor] | None
+    unfrozen: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]
+    base: list[tuple[nn.Parameter, Tensor]] | None
 
 
 def merge(model: nn.Module, safe: bool = True, keep_base: bool = True) -> None:
@@ -514,18 +865,40 @@ def merge(model: nn.Module, safe: bool = True, keep_base: bool = True) -> None:
                     f"merging would put NaN or infinity into {attachment.path(weight)}: the adapter '{name}' diverged. "
                     'Take a checkpoint from before that, or pass safe=False'
                 )
-    dtype = None if injection.precision is None else injection.precision.name
-    record = _Merged(name, adapter.method.config, dtype, injection.with_cp, {}, {} if keep_base else None)
-    record.adapter = {n: t.detach().clone() for n, t in adapter.state().items()}
-    backbone = injection.backbone
-    injection.undo()
-    for attachment in attachments:
-        for weight, (parameter, value) in attachment.merged_weights().items():
-            if record.base is not None:
-                record.base[attachment.path(weight)] = parameter.detach().clone()
-            with torch.no_grad():
-                parameter.copy_(value)
+    backbones_of(model)  # all of what was adapted together
+    host = unwrap(model)
+    for base in injection.trained.values():
+        base.check()
+    record = _Merged(
+        name,
+        adapter.method,
+        adapter.selection,
+        injection.precisions[0].dtype if injection.precisions else None,
+        injection.with_cp,
+        {n: t.detach().clone() for n, t in adapter.state().items()},
+        {path: (base.base_values(), base.trained_values()) for path, base in injection.trained.items()},
+        [] if keep_base else None,
+    )
+    for follower in injections_of(model):
+        if follower is not injection:
+            attachments += [a for a in follower.attachments if isinstance(a, WeightMergingAttachment)]
+    backbone = next(iter(injection.backbones.values()))
+    merged = [pair for a in attachments for pair in _merged_in_place(a, record.base)]
+    _undo_all(host, restore=False)
+    with torch.no_grad():
+        for parameter, value in merged:
+            parameter.copy_(value)
     setattr(backbone, _MERGED, record)
+
+
+def _merged_in_place(
+    attachment: Any, base: list[tuple[nn.Parameter, Tensor]] | None
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """What merging an attachment changes; what is there before joins ``base``."""
+    pairs = list(attachment.merged_weights().values())
+    if base is not None:
+        base += [(parameter, parameter.detach().clone()) for parameter, _ in pairs]
+    return pairs
 
 
 def unmerge(model: nn.Module) -> None:
@@ -540,25 +913,31 @@ def unmerge(model: nn.Module) -> None:
         ValueError: No adapter was merged into it, or ``keep_base=False`` was given.
             The model is unchanged then.
     """
-    backbone = find_backbone(model)
-    record: _Merged | None = getattr(backbone, _MERGED, None)
-    if record is None:
-        raise ValueError(f'no adapter was merged into {type(unwrap(model)).__name__}: there is nothing to unmerge')
+    host = unwrap(model)
+    holders = [module for module in host.modules() if _MERGED in vars(module)]
+    if not holders:
+        raise ValueError(f'no adapter was merged into {type(host).__name__}: there is nothing to unmerge')
+    record: _Merged = vars(holders[0])[_MERGED]
     if record.base is None:
         raise ValueError(
             'the adapter was merged with keep_base=False, so its base is gone; load the base weights again'
         )
     if get_injection(model) is not None:
         raise ValueError('the model is adapted anew; call remove(model) first')
-    parameters = dict(backbone.named_parameters())
     with torch.no_grad():
-        for name, value in record.base.items():
-            parameters[name].copy_(value)
-    dtype = None if record.frozen_dtype is None else check_frozen_dtype(record.frozen_dtype)
-    method = build_method(record.method)
-    injection = Injection(backbone, method, record.name, frozen_dtype=dtype, with_cp=record.with_cp)
+        for parameter, value in record.base:
+            parameter.copy_(value)
+    backbones = find_backbones(host, record.selection.backbones)
+    for path, (base, _) in record.unfrozen.items():
+        set_values(backbones[path], base)
+    injection = adapt(host, record.method, record.selection, record.frozen_dtype, record.with_cp)
+    if record.name != DEFAULT_NAME:
+        injection.rename(DEFAULT_NAME, record.name)
     injection.adapters[record.name].load(record.adapter)
-    delattr(backbone, _MERGED)
+    for path, (_, trained) in record.unfrozen.items():
+        injection.trained[path].begin()
+        set_values(backbones[path], trained)
+    delattr(holders[0], _MERGED)
 
 
 def summarize(model: nn.Module) -> Summary:
@@ -571,27 +950,30 @@ def summarize(model: nn.Module) -> Summary:
         The counts. Print it for a table.
     """
     model = unwrap(model)
-    backbone = find_backbone(model)
     injection = get_injection(model)
-    own = {id(p) for n, p in backbone.named_parameters() if not is_adapter(n)}
+    backbones = backbones_of(model)
+    kinds: dict[int, str] = {}
+    for backbone in backbones.values():
+        outside = [] if injection is None else outside_of(injection, backbone)
+        for name, parameter in backbone.named_parameters():
+            if not is_below(name, outside):
+                kinds[id(parameter)] = 'adapters' if injection is not None and is_adapter(name) else 'backbone'
+    paths = list(backbones)
 
-    inactive = {
-        id(p)
-        for adapter in (injection.adapters.values() if injection else ())
-        if adapter.trained
-        for p in adapter.trained
-    }
+    def part_of(name: str) -> str:
+        """The outermost module that holds no backbone."""
+        words = name.split('.')
+        for end in range(1, len(words)):
+            part = '.'.join(words[:end])
+            if not any(is_below(path, [part]) for path in paths):
+                return part
+        return name
 
+    adapters_of = injection.adapters.values() if injection else ()
+    kinds.update((id(p), 'inactive adapters') for adapter in adapters_of if adapter.trained for p in adapter.trained)
     parts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
-        if id(parameter) in inactive:
-            part = 'inactive adapters'
-        elif id(parameter) in own:
-            part = 'backbone'
-        elif is_adapter(name):
-            part = 'adapters'
-        else:
-            part = name.partition('.')[0]
+        part = kinds.get(id(parameter)) or part_of(name)
         trained, total = parts.get(part, (0, 0))
         parts[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
 
@@ -599,8 +981,8 @@ def summarize(model: nn.Module) -> Summary:
     own_trained, own_total = parts.get('backbone', (0, 0))
     adapters_trained, adapters = parts.get('adapters', (0, 0))
     sites: dict[str, list[str]] = {}
-    for attachment in injection.attachments if injection else ():
-        sites.setdefault(attachment.kind, []).append(attachment.name)
+    for name, attachment in injection.named_attachments().items() if injection else ():
+        sites.setdefault(attachment.kind, []).append(name)
     return Summary(
         method=injection.current.method.name if injection and injection.current else None,
         trainable=trainable,
@@ -610,4 +992,16 @@ def summarize(model: nn.Module) -> Summary:
         backbone_share=(own_trained + adapters_trained) / max(own_total, 1),
         sites=sites,
         parts=parts,
+        backbones=paths,
+        unfrozen=injection.trained_names() if injection else [],
+        following=[
+            name
+            for name, module in model.named_modules()
+            if injection is not None and _KEY in vars(module) and vars(module)[_KEY] is not injection
+        ],
     )
+
+
+def outside_of(injection: Injection, backbone: nn.Module) -> list[str]:
+    """Names of the classifiers in one of the backbones."""
+    return next(injection.outside[path] for path, module in injection.backbones.items() if module is backbone)

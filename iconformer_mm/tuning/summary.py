@@ -22,8 +22,11 @@ class Summary:
         backbone_share: Trained parameters on the backbone's side (adapters, or
             all of it in full fine-tuning) by ``backbone``; heads never count.
         sites: Names of the adapted modules, by block family or class.
-        parts: For each top-level part of the model its trained and its whole
-            count, adapters as a part of their own.
+        parts: For each part of the model its trained and its whole count: the backbone, the adapters, and the
+            outermost modules that hold no backbone.
+        backbones: Paths of the backbones in the model.
+        unfrozen: Names of the backbone's own parameters and statistics that are trained.
+        following: Paths of copies of the backbones that follow them by averaging, adapters included.
     """
 
     method: str | None
@@ -34,6 +37,9 @@ class Summary:
     backbone_share: float
     sites: dict[str, list[str]] = field(default_factory=dict)
     parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    backbones: list[str] = field(default_factory=list)
+    unfrozen: list[str] = field(default_factory=list)
+    following: list[str] = field(default_factory=list)
 
     @property
     def num_sites(self) -> int:
@@ -57,4 +63,10 @@ class Summary:
         console = Console(file=text, width=88, color_system=None, force_jupyter=False)
         console.print(table)
         console.print(f'trained share of the backbone: {self.backbone_share:.3%}; adapted: {where}')
+        if self.backbones not in ([''], ['backbone'], []):
+            console.print(f'backbones: {", ".join(self.backbones)}')
+        if self.unfrozen:
+            console.print(f'trained of the backbone itself: {", ".join(self.unfrozen)}')
+        if self.following:
+            console.print(f'following by averaging: {", ".join(self.following)}')
         return text.getvalue().rstrip()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from mmengine.model import is_model_wrapper
@@ -12,8 +12,23 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from .attachments.base import placement
-from .injection import DEFAULT_NAME, PARTS, Injection, escape, find_backbone, get_injection, inject, unwrap
+from .backbones import find_backbones, find_classifiers, is_below, join, unwrap
+from .freezing import FrozenParts
+from .injection import (
+    DEFAULT_NAME,
+    PARTS,
+    Injection,
+    adapt,
+    backbones_of,
+    beside,
+    escape,
+    get_injection,
+    injections_of,
+    outside_of,
+    remove,
+)
 from .methods import build_method
+from .selection import Selection
 
 
 def list_adapters(model: nn.Module) -> list[str]:
@@ -43,12 +58,33 @@ def _require(model: nn.Module, name: str | None = None) -> Injection:
     return injection
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    """What stands beside the backbone and belongs to a task: neck, head and the like."""
-    backbone = find_backbone(model)
-    if backbone is model:
-        return {}
-    return {n: m for n, m in model.named_children() if m is not backbone and n not in ('data_preprocessor', PARTS)}
+def _parts(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
+    """What stands beside the backbones and belongs to a task: neck, head, classifier and the like, by path."""
+    injection = get_injection(model)
+    if injection is None:
+        backbones = find_backbones(model, selection.backbones)
+        outside = [join(p, n) for p, b in backbones.items() for n in find_classifiers(b)]
+    else:
+        backbones = backbones_of(model)
+        outside = [join(p, n) for p, b in backbones.items() for n in outside_of(injection, b)]
+    parts: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            where = join(path, name)
+            if any(is_below(backbone, [where]) for backbone in backbones if backbone) and where not in backbones:
+                walk(child, where)
+            elif where not in backbones and '' not in backbones and name not in ('data_preprocessor', PARTS):
+                parts[where] = child
+
+    walk(model, '')
+    parts.update({path: model.get_submodule(path) for path in outside})
+    return parts
+
+
+def _set_part(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition('.')
+    setattr(model.get_submodule(parent), name, module)
 
 
 def add_adapter(
@@ -56,6 +92,8 @@ def add_adapter(
     name: str,
     method: str | dict = 'icon',
     parts: dict[str, nn.Module | dict] | None = None,
+    blocks: str | Sequence[int | str] = 'all',
+    freeze: Sequence[str] = (),
     **options: Any,
 ) -> None:
     """Put another adapter on the same base. It stays inactive unless it is the first.
@@ -70,41 +108,86 @@ def add_adapter(
             configs of the model's registry, by their names in the model, e.g.
             ``dict(head=dict(type='LinearClsHead', ...))``. Those not given are
             copies of the model's present ones.
+        blocks: The blocks that it adapts, see :func:`iconformer_mm.inject`. Defaults to ``'all'``.
+        freeze: Patterns of parameters beside the backbone that are not trained, see there. Adapters may differ in
+            it. Defaults to none.
         **options: Options of the method.
 
     Raises:
-        ValueError: The name is taken, the method or a part is unknown, or a
-            method that trains the backbone itself is among them. The model is
-            unchanged then.
+        ValueError: The name is taken, the method or a part is unknown, parameters of the base are trained, or a
+            method that trains the backbone itself is among them. The model is unchanged then.
     """
-    present = _parts(model)
+    add_selected(model, name, method, parts, Selection(blocks, freeze=freeze), **options)  # type: ignore[arg-type]
+
+
+def add_selected(
+    model: nn.Module,
+    name: str,
+    method: str | dict,
+    parts: dict[str, nn.Module | dict] | None,
+    selection: Selection,
+    **options: Any,
+) -> None:
+    """Do what :func:`add_adapter` does, with all that can be selected.
+
+    Raises:
+        ValueError: See there.
+    """
+    injection = get_injection(model)
+    if injection is not None:
+        _require(model)
+    present = _parts(model, selection)
     for part in parts or {}:
         if part not in present:
             raise ValueError(f"the model has no part '{part}' beside its backbone; it has: {', '.join(present)}")
     own = {n: p if isinstance(p, nn.Module) else MODELS.build(p) for n, p in (parts or {}).items()}
-    if get_injection(model) is None:
-        inject(model, method, **options)
-        _require(model).rename(DEFAULT_NAME, name)
+    built = build_method(method, **options)
+    if injection is None:
+        before = {part: model.get_submodule(part) for part in own}
         for part, module in own.items():
-            setattr(model, part, module)
+            _set_part(model, part, module)
+        try:
+            injection = adapt(model, built, selection)
+        except Exception:
+            for part, module in before.items():
+                _set_part(model, part, module)
+            raise
+        injection.rename(DEFAULT_NAME, name)
         return
 
-    injection = _require(model)
     if name in injection.adapters:
         raise ValueError(f"there is an adapter '{name}' already; delete_adapter(model, '{name}') first")
-    built = build_method(method, **options)
     for each in (built, injection.method):
         if not each.freezes:
             raise ValueError(f"method '{each.name}' changes the base itself, so it cannot share it with other adapters")
-    injection.add(name, built)
+    _check_shareable(model, present)
+    new = {n: own[n] if n in own else copy.deepcopy(m) for n, m in present.items()}
+    selection.frozen_names([f'{part}.{n}' for part, m in new.items() for n, _ in m.named_parameters()])
+    injection.add(name, built, selection)
     if injection.current is not None and injection.current.parts is None:
         injection.current.parts = present
-    new = {n: own[n] if n in own else copy.deepcopy(m) for n, m in present.items()}
-    adapter, device = injection.adapters[name], placement(find_backbone(model))[0]
+    adapter, device = injection.adapters[name], placement(next(iter(injection.backbones.values())))[0]
     adapter.release()
     adapter.parts = {n: m.to(device) for n, m in new.items()}
     adapter.hold()
     _register_parts(model, injection)
+
+
+def _check_shareable(model: nn.Module, parts: dict[str, nn.Module]) -> None:
+    """Refuse a second adapter where not all that is trained could be kept apart."""
+    injections = injections_of(model)
+    if len(injections) > 1:
+        raise ValueError(
+            f'{type(model).__name__} has copies that follow its backbone by averaging; they follow one adapter, so '
+            'there cannot be another'
+        )
+    backbones = backbones_of(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and '' not in backbones and not is_below(name, [*parts, *backbones]):
+            raise ValueError(
+                f"'{name}' is a trained parameter of {type(model).__name__} itself, which all adapters would share; "
+                'freeze it, or give each task its own copy of the model'
+            )
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -122,9 +205,18 @@ def set_adapter(model: nn.Module, name: str) -> None:
     """
     injection = _require(model, name)
     injection.activate(name)
-    for part, module in (injection.adapters[name].parts or {}).items():
-        setattr(model, part, module.train(model.training))
+    parts = injection.adapters[name].parts
+    if parts is None:
+        return
+    frozen = vars(model).get(FrozenParts.KEY)
+    if frozen is not None:
+        frozen.release()
+    for part, module in parts.items():
+        _set_part(model, part, module.train(model.training))
     _register_parts(model, injection)
+    names = injection.selection.frozen_names(beside(model, injection))
+    if names:
+        FrozenParts(model, names)
 
 
 def _register_parts(model: nn.Module, injection: Injection) -> None:
@@ -132,7 +224,7 @@ def _register_parts(model: nn.Module, injection: Injection) -> None:
     if hasattr(model, PARTS):
         delattr(model, PARTS)
     waiting = {
-        escape(name): nn.ModuleDict(adapter.parts)
+        escape(name): nn.ModuleDict({escape(path): part for path, part in adapter.parts.items()})
         for name, adapter in injection.adapters.items()
         if adapter.parts and name != injection.active
     }
@@ -144,17 +236,23 @@ def _register_parts(model: nn.Module, injection: Injection) -> None:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the backbone runs as the base, exactly as before it was adapted.
 
-    Neck and head stay those of the active adapter. It holds for the calling thread, touches no module,
-    and may be nested. The backward pass of what ran within it may come later.
+    Neck and head stay those of the active adapter.
 
     Args:
         model: An adapted model.
+
+    Raises:
+        ValueError: The model is not adapted or wrapped, or parameters of its base are trained (``unfreeze``).
 
     Example:
         >>> with disabled(model):
         ...     base_features = model.extract_feat(images)
     """
-    with _require(model).switch.off():
+    injection = _require(model)
+    injection.check_unchanged('disabled()')
+    with ExitStack() as stack:
+        for each in injections_of(model):
+            stack.enter_context(each.switch.off())
         yield model
 
 
@@ -172,5 +270,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         ValueError: There is no such adapter, or the model is wrapped.
     """
     injection = _require(model, name)
+    if len(injection.adapters) == 1:
+        remove(model)
+        return
     injection.delete(name)
     _register_parts(model, injection)

@@ -447,7 +447,7 @@ def test_refuses_a_second_injection_and_an_empty_removal():
 
 def test_refuses_hosts_that_use_the_name():
     model = vit()
-    model.old_adapter = nn.Linear(2, 2)
+    model.adapter = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="have 'adapter' in their names"):
         inject(model)
 

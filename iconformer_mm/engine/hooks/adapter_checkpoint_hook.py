@@ -23,9 +23,10 @@ from torch import nn
 from iconformer_mm.checkpoint import DamagedFileError, base_parameters, fingerprint, load_safetensors, same_base
 from iconformer_mm.checkpoint.safetensors_io import TEMPORARY
 from iconformer_mm.checkpoint.training_checkpoint import save_checkpoint
+from iconformer_mm.checkpoint.tuned_state import frozen_state, heads_of
 from iconformer_mm.tuning import get_injection
-from iconformer_mm.tuning.freezing import is_adapter
-from iconformer_mm.tuning.injection import find_backbone, unwrap
+from iconformer_mm.tuning.injection import backbones_of, unwrap
+from iconformer_mm.tuning.selection import Selection
 
 NOTE = 'iconformer_mm'  # what this hook keeps beside MMEngine's own content
 
@@ -142,6 +143,7 @@ class AdapterCheckpointHook(CheckpointHook):
         if note is None:
             return  # an ordinary checkpoint
         model = unwrap(runner.model)
+        check_selection(note, model)
         needed, actual = note['base_fingerprint'], fingerprint(model)
         if not same_base(needed, actual) and isinstance(model, BaseModule) and not model.is_init:
             model.init_weights()  # in tests MMEngine leaves out what `init_cfg` says
@@ -250,7 +252,10 @@ class AdapterCheckpointHook(CheckpointHook):
         checkpoint[NOTE] = dict(
             method=injection.method.config,
             task=type(model).__name__,
-            sites=[attachment.name for attachment in injection.attachments],
+            selection=injection.selection.config,
+            backbones=list(backbones_of(model)),
+            heads=heads_of(model),
+            sites=list(injection.named_attachments()),
             base_fingerprint=self._base_fingerprint,
             base_parameters=sorted(base_parameters(model)),
             load_from=self._source,
@@ -339,11 +344,24 @@ def newest_intact(folder: Path, filename_tmpl: str) -> tuple[Path | None, list[D
     return None, damaged
 
 
-def frozen_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The part of a model's state dict that its PEFT method keeps as it is."""
-    backbone = find_backbone(model)
-    prefix = '' if backbone is model else 'backbone.'
-    return {n: v for n, v in model.state_dict().items() if n.startswith(prefix) and not is_adapter(n)}
+def check_selection(note: dict, model: nn.Module) -> None:
+    """Compare what a checkpoint adapts and trains with what the model does.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    injection = get_injection(model)
+    if injection is None:
+        return
+    theirs, ours = Selection.from_config(note.get('selection')), injection.selection
+    for option in ('blocks', 'unfreeze'):
+        values = getattr(theirs, option), getattr(ours, option)
+        same_blocks = option == 'blocks' and set(note['sites']) == set(injection.named_attachments())
+        if values[0] != values[1] and not same_blocks:
+            raise ValueError(
+                f'the checkpoint was trained with {option}={values[0]!r}, the model is adapted with '
+                f'{option}={values[1]!r}: give the config that it was trained by'
+            )
 
 
 def waiting_gradients(runner: Runner) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from iconformer_mm.adapters import Adapter
 from iconformer_mm.adapters.icon import ICoN
 from iconformer_mm.tuning import get_injection
-from iconformer_mm.tuning.injection import find_backbone, unwrap
+from iconformer_mm.tuning.injection import backbones_of, unwrap
 
 
 @HOOKS.register_module()
@@ -70,13 +70,15 @@ class AdapterStatisticsHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Find the adapters."""
         injection = get_injection(runner.model)
-        attachments = injection.attachments if injection else []
-        self._adapters = {f'{a.name}.{n}'.lstrip('.'): module for a in attachments for n, module in a.adapters.items()}
+        attachments = injection.named_attachments() if injection else {}
+        self._adapters = {
+            f'{where}.{n}'.lstrip('.'): module for where, a in attachments.items() for n, module in a.adapters.items()
+        }
         if not self._adapters:
             raise ValueError('AdapterStatisticsHook finds no adapters in the model: a PEFTHook puts them there')
         if isinstance(runner.optim_wrapper, OptimWrapperDict):
             raise ValueError('AdapterStatisticsHook reads the gradients of one optimizer, and there are several')
-        own = {id(p) for p in find_backbone(runner.model).parameters()}
+        own = {id(p) for backbone in backbones_of(runner.model).values() for p in backbone.parameters()}
         self._head = [p for p in unwrap(runner.model).parameters() if p.requires_grad and id(p) not in own]
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:

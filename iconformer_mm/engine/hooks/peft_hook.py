@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.dist import master_only
@@ -13,6 +14,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint import save_adapter
+from iconformer_mm.engine.optim_wrapper_constructor import describe_groups
 from iconformer_mm.tuning import get_injection, inject
 from iconformer_mm.tuning.injection import Injection, unwrap
 
@@ -37,9 +39,13 @@ class PEFTHook(Hook):
             :func:`iconformer_mm.inject`. Defaults to None, as they are.
         with_cp: Whether adapted blocks are recomputed in the backward pass (gradient
             checkpointing). Defaults to False, which leaves it to the backbone.
+        blocks: The blocks to adapt, see :func:`iconformer_mm.inject`. Defaults to ``'all'``.
+        unfreeze: Patterns of the backbone's own parameters that are trained, too. Defaults to none.
+        freeze: Patterns of parameters beside the backbone that are not trained. Defaults to none.
+        backbones: Paths of the backbones in a model that has several. Defaults to None, the only one.
 
     Raises:
-        ValueError: The model is adapted already, the runner has no config to
+        ValueError: The model is adapted already or does not have what was selected, the runner has no config to
             rebuild its parts from, or is a FlexibleRunner.
 
     Example:
@@ -55,11 +61,16 @@ class PEFTHook(Hook):
         save_adapter: bool = True,
         frozen_dtype: str | None = None,
         with_cp: bool = False,
+        blocks: str | Sequence[int | str] = 'all',
+        unfreeze: Sequence[str] = (),
+        freeze: Sequence[str] = (),
+        backbones: Sequence[str] | None = None,
     ) -> None:
         self.method = method
         self.save_adapter = save_adapter
         self.frozen_dtype = frozen_dtype
         self.with_cp = with_cp
+        self.selected = dict(blocks=blocks, unfreeze=unfreeze, freeze=freeze, backbones=backbones)
         self._injection: Injection | None = None
 
     def before_run(self, runner: Runner) -> None:
@@ -73,7 +84,7 @@ class PEFTHook(Hook):
             )
         wrapped = is_model_wrapper(runner.model)
         model = runner.model.module if wrapped else runner.model
-        summary = inject(model, self.method, self.frozen_dtype, self.with_cp)
+        summary = inject(model, self.method, self.frozen_dtype, self.with_cp, **self.selected)  # type: ignore[arg-type]
         self._injection = get_injection(model)
         runner.logger.info(f'\n{summary}')
 
@@ -98,6 +109,7 @@ class PEFTHook(Hook):
         runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
         if schedulers is not None:
             runner.param_schedulers = runner.build_param_scheduler(copy.deepcopy(runner.cfg.param_scheduler))
+        runner.logger.info(f'\n{describe_groups(unwrap(runner.model), runner.optim_wrapper)}')
 
     @master_only
     def after_train(self, runner: Runner) -> None:
