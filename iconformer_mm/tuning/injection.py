@@ -351,6 +351,13 @@ def make_attachments(
     if method.needs_blocks and not sites:
         raise no_site_error(backbone)
     chosen = selection.chosen(sites, type(backbone).__name__)
+    names = [site.name for site in sites]
+    places = [names.index(site.name) for site in chosen]
+    if places and getattr(method, 'deep', True) is False and places != list(range(places[0], places[-1] + 1)):
+        raise ValueError(
+            f"method '{method.name}' with deep=False carries tokens from block to block, so `blocks` must be "
+            f'consecutive; got {[site.name for site in chosen]}'
+        )
     attachments = method.make_attachments(backbone, chosen, tracker_of)
     if selection.blocks != 'all':
         attachments = [a for a in attachments if is_below(a.name, [site.name for site in chosen])]
