@@ -11,9 +11,10 @@ from mmengine.config import ConfigDict
 from mmengine.dataset import Compose
 from mmengine.model import MMDistributedDataParallel
 from mmpretrain.models import build_backbone, build_classifier
+from mmpretrain.registry import MODELS
 from torch import nn
 
-from iconformer_mm import inject, load_adapter, merge, save_adapter
+from iconformer_mm import add_adapter, inject, load_adapter, merge, save_adapter
 from iconformer_mm.apis import load_config
 from iconformer_mm.checkpoint import read_adapter, save_safetensors
 from iconformer_mm.datasets.checks import CheckedPipeline
@@ -139,6 +140,20 @@ CASES = {
     ),
     'num_blocks is': lambda _: inject(vit(), 'partial', num_blocks=9),
     '... tokens do not fit': lambda _: merge_tokens(),
+    '... has several backbones': lambda _: inject(nn.ModuleDict(dict(rgb=vit(), depth=vit()))),
+    'no backbone is found': lambda _: inject(nn.ModuleDict(dict(head=nn.ModuleList([vit().layers[0]])))),
+    'unfreeze: no parameter': lambda _: inject(vit(), unfreeze=['patch_embd.*']),
+    '... needs the base': lambda _: add_adapter(adapted(unfreeze=['cls_token']), 'other'),
+    "... is MMPretrain's LoRAModel": lambda _: inject(
+        MODELS.build(
+            dict(
+                type='LoRAModel',
+                module=dict(type='VisionTransformer', arch=VIT, img_size=64),
+                rank=2,
+                targets=[dict(type='qkv')],
+            )
+        )
+    ),
     'a block of': lambda _: run_block_alone(),
     'with_cp recomputes': lambda _: inject(vit(), 'bitfit', with_cp=True),
     'nothing to train': lambda _: PEFTOptimWrapperConstructor(dict(optimizer=dict(type='SGD', lr=0.1)))(frozen_vit()),

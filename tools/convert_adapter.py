@@ -18,6 +18,7 @@ from iconformer_mm.apis import load_config
 from iconformer_mm.apis.inspection import build_model, names_weights
 from iconformer_mm.checkpoint import DamagedFileError
 from iconformer_mm.checkpoint.foreign_adapters import inject_foreign, read_foreign
+from iconformer_mm.tuning.injection import find_backbone
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,7 +50,7 @@ def main() -> None:
         inject_foreign(model, foreign)
     except (UserError, DamagedFileError, FileNotFoundError, ValueError) as error:
         raise SystemExit(f'error: {str(error).replace("--trust-base", "--trust")}') from None
-    save_adapter(model.backbone, args.out, metadata=dict(converted_from=f'{args.kind}: {args.checkpoint.name}'))
+    save_adapter(find_backbone(model), args.out, metadata=dict(converted_from=f'{args.kind}: {args.checkpoint.name}'))
     print(f'{args.out}: {foreign.method}, {summarize(model).adapters:,} parameters in {len(foreign.blocks)} blocks')
 
 

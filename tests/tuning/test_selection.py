@@ -125,6 +125,17 @@ def test_blocks_where_there_are_none_to_choose():
         inject(vit(), 'partial', num_blocks=3, blocks='last:2')
 
 
+def test_shallow_prompts_need_consecutive_blocks():
+    with pytest.raises(ValueError, match='must be consecutive; got .*layers.0.*layers.2'):
+        inject(vit(), 'vpt', deep=False, blocks=[0, 2])
+    assert adapted_blocks(inject_into(vit(), 'vpt', deep=False, blocks=[1, 2])) == [1]
+
+
+def inject_into(model, *args, **options):
+    inject(model, *args, **options)
+    return model
+
+
 # Parameters of the base
 
 
