@@ -18,11 +18,19 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from iconformer_mm.tuning.accounting import (
+    WeightsError,
+    adopt_output_norms,
+    base_buffers,
+    complete_method,
+    method_difference,
+    trained_in_place,
+)
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import adapter_shapes, find_backbone, get_injection, inject, remove, unwrap
-from iconformer_mm.tuning.methods import build_method
 from iconformer_mm.tuning.switching import active_adapter, add_adapter, delete_adapter, set_adapter
 from iconformer_mm.version import __version__
 
@@ -56,8 +64,69 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The backbone's own parameters, without adapters, by their names in it."""
-    return {n: p.detach() for n, p in find_backbone(model).named_parameters() if not is_adapter(n)}
+    """The backbone's own parameters, without adapters and what is trained in place, by their names in it."""
+    trained = _trained(model)
+    named = find_backbone(model).named_parameters()
+    return {n: p.detach() for n, p in named if not is_adapter(n) and n not in trained}
+
+
+def _trained(model: nn.Module) -> set[str]:
+    injection = get_injection(model)
+    return set() if injection is None else trained_in_place(injection)
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """How a file tells the base that its adapter belongs to.
+
+    Args:
+        model: A model, or a backbone alone.
+
+    Returns:
+        ``base_fingerprint`` and ``base_parameters``, the fingerprint and the names of its parameters. Where the
+        base has buffers that are learnt (running statistics), also ``base_buffers_fingerprint`` and
+        ``base_buffers``. Counters and indices are left out: no evaluation reads the first, and the others
+        follow from the architecture.
+    """
+    parameters, buffers = base_parameters(model), base_buffers(find_backbone(model))
+    base: dict[str, Any] = dict(base_fingerprint=hash_parameters(parameters), base_parameters=sorted(parameters))
+    if buffers:
+        base.update(base_buffers_fingerprint=hash_parameters(buffers), base_buffers=sorted(buffers))
+    return base
+
+
+def base_difference(content: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
+    """How a base differs from the one that a file belongs to.
+
+    Args:
+        content: What :func:`describe_base` gave, or metadata with it. Without the keys of buffers, as older
+            files have it, parameters alone are compared.
+        tensors: Parameters and buffers of the base, by their names in the backbone.
+
+    Returns:
+        The difference in words, None for the same base.
+    """
+    for what, prints, names in (
+        ('weights have', 'base_fingerprint', 'base_parameters'),
+        ('buffers (running statistics) have', 'base_buffers_fingerprint', 'base_buffers'),
+    ):
+        if prints not in content:
+            continue
+        missing = [name for name in content[names] if name not in tensors]
+        if missing:
+            return f'the base has no {missing[0]} ({len(missing)} of {len(content[names])} tensors are missing)'
+        actual = hash_parameters({name: tensors[name] for name in content[names]})
+        if not same_base(content[prints], actual):
+            return f'the base {what} fingerprint {actual[:12]}, the adapter needs {content[prints][:12]}'
+    return None
+
+
+def base_of(model: nn.Module) -> dict[str, Tensor]:
+    """What :func:`base_difference` compares: the own tensors of a model's backbone.
+
+    Args:
+        model: A model, or a backbone alone.
+    """
+    return {n: v for n, v in find_backbone(model).state_dict().items() if not is_adapter(n)}
 
 
 def hash_parameters(parameters: dict[str, Tensor]) -> str:
@@ -82,7 +151,8 @@ def _tuned_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors an adapter file holds, by the names they have there."""
     model = unwrap(model)
     backbone = find_backbone(model)
-    state = {_BACKBONE + name: value for name, value in backbone.state_dict().items() if is_adapter(name)}
+    trained = _trained(model)
+    state = {_BACKBONE + n: v for n, v in backbone.state_dict().items() if is_adapter(n) or n in trained}
     if backbone is not model:
         state.update((name, value) for name, value in model.state_dict().items() if not name.startswith(_BACKBONE))
     return state
@@ -122,7 +192,7 @@ def save_adapter(
     content = describe_adapter(
         injection.method.config,
         [attachment.name for attachment in injection.attachments],
-        base_parameters(model),
+        describe_base(model),
         task=task,
         classes=classes,
         notes=metadata,
@@ -133,7 +203,7 @@ def save_adapter(
 def describe_adapter(
     method: dict,
     sites: Sequence[str],
-    base: dict[str, Tensor] | tuple[str, list[str]],
+    base: dict[str, Any],
     task: str | None = None,
     classes: Sequence[str] | None = None,
     notes: dict | None = None,
@@ -143,19 +213,17 @@ def describe_adapter(
     Args:
         method: Config of the PEFT method.
         sites: Names of the adapted modules.
-        base: The base's parameters by name, or their fingerprint and names.
+        base: What :func:`describe_base` gives.
         task: What it was trained for.
         classes: Names of the classes.
         notes: Anything else (JSON).
     """
-    base_fingerprint, names = base if isinstance(base, tuple) else (hash_parameters(base), sorted(base))
     return dict(
         format_version=FORMAT_VERSION,
         package_version=__version__,
         method=method,
         sites=list(sites),
-        base_fingerprint=base_fingerprint,
-        base_parameters=list(names),
+        **base,
         task=task,
         classes=None if classes is None else [str(name) for name in classes],
         notes=notes or {},
@@ -189,6 +257,11 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
     return parse_adapter(metadata, path), tensors
 
 
+def is_adapter_file(metadata: dict[str, str]) -> bool:
+    """Whether a safetensors file's metadata is that of an adapter file."""
+    return _KEY in metadata
+
+
 def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str, Any]:
     """The content of an adapter file's metadata.
 
@@ -216,7 +289,10 @@ def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str
             f'{path} has format version {version}, this iconformer_mm {__version__} reads version {FORMAT_VERSION}; '
             'install the release that wrote it or a newer one'
         )
-    for key, kind in {'method': dict, 'sites': list, 'base_fingerprint': str, 'base_parameters': list}.items():
+    kinds: dict[str, type] = {'method': dict, 'sites': list, 'base_fingerprint': str, 'base_parameters': list}
+    if 'base_buffers_fingerprint' in content or 'base_buffers' in content:
+        kinds.update(base_buffers_fingerprint=str, base_buffers=list)
+    for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
             raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{key}`')
     return content
@@ -229,7 +305,7 @@ def _check_adapters(model: nn.Module, method: dict, tensors: dict[str, Tensor], 
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise AdapterFileError(f'{path} does not fit: its method {method} cannot be carried out: {error}') from error
     expected = {_BACKBONE + name: shape for name, shape in expected.items()}
-    found = {name: value.shape for name, value in tensors.items() if name.startswith(_BACKBONE)}
+    found = {n: v.shape for n, v in tensors.items() if n.startswith(_BACKBONE) and is_adapter(n)}
     if found != expected:
         name = min(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
         have, want = (
@@ -275,14 +351,39 @@ def load_adapter(
         ValueError: The name is taken.
     """
     content, tensors = read_adapter(path)
+    put_adapter(model, content, tensors, path, strict, name, parts)
+    return content
+
+
+def put_adapter(
+    model: nn.Module,
+    content: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: str | os.PathLike,
+    strict: bool = True,
+    name: str | None = None,
+    parts: dict[str, nn.Module | dict] | None = None,
+) -> None:
+    """Load the content of an adapter file into a model; see :func:`load_adapter`.
+
+    Args:
+        model: The model.
+        content: The file's metadata.
+        tensors: The file's tensors.
+        path: The file's name, for errors.
+        strict: Whether what does not fit is an error.
+        name: Name of the adapter to add.
+        parts: Neck and head for it.
+
+    Raises:
+        AdapterFileError: The file does not fit.
+        ValueError: The name is taken.
+    """
     model = unwrap(model)
     problems = []
-    actual = fingerprint(model)
-    if not same_base(content['base_fingerprint'], actual):
-        problems.append(
-            f'it was trained on another base: the base weights have fingerprint {actual[:12]}, the adapter needs '
-            f'{content["base_fingerprint"][:12]}. Load the weights it was trained on first'
-        )
+    difference = base_difference(content, base_of(model)) or _unaccounted(content, tensors, model)
+    if difference is not None:
+        problems.append(f'it was trained on another base: {difference}. Load the weights it was trained on first')
         if strict:
             raise AdapterFileError(f'{path} does not fit: {problems[0]}')
 
@@ -290,11 +391,8 @@ def load_adapter(
     if name is None:
         if injection is not None and injection.current is None:
             raise ValueError('no adapter is active: set_adapter first, or give a name to load the file under')
-        if injection is not None and injection.method.config != _complete(content['method'], path):
-            raise AdapterFileError(
-                f'{path} holds {content["method"]}, the model is adapted by {injection.method.config}; to have both, '
-                'give a name to load the file under'
-            )
+        if injection is not None:
+            _check_method(content['method'], injection.method.config, path)
     if injection is None or name is not None:
         _check_adapters(model, content['method'], tensors, path)
 
@@ -305,28 +403,70 @@ def load_adapter(
         set_adapter(model, name)
     elif injection is None:
         inject(model, content['method'])
+    trained_before = _trained(model)
     try:
+        _adopt(model, tensors)
         _fill(model, tensors, problems, strict, path)
     except AdapterFileError:
         if injection is None:
             remove(model)
             for part, module in parts_before.items():
                 setattr(model, part, module)
-        elif name is not None:
-            _switch_back(model, before)
-            delete_adapter(model, name)
+        else:
+            adopt_output_norms(injection, trained_before)
+            if name is not None:
+                _switch_back(model, before)
+                delete_adapter(model, name)
         raise
     if injection is not None and name is not None:
         _switch_back(model, before)
-    return content
 
 
-def _complete(method: dict, path: str | os.PathLike) -> dict:
-    """The config of a file's method, with options that came after it was written."""
+def _unaccounted(content: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module) -> str | None:
+    """What the model's base has beyond the file's; None for nothing."""
+    known = {*content['base_parameters'], *(n.removeprefix(_BACKBONE) for n in tensors)}
+    extra = [n for n, _ in find_backbone(model).named_parameters() if not is_adapter(n) and n not in known]
+    return f'the model has {extra[0]}, which that base had not ({len(extra)} such tensors)' if extra else None
+
+
+def _check_method(theirs: dict, ours: dict, path: str | os.PathLike) -> None:
+    """Compare a file's method with that of the model."""
     try:
-        return build_method(method).config
-    except (ValueError, TypeError) as error:
-        raise AdapterFileError(f'{path} does not fit: its method {method} cannot be carried out: {error}') from error
+        difference = method_difference(complete_method(theirs, str(path)), ours)
+    except WeightsError as error:
+        raise AdapterFileError(f'{path} does not fit: {error}') from error
+    if difference:
+        raise AdapterFileError(
+            f'{path} holds {theirs}, the model is adapted by {ours}; to have both, give a name to load the file under'
+        )
+
+
+def _adopt(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Train in place what the file has of the base."""
+    names = {n.removeprefix(_BACKBONE) for n in tensors if n.startswith(_BACKBONE) and not is_adapter(n)}
+    injection = get_injection(model)
+    assert injection is not None  # load_adapter has adapted the model
+    if names or injection.norms:
+        adopt_output_norms(injection, names)
+
+
+def initialise_base(model: nn.Module, content: dict[str, Any]) -> str | None:
+    """Have a model take the base that a file belongs to from its config, where it has not done so.
+
+    In tests MMEngine leaves out what ``init_cfg`` says.
+
+    Args:
+        model: The bare model.
+        content: What :func:`describe_base` gave, or metadata with it.
+
+    Returns:
+        How its base differs from the file's all the same, None for the same base.
+    """
+    difference = base_difference(content, base_of(model))
+    if difference is not None and isinstance(model, BaseModule) and not model.is_init:
+        model.init_weights()
+        difference = base_difference(content, base_of(model))
+    return difference
 
 
 def _switch_back(model: nn.Module, name: str | None) -> None:

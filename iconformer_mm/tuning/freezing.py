@@ -24,10 +24,13 @@ class Freezing:
 
     Args:
         backbone: The adapted backbone.
+        trained: Names of pre-trained parameters that are trained nevertheless; may change. Defaults to
+            None, none.
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, trained: set[str] | None = None) -> None:
         self.backbone = backbone
+        self.trained = set() if trained is None else trained
         self._requires_grad = {n: p.requires_grad for n, p in backbone.named_parameters() if not is_adapter(n)}
         self._replaced = backbone.__dict__.get('train')
         self._host_train = backbone.train
@@ -38,7 +41,7 @@ class Freezing:
         """``backbone.train``, with the freezing kept."""
         self._host_train(mode)
         for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(is_adapter(name))
+            parameter.requires_grad_(is_adapter(name) or name in self.trained)
         for name, module in self.backbone.named_modules():
             if is_adapter(name):
                 module.training = mode

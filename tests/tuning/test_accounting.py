@@ -42,7 +42,7 @@ def test_prefixed_weights_load(model, weights, tmp_path):
 
 
 def test_a_forgotten_prefix(model, weights, tmp_path):
-    with pytest.raises(RuntimeError, match=r'24 of 24 frozen parameters are missing.*backbone.cls_token.*`prefix`'):
+    with pytest.raises(RuntimeError, match=r'30 of 30 frozen tensors are missing.*backbone.cls_token.*`prefix`'):
         load(model, {f'backbone.{n}': v for n, v in weights.items()}, tmp_path)
 
 
@@ -50,13 +50,13 @@ def test_weights_under_other_names(model, weights, tmp_path):
     """Split projections for a fused one: logged by mmengine, fatal here."""
     state = {n: v for n, v in weights.items() if 'qkv' not in n}
     state.update({f'layers.{i}.attn.{p}_proj.weight': torch.zeros(32, 32) for i in range(2) for p in 'qkv'})
-    with pytest.raises(RuntimeError, match=r'4 of 24 frozen parameters are missing, among them layers.0.attn.qkv.wei'):
+    with pytest.raises(RuntimeError, match=r'4 of 30 frozen tensors are missing, among them layers.0.attn.qkv.'):
         load(model, state, tmp_path)
 
 
 def test_weights_of_another_size(model, tmp_path):
     other = VisionTransformer(arch={**VIT, 'feedforward_channels': 128}, img_size=64)
-    with pytest.raises(RuntimeError, match='6 frozen parameters have another shape, among them: size mismatch for lay'):
+    with pytest.raises(RuntimeError, match='6 frozen tensors have another shape, among them: size mismatch for lay'):
         load(model, other.state_dict(), tmp_path)
 
 
