@@ -70,6 +70,22 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str,
     return metadata, tensors
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Read the metadata of a safetensors file, and none of its tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The metadata; empty for what is no intact safetensors file, which reading the whole will tell.
+    """
+    try:
+        with safetensors.safe_open(path, framework='pt') as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError):
+        return {}
+
+
 def save_safetensors(
     tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
 ) -> None:

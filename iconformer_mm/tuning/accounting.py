@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from mmengine.logging import print_log
@@ -283,6 +282,27 @@ def _resized(backbone: nn.Module, name: str, value: Tensor, own: Tensor) -> Tens
     return resized
 
 
+class _Ledger:
+    """What the loads so far brought, by the identity of tensors. It holds no module: hooks are copied with theirs."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.loaded: set[int] = set()
+        self.unfit: dict[int, tuple[int, ...]] = {}
+
+    def enter(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """Enter what a load has for a module's own tensors."""
+        self.begun = True
+        for name, own in [*module._parameters.items(), *module._buffers.items()]:
+            value = state_dict.get(prefix + name)
+            if own is None or not isinstance(value, Tensor):
+                continue
+            if value.shape == own.shape or (own.dim() == 0 and value.shape == (1,)):
+                self.loaded.add(id(own))
+            else:
+                self.unfit[id(own)] = tuple(value.shape)
+
+
 class LoadRecord:
     """Knows which tensors of a model were loaded, whichever module the loads began at.
 
@@ -292,45 +312,47 @@ class LoadRecord:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.begun = False  # whether there was any load
-        self._loaded: set[int] = set()
-        self._unfit: dict[int, tuple[int, ...]] = {}
+        self._ledger = _Ledger()
         self._handles = [
-            module._register_load_state_dict_pre_hook(partial(self._note, module)) for module in model.modules()
+            module._register_load_state_dict_pre_hook(self._ledger.enter, with_module=True)
+            for module in model.modules()
         ]
 
-    def _note(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        self.begun = True
-        for name, own in [*module._parameters.items(), *module._buffers.items()]:
-            value = state_dict.get(prefix + name)
-            if own is None or not isinstance(value, Tensor):
-                continue
-            if value.shape == own.shape or (own.dim() == 0 and value.shape == (1,)):
-                self._loaded.add(id(own))
-            else:
-                self._unfit[id(own)] = tuple(value.shape)
+    @property
+    def begun(self) -> bool:
+        """Whether there was any load."""
+        return self._ledger.begun
+
+    @property
+    def size(self) -> int:
+        """How many tensors there are."""
+        return len(self._tensors())
 
     def note(self, names: Iterable[str]) -> None:
-        """Enter tensors that were filled by other means, by their names in the model."""
-        self.begun = True
+        """Enter tensors that were filled by other means, by their names in the model; others are passed over."""
+        self._ledger.begun = True
         own = self._tensors()
-        self._loaded |= {id(own[name]) for name in names if name in own}
+        self._ledger.loaded |= {id(own[name]) for name in names if name in own}
 
     def restart(self) -> None:
         """Forget the loads so far: what comes now has to be complete."""
-        self._loaded.clear()
-        self._unfit.clear()
+        self._ledger.loaded.clear()
+        self._ledger.unfit.clear()
+
+    def loaded(self) -> list[str]:
+        """Names of the tensors that were loaded."""
+        return [name for name, tensor in self._tensors().items() if id(tensor) in self._ledger.loaded]
 
     def missing(self) -> dict[str, str]:
         """Tensors that were not loaded, with what there was instead."""
         return {
             name: self._says(name, tensor)
             for name, tensor in self._tensors().items()
-            if id(tensor) not in self._loaded and not is_derived(name)
+            if id(tensor) not in self._ledger.loaded and not is_derived(name)
         }
 
     def _says(self, name: str, tensor: Tensor) -> str:
-        shape = self._unfit.get(id(tensor))
+        shape = self._ledger.unfit.get(id(tensor))
         return name if shape is None else f'{name} (there {shape}, here {tuple(tensor.shape)})'
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -363,7 +385,7 @@ def require_all(record: LoadRecord, source: str) -> None:
         else 'Give a checkpoint of the very model in the config'
     )
     raise WeightsError(
-        f'{source} lacks {len(missing)} of the {len(record._tensors())} tensors of the model, such as '
+        f'{source} lacks {len(missing)} of the {record.size} tensors of the model, such as '
         f'{some(list(missing.values()))}; they would stay as they were initialised. {hint}'
     )
 
