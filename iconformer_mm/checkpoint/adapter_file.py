@@ -446,7 +446,7 @@ def _adopt(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     names = {n.removeprefix(_BACKBONE) for n in tensors if n.startswith(_BACKBONE) and not is_adapter(n)}
     injection = get_injection(model)
     assert injection is not None  # load_adapter has adapted the model
-    if names or injection.norms:
+    if names or _trained(model):
         adopt_output_norms(injection, names)
 
 

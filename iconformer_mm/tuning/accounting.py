@@ -121,6 +121,10 @@ class BaseAccount:
         # timm loads `pretrained` and `checkpoint_path` as it builds a model, which no hook sees.
         self.given = bool(getattr(backbone, 'is_init', False))
         self.loaded: set[str] = set()
+        # Output norms that the weights lack. Pinned, a file has said which are trained.
+        self.norms: set[str] = set()
+        self.pinned = False
+        self._norm_values: dict[str, Tensor] = {}
         self._prefix = ''
         self._errors: list[str] = []
         self._offered = False
@@ -129,10 +133,33 @@ class BaseAccount:
             backbone.register_load_state_dict_post_hook(self._end),
         ]
 
-    def release(self) -> None:
-        """Stop watching."""
+    def release(self, restore: bool = True) -> None:
+        """Stop watching.
+
+        Args:
+            restore: Whether output norms that were trained get the values back that they began with.
+                Defaults to True.
+        """
         for handle in self._handles:
             handle.remove()
+        parameters = dict(self._backbone.named_parameters())
+        for name in self.norms if restore else ():
+            parameters[name].data.copy_(self._norm_values[name])
+
+    def train_norms(self, names: set[str]) -> None:
+        """Train these output norms in place, and no others.
+
+        Args:
+            names: Names of their parameters in the backbone.
+        """
+        parameters = dict(self._backbone.named_parameters())
+        for name in names - self.norms:
+            self._norm_values[name] = parameters[name].detach().clone()
+            parameters[name].requires_grad_(True)
+        for name in self.norms - names:
+            parameters[name].requires_grad_(False)
+        self.norms.intersection_update(names)  # in place: what freezes the backbone knows this very set
+        self.norms.update(names)
 
     @property
     def missing(self) -> list[str]:
@@ -210,7 +237,7 @@ class BaseAccount:
                 f'{unfit[wrong[0]].strip()} Give the weights of the very architecture in the '
                 f'config{self._remedy(wrong)}.'
             )
-        norms = output_norms(self._backbone) & (needed | self._injection.norms)
+        norms = output_norms(self._backbone) & (needed | self.norms)
         if not needed & arrived:
             if not unexpected and (self._prefix or arrived):
                 return  # adapters alone, or the weights of something beside the backbone
@@ -226,7 +253,15 @@ class BaseAccount:
                 "class, or give the right `prefix` in `init_cfg=dict(type='Pretrained', ...)`"
                 f'{self._remedy(absent)}.'
             )
-        settle_output_norms(self._injection, norms & missing, norms & arrived)
+        self._settle_norms(norms & missing, norms & arrived)
+
+    def _settle_norms(self, new: set[str], loaded: set[str]) -> None:
+        """Train the output norms that the weights lack, and freeze again those that later weights have."""
+        if self.pinned or not new | (loaded & self.norms):
+            return
+        if new:
+            print_log(f'the weights have no {some(sorted(new))}: these output norms are trained', logger='current')
+        self.train_norms((self.norms - loaded) | new)
 
     def _remedy(self, names: list[str]) -> str:
         """What else can be done where the blocks are whole."""
@@ -238,16 +273,7 @@ class BaseAccount:
 
 def trained_in_place(injection: Any) -> set[str]:
     """Names of the base's own parameters that are trained, in the backbone."""
-    return set(injection.trained)
-
-
-def settle_output_norms(injection: Any, new: set[str], loaded: set[str]) -> None:
-    """Train the output norms that the weights lack, and freeze again those that later weights have."""
-    if injection.pinned or not new | (loaded & injection.norms):
-        return
-    if new:
-        print_log(f'the weights have no {some(sorted(new))}: these output norms are trained', logger='current')
-    injection.train_norms((injection.norms - loaded) | new)
+    return set() if injection.account is None else set(injection.account.norms)
 
 
 def adopt_output_norms(injection: Any, names: Iterable[str]) -> None:
@@ -257,8 +283,9 @@ def adopt_output_norms(injection: Any, names: Iterable[str]) -> None:
         injection: What was injected into the model.
         names: Base parameters that the file has as trained, by their names in the backbone.
     """
-    injection.train_norms(output_norms(injection.backbone) & set(names))
-    injection.pinned = True
+    if injection.account is not None:
+        injection.account.train_norms(output_norms(injection.backbone) & set(names))
+        injection.account.pinned = True
 
 
 def _resized(backbone: nn.Module, name: str, value: Tensor, own: Tensor) -> Tensor:
@@ -395,9 +422,9 @@ def describe_training(injection: Any) -> dict[str, Any]:
     return dict(method=injection.method.config, trained=sorted(trained_in_place(injection)))
 
 
-def recorded_training(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+def recorded_training(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What a checkpoint says of how its model was adapted, None for one that does not."""
-    places = [checkpoint.get(NOTE), (checkpoint.get('meta') or {}).get(NOTE)]
+    places = [checkpoint.get('adapter_file'), checkpoint.get(NOTE), (checkpoint.get('meta') or {}).get(NOTE)]
     return next((p for p in places if isinstance(p, Mapping) and isinstance(p.get('method'), Mapping)), None)
 
 

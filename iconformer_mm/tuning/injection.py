@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from torch import Tensor, nn
+from torch import nn
 
 from .accounting import BaseAccount
 from .attachment import Attachment, BlockAttachment, GridTracker
@@ -81,16 +81,10 @@ class Injection:
         self.adapter_dtype = None if frozen_dtype is None else next(backbone.parameters()).dtype
         sites = find_sites(backbone) if method.freezes else []
         first = self._make(method, sites)
-        # Base parameters that are trained in place, by their names in the backbone; among them
-        # output norms that the weights lack. Pinned, a file has said which those are.
-        self.trained: set[str] = set()
-        self.norms: set[str] = set()
-        self.pinned = False
-        self._norm_values: dict[str, Tensor] = {}
         self.account = BaseAccount(backbone, self, [site.name for site in sites]) if method.freezes else None
         self.adapters[name] = first
         self.activate(name)
-        self.freezing = Freezing(backbone, self.trained) if method.freezes else None
+        self.freezing = Freezing(backbone, self.account.norms) if self.account is not None else None
         if self.precision is not None:
             self.precision.hold()
         setattr(backbone, _KEY, self)
@@ -161,21 +155,6 @@ class Injection:
         if self.freezing is not None:
             self.freezing.train(self.backbone.training)
 
-    def train_norms(self, names: set[str]) -> None:
-        """Train these output norms in place, and no others.
-
-        Args:
-            names: Names of their parameters in the backbone.
-        """
-        parameters = dict(self.backbone.named_parameters())
-        for name in names - self.norms:
-            self._norm_values[name] = parameters[name].detach().clone()
-        self.trained.difference_update(self.norms)
-        self.trained.update(names)
-        self.norms = set(names)
-        if self.freezing is not None:
-            self.freezing.train(self.backbone.training)
-
     def undo(self, keep_trained: bool = False) -> None:
         """Give the backbone back as it was.
 
@@ -184,23 +163,15 @@ class Injection:
                 Defaults to False.
         """
         self.activate(None)
-        if not keep_trained:
-            self._restore_norms()
         if self.precision is not None:
             self.precision.release()
         for tracker in self.trackers.values():
             tracker.detach()
         if self.account is not None:
-            self.account.release()
+            self.account.release(restore=not keep_trained)
         if self.freezing is not None:
             self.freezing.release()
         delattr(self.backbone, _KEY)
-
-    def _restore_norms(self) -> None:
-        parameters = dict(self.backbone.named_parameters())
-        with torch.no_grad():
-            for name in self.norms:
-                parameters[name].copy_(self._norm_values[name])
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -170,7 +170,7 @@ class WeightsHook(Hook):
             return
         parameters = dict(injection.backbone.named_parameters())
         optimized = {id(p) for group in runner.optim_wrapper.param_groups for p in group['params']}
-        trained = {id(parameters[name]) for name in injection.norms}
+        trained = {id(parameters[name]) for name in injection.account.norms}
         if trained <= optimized:
             return
         if is_model_wrapper(runner.model):
