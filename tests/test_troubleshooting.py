@@ -12,7 +12,7 @@ from families import SWIN, VIT, stir
 from mmengine.config import ConfigDict
 from mmengine.dataset import Compose
 from mmengine.model import MMDistributedDataParallel
-from mmengine.runner import BaseLoop, EpochBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner.checkpoint import load_state_dict
 from mmpretrain.models import build_backbone, build_classifier
 from torch import nn
@@ -119,7 +119,7 @@ def run(tmp_path, model, make_checkpoint, mode='train'):
         optim_wrapper=None,
         _load_from='epoch_1.pth',
         _resume=mode == 'resume',
-        _train_loop=dict() if mode == 'test' else BaseLoop.__new__(EpochBasedTrainLoop),
+        _train_loop=dict() if mode == 'test' else EpochBasedTrainLoop.__new__(EpochBasedTrainLoop),
     )
     hook = WeightsHook()
     hook.before_run(runner)
@@ -205,7 +205,7 @@ CASES = {
     '... holds what was trained': lambda tmp_path: run(
         tmp_path,
         adapted(),
-        lambda: dict(recorded(adapted()), iconformer_mm=recorded(adapted())['meta']['iconformer_mm']),
+        lambda: dict(plain(adapted()), iconformer_mm=describe_training(get_injection(adapted()))),
     ),
     '... is an adapter file': lambda tmp_path: run(tmp_path, adapted(), adapter_file, 'resume'),
     '... was written by a run with EMAHook': lambda tmp_path: run(
