@@ -13,31 +13,38 @@ from typing import Any
 
 import torch
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.runner.checkpoint import load_state_dict
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from iconformer_mm.checkpoint import (
     AdapterFileError,
     DamagedFileError,
+    base_difference,
     describe_adapter,
-    hash_parameters,
     parse_adapter,
     read_safetensors,
-    same_base,
     save_adapter,
     write_adapter,
 )
 from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.checkpoint.training_checkpoint import decode_checkpoint, is_checkpoint
 from iconformer_mm.checkpoint.tuned_state import file_names
-from iconformer_mm.tuning import inject
+from iconformer_mm.tuning import get_injection, inject
+from iconformer_mm.tuning.accounting import (
+    LoadRecord,
+    adopt_output_norms,
+    check_training,
+    recorded_training,
+    require_all,
+)
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import find_backbone
 
 BACKBONE = 'backbone.'
+BASE_KEYS = ('base_fingerprint', 'base_parameters', 'base_buffers_fingerprint', 'base_buffers')
 NOTE = 'iconformer_mm'  # where AdapterCheckpointHook keeps its own
 FITS, DIFFERS, UNREADABLE = 0, 1, 2
 
@@ -61,7 +68,7 @@ def read_any(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     content = describe_adapter(
         note['method'],
         note['sites'],
-        (note['base_fingerprint'], note['base_parameters']),
+        {key: note[key] for key in BASE_KEYS if key in note},
         task=note['task'],
         classes=classes,
         notes=dict(epoch=checkpoint['meta']['epoch'], iter=checkpoint['meta']['iter']),
@@ -81,12 +88,12 @@ def prefix_of(content: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[str,
     return tuple(f'{path}.' for path in paths)
 
 
-def read_base(path: Path, trust: bool) -> dict[str, Tensor]:
-    """Read the state dict of a checkpoint, without executing anything in it unless it is trusted."""
+def read_whole(path: Path, trust: bool) -> dict[str, Any]:
+    """Read a checkpoint, without executing anything in it unless it is trusted."""
     if not path.is_file():
         raise UserError(f'{path} does not exist')
     if path.suffix == '.safetensors':
-        return read_safetensors(path)[1]
+        return dict(state_dict=read_safetensors(path)[1])
     try:
         content = torch.load(path, map_location='cpu', weights_only=not trust)
     except pickle.UnpicklingError as error:
@@ -96,19 +103,41 @@ def read_base(path: Path, trust: bool) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f'{path} is no intact checkpoint: {error}') from error
+    meta = content.get('meta') if isinstance(content, dict) else None
     for key in ('state_dict', 'model'):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f'{path} is no checkpoint: it holds no `state_dict` of tensors')
-    return dict(content)
+    return dict(state_dict=dict(content), meta=meta if isinstance(meta, dict) else {})
+
+
+def read_base(path: Path, trust: bool) -> dict[str, Tensor]:
+    """Read the state dict of a checkpoint, without executing anything in it unless it is trusted."""
+    return read_whole(path, trust)['state_dict']
+
+
+def load_whole(model: nn.Module, checkpoint: dict[str, Any], path: str) -> None:
+    """Load a checkpoint that has to hold the whole model.
+
+    Raises:
+        WeightsError: It is of another PEFT method, or lacks a part of the model.
+    """
+    injection = get_injection(model)
+    check_training(checkpoint, model, injection, path, whole=True)
+    if injection is not None:
+        adopt_output_norms(injection, (recorded_training(checkpoint) or {}).get('trained') or ())
+    record = LoadRecord(model)
+    load_state_dict(model, checkpoint['state_dict'], logger='silent')
+    record.close()
+    require_all(record, path)
 
 
 def base_state(content: dict[str, Any], state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The backbone of a base checkpoint, under the names in the backbone.
 
     Raises:
-        UserError: Parameters of the adapter's base are missing.
+        UserError: Tensors of the adapter's base are missing.
     """
     paths = content.get('backbones', ['backbone'])
     backbone = state  # of several, the names have their paths
@@ -117,19 +146,14 @@ def base_state(content: dict[str, Any], state: dict[str, Tensor], path: Path) ->
         if prefixed and path:
             backbone = prefixed
             break
-    missing = [name for name in content['base_parameters'] if name not in backbone]
+    needed = [*content['base_parameters'], *content.get('base_buffers', [])]
+    missing = [name for name in needed if name not in backbone]
     if missing:
         raise UserError(
-            f'{path} lacks {len(missing)} of the {len(content["base_parameters"])} parameters of the base, such as '
+            f'{path} lacks {len(missing)} of the {len(needed)} tensors of the base, such as '
             f'{missing[0]}. Give the checkpoint of a model, or of its backbone, with the names that the library uses'
         )
     return backbone
-
-
-def check_base(content: dict[str, Any], backbone: dict[str, Tensor]) -> tuple[bool, str]:
-    """Whether a backbone is the one that an adapter was trained on, and its fingerprint."""
-    actual = hash_parameters({name: backbone[name] for name in content['base_parameters']})
-    return same_base(content['base_fingerprint'], actual), actual
 
 
 def info(args: argparse.Namespace) -> tuple[int, dict]:
@@ -138,7 +162,7 @@ def info(args: argparse.Namespace) -> tuple[int, dict]:
     inside = [n for n in tensors if n.startswith(prefix_of(content, tensors))]
     adapters = sum(tensors[n].numel() for n in inside if is_adapter(n))
     unfrozen = sum(tensors[n].numel() for n in inside if not is_adapter(n))
-    result = {key: value for key, value in content.items() if key != 'base_parameters'}
+    result = {key: value for key, value in content.items() if key not in ('base_parameters', 'base_buffers')}
     result.update(
         file=str(args.file),
         bytes=args.file.stat().st_size,
@@ -163,16 +187,16 @@ def extract(args: argparse.Namespace) -> tuple[int, dict]:
         raise UserError('to extract from a checkpoint of the whole model, its --config is needed')
     else:
         from iconformer_mm.apis import load_config
+        from iconformer_mm.apis.inspection import method_of
 
-        read_base(args.checkpoint, args.trust_base)  # refuses what could execute code
+        checkpoint = read_whole(args.checkpoint, args.trust_base)
         cfg = load_config(args.config)
         init_default_scope(cfg.default_scope)
         model = MODELS.build(cfg.model)
-        hooks = [*cfg.get('custom_hooks', []), *cfg.get('default_hooks', {}).values()]
-        found = [hook for hook in hooks if hook and hook['type'] == 'PEFTHook']
-        if found:
-            inject(model, **{k: v for k, v in found[0].items() if k not in ('type', 'save_adapter', 'priority')})
-        load_checkpoint(model, str(args.checkpoint), map_location='cpu', strict=True, logger='silent')
+        method = method_of(cfg)
+        if method is not None:
+            inject(model, **method)
+        load_whole(model, checkpoint, str(args.checkpoint))
         save_adapter(find_backbone(model) if args.backbone_only else model, out)
     return FITS, dict(wrote=str(out), bytes=out.stat().st_size)
 
@@ -181,9 +205,9 @@ def apply(args: argparse.Namespace) -> tuple[int, dict]:
     """Make a checkpoint of the whole model of a base and an adapter."""
     content, tensors = read_any(args.adapter)
     backbone = base_state(content, read_base(args.base, args.trust_base), args.base)
-    fits, actual = check_base(content, backbone)
-    if not fits:
-        raise UserError(_misfit(args.base, content, actual))
+    difference = base_difference(content, backbone)
+    if difference is not None:
+        raise UserError(_misfit(args.base, difference))
     paths = content.get('backbones', ['backbone'])
     inside = prefix_of(content, tensors)
     if len(paths) > 1:
@@ -203,7 +227,7 @@ def apply(args: argparse.Namespace) -> tuple[int, dict]:
 def diff(args: argparse.Namespace) -> tuple[int, dict]:
     """Compare two files."""
     (content_a, a), (content_b, b) = read_any(args.a), read_any(args.b)
-    skipped = {'base_parameters', 'notes', 'package_version'}
+    skipped = {'base_parameters', 'base_buffers', 'notes', 'package_version'}
     metadata = {
         key: [content_a.get(key), content_b.get(key)]
         for key in content_a.keys() | content_b.keys()
@@ -233,18 +257,15 @@ def verify(args: argparse.Namespace) -> tuple[int, dict]:
     result: dict[str, Any] = dict(file=str(args.file), intact=True, tensors=len(tensors))
     if args.base is None:
         return FITS, result
-    fits, actual = check_base(content, base_state(content, read_base(args.base, args.trust_base), args.base))
-    result['fits_base'] = fits
-    if not fits:
-        result['reason'] = _misfit(args.base, content, actual)
-    return (FITS if fits else DIFFERS), result
+    difference = base_difference(content, base_state(content, read_base(args.base, args.trust_base), args.base))
+    result['fits_base'] = difference is None
+    if difference is not None:
+        result['reason'] = _misfit(args.base, difference)
+    return (FITS if difference is None else DIFFERS), result
 
 
-def _misfit(base: Path, content: dict[str, Any], actual: str) -> str:
-    return (
-        f'{base} is not the base the adapter was trained on: it has fingerprint {actual[:12]}, the adapter needs '
-        f'{content["base_fingerprint"][:12]}'
-    )
+def _misfit(base: Path, difference: str) -> str:
+    return f'{base} is not the base the adapter was trained on: {difference}'
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:

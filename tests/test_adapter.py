@@ -171,7 +171,7 @@ def test_what_cannot_be_read_is_status_2(files, capsys, tmp_path, monkeypatch):
         (('extract', tmp_path / 'foreign.pth'), 'its --config is needed'),
         (('verify', file, '--base', tmp_path / 'text.pth'), 'it holds no `state_dict` of tensors'),
         (('verify', file, '--base', tmp_path / 'half.pth'), 'half.pth is no intact checkpoint'),
-        (('verify', file, '--base', tmp_path / 'foreign.pth'), 'lacks .* parameters of the base'),
+        (('verify', file, '--base', tmp_path / 'foreign.pth'), 'lacks .* tensors of the base'),
     ):
         status, result = call(capsys, *arguments)
         assert status == 2

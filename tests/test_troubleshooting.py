@@ -1,6 +1,8 @@
 """Every message that docs/troubleshooting.md quotes is raised as it is quoted."""
 
+import logging
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,15 +12,19 @@ from families import SWIN, VIT, stir
 from mmengine.config import ConfigDict
 from mmengine.dataset import Compose
 from mmengine.model import MMDistributedDataParallel
+from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner.checkpoint import load_state_dict
 from mmpretrain.models import build_backbone, build_classifier
 from mmpretrain.registry import MODELS
 from torch import nn
 
 from iconformer_mm import add_adapter, inject, load_adapter, merge, save_adapter
 from iconformer_mm.apis import load_config
-from iconformer_mm.checkpoint import read_adapter, save_safetensors
+from iconformer_mm.checkpoint import load_safetensors, read_adapter, save_safetensors
 from iconformer_mm.datasets.checks import CheckedPipeline
-from iconformer_mm.engine import CheckedRunner, PEFTOptimWrapperConstructor
+from iconformer_mm.engine import CheckedRunner, PEFTOptimWrapperConstructor, WeightsHook
+from iconformer_mm.tuning import get_injection
+from iconformer_mm.tuning.accounting import check_averages, describe_training
 from iconformer_mm.tuning.methods import build_method
 
 PAGE = (ROOT / 'docs' / 'troubleshooting.md').read_text(encoding='utf-8')
@@ -83,6 +89,46 @@ def rename(own, other):
 
 def take_other(own, other):
     return other.state_dict()
+
+
+def plain(model):
+    """A checkpoint as MMEngine writes it."""
+    return dict(meta={}, state_dict=model.state_dict())
+
+
+def recorded(model):
+    """A checkpoint as it is written beside a PEFTHook."""
+    return dict(plain(model), meta=dict(iconformer_mm=describe_training(get_injection(model))))
+
+
+def head_only():
+    return dict(meta={}, state_dict={n: v for n, v in classifier().state_dict().items() if n.startswith('head')})
+
+
+def adapter_file():
+    save_adapter(adapted(), 'a.safetensors')
+    return load_safetensors('a.safetensors')
+
+
+def run(tmp_path, model, make_checkpoint, mode='train'):
+    """What the hook sees of a run: a checkpoint is loaded, then the loop begins."""
+    runner = SimpleNamespace(
+        model=model,
+        cfg=dict(model=dict()),
+        hooks=[],
+        logger=logging.getLogger('test'),
+        optim_wrapper=None,
+        _load_from='epoch_1.pth',
+        _resume=mode == 'resume',
+        _train_loop=dict() if mode == 'test' else EpochBasedTrainLoop.__new__(EpochBasedTrainLoop),
+    )
+    hook = WeightsHook()
+    hook.before_run(runner)
+    if make_checkpoint is not None:
+        checkpoint = make_checkpoint()
+        hook.after_load_checkpoint(runner, checkpoint)
+        load_state_dict(model, checkpoint['state_dict'], logger='silent')
+    hook.before_test(runner) if mode == 'test' else hook.before_train(runner)
 
 
 def load_into(tmp_path, model):
@@ -159,6 +205,30 @@ CASES = {
     'nothing to train': lambda _: PEFTOptimWrapperConstructor(dict(optimizer=dict(type='SGD', lr=0.1)))(frozen_vit()),
     'wrong pre-trained weights for VisionTransformer: ... of': lambda _: load_weights(rename),
     'wrong pre-trained weights for VisionTransformer: ... frozen': lambda _: load_weights(take_other),
+    'the weights hold adapters': lambda _: adapted('lora').load_state_dict(adapted().state_dict(), strict=False),
+    'weights were loaded, but': lambda tmp_path: run(tmp_path, adapted('frozen'), head_only),
+    'there are no weights': lambda tmp_path: run(tmp_path, adapted(), None, 'test'),
+    '... lacks ... of the ... tensors': lambda tmp_path: run(tmp_path, adapted('frozen'), head_only, 'test'),
+    "... was trained with another PEFT method: 'icon' with": lambda tmp_path: run(
+        tmp_path, adapted(bottleneck=8), lambda: recorded(adapted(bottleneck=16)), 'test'
+    ),
+    '... was trained with another PEFT method, or': lambda tmp_path: run(
+        tmp_path, adapted(bottleneck=8), lambda: plain(adapted(bottleneck=16)), 'test'
+    ),
+    '... but the model is not adapted': lambda tmp_path: run(tmp_path, classifier(), lambda: plain(adapted()), 'test'),
+    '... holds no adapters': lambda tmp_path: run(tmp_path, adapted(), lambda: plain(classifier()), 'test'),
+    '... holds what was trained': lambda tmp_path: run(
+        tmp_path,
+        adapted(),
+        lambda: dict(plain(adapted()), iconformer_mm=describe_training(get_injection(adapted()))),
+    ),
+    '... is an adapter file': lambda tmp_path: run(tmp_path, adapted(), adapter_file, 'resume'),
+    '... was written by a run with EMAHook': lambda tmp_path: run(
+        tmp_path, adapted(), lambda: dict(plain(adapted()), ema_state_dict={}), 'resume'
+    ),
+    '... is no checkpoint of one model': lambda _: check_averages(
+        dict(plain(adapted()), ema_state_dict={'module.head.fc.bias': torch.zeros(3)}), 'epoch_1.pth', True
+    ),
     '... does not fit: it was': other_base,
     '... does not fit: 2 tensors': lambda tmp_path: load_into(tmp_path, classifier(5)),
     'adapter file nowhere': lambda _: read_adapter('nowhere.safetensors'),

@@ -11,7 +11,9 @@ from mmengine.evaluator import DumpResults
 
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis import build_runner, leave_process_group, load_config, make_parser
+from iconformer_mm.checkpoint import AdapterFileError
 from iconformer_mm.datasets.checks import DataError
+from iconformer_mm.tuning.accounting import WeightsError
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,6 +74,8 @@ def main() -> None:
         metrics = runner.test()
     except DataError as error:
         raise SystemExit(f'error in the data: {error}') from None
+    except (WeightsError, AdapterFileError) as error:
+        raise SystemExit(f'error in the weights: {error}') from None
     if args.metrics:
         mmengine.dump(metrics, args.metrics)
 

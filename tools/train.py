@@ -11,7 +11,9 @@ from mmengine.device import is_cuda_available
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis import build_runner, leave_process_group, load_config, make_parser
 from iconformer_mm.apis.inspection import find_mistakes
+from iconformer_mm.checkpoint import AdapterFileError
 from iconformer_mm.datasets.checks import DataError
+from iconformer_mm.tuning.accounting import NO_WEIGHTS, WeightsError
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,10 +69,13 @@ def main() -> None:
     try:
         runner = build_runner(cfg)
         for mistake in find_mistakes(cfg):
-            runner.logger.warning(mistake)
+            if mistake != NO_WEIGHTS:  # the runner says that itself, once it has seen what is loaded
+                runner.logger.warning(mistake)
         runner.train()
     except DataError as error:
         raise SystemExit(f'error in the data: {error}') from None
+    except (WeightsError, AdapterFileError) as error:
+        raise SystemExit(f'error in the weights: {error}') from None
 
 
 if __name__ == '__main__':

@@ -16,13 +16,15 @@ from mmengine.infer import BaseInferencer
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-from iconformer_mm.checkpoint import load_adapter
-from iconformer_mm.tuning import active_adapter, inject, list_adapters, set_adapter
-from iconformer_mm.tuning.injection import DEFAULT_NAME
+from iconformer_mm.checkpoint import put_adapter, read_adapter
+from iconformer_mm.tuning import active_adapter, get_injection, inject, list_adapters, set_adapter
+from iconformer_mm.tuning.accounting import LoadRecord, check_training, require_all
+from iconformer_mm.tuning.injection import DEFAULT_NAME, find_backbone
 
 from .inspection import build_model, method_of, names_weights
 from .launch import load_config
@@ -53,6 +55,7 @@ class AdapterInferencer:
         AdapterFileError: An adapter file cannot be read or does not fit.
         FileNotFoundError: A file is missing.
         ValueError: The library is unknown, or there are no weights.
+        WeightsError: A part of the model is in none of the files, such as a head of other classes.
 
     Example:
         >>> inferencer = AdapterInferencer('configs/cifar100/vit-base-p16-mae_icon_8xb128-100e_cifar100.py',
@@ -77,12 +80,16 @@ class AdapterInferencer:
         specs = _by_name(adapter)
         self.model = self._make_model(base, as_config=not specs)
         self._metas = {name: {**_metainfo(self.cfg), **self._load(name, spec)} for name, spec in specs.items()}
+        if not specs:
+            self._require_all()
+        self._record.close()
         self._inferencer = _INFERENCERS[self.scope](self.cfg, self.model, device or get_device())
         if specs:
             self.set_adapter(next(iter(specs)))
 
     def _make_model(self, base: str | os.PathLike | None, as_config: bool) -> BaseModel:
         cfg = self.cfg
+        self._files = [base or 'the weights that the config names']
         if base is None and not names_weights(cfg.model):
             raise ValueError(
                 'there are no base weights: the config names none (init_cfg of the backbone), so give the checkpoint '
@@ -94,6 +101,9 @@ class AdapterInferencer:
         method = method_of(cfg)
         if as_config and method is not None:
             inject(model, **method)
+        self._record = LoadRecord(model)
+        if getattr(find_backbone(model), 'is_init', False):  # by timm, as the model was built
+            self._record.note(_names_of_backbone(model))
         if base is None:
             logger = MMLogger.get_current_instance()
             level = logger.level
@@ -103,7 +113,12 @@ class AdapterInferencer:
             finally:
                 logger.setLevel(level)
         else:
-            load_checkpoint(model, str(base), map_location='cpu')
+            checkpoint = CheckpointLoader.load_checkpoint(str(base), map_location='cpu')
+            if 'adapter_file' in checkpoint:
+                raise ValueError(f'{base} is an adapter file, no base: give it as `adapter`')
+            if as_config:
+                check_training(checkpoint, model, get_injection(model), str(base), whole=True)
+            _load_checkpoint_to_model(model, checkpoint)
         return model
 
     def _load(self, name: str, spec: AdapterSpec) -> dict:
@@ -123,10 +138,23 @@ class AdapterInferencer:
         else:
             file = spec
         # Without a name an adapter file fits a model that was born adapted, too.
-        content = load_adapter(self.model, file, name=None if name == DEFAULT_NAME else name, parts=parts)
+        loaded = self._record.loaded()
+        content, tensors = read_adapter(file)
+        put_adapter(self.model, content, tensors, file, name=None if name == DEFAULT_NAME else name, parts=parts)
+        if name != DEFAULT_NAME:
+            set_adapter(self.model, name)
+        # The fingerprint has vouched for the base. Parts that were copied are what the copied ones were.
+        own = [n for n in loaded if n.partition('.')[0] not in (parts or {})]
+        self._record.note([*_names_of_backbone(self.model), *tensors, *own])
+        self._files.append(file)
+        self._require_all()
         if content.get('classes'):
             meta = {**meta, 'classes': tuple(content['classes'])}
         return meta
+
+    def _require_all(self) -> None:
+        """Refuse a model of which a part is in none of the files."""
+        require_all(self._record, ' and '.join(map(str, self._files)))
 
     @property
     def adapters(self) -> list[str]:
@@ -194,6 +222,12 @@ class AdapterInferencer:
         for batch in self._inferencer.preprocess(images, batch_size=batch_size):
             # MMDetection's gives the images beside the batch.
             yield batch if isinstance(batch, dict) else batch[1]
+
+
+def _names_of_backbone(model: nn.Module) -> list[str]:
+    """Names of the tensors of a model's backbone."""
+    prefixes = [name for name, module in model.named_modules() if module is find_backbone(model)]
+    return [f'{prefixes[0]}.{name}'.removeprefix('.') for name in find_backbone(model).state_dict()]
 
 
 def _by_name(adapter: AdapterSpec | Mapping[str, AdapterSpec] | None) -> dict[str, AdapterSpec]:

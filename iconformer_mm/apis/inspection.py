@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,10 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from iconformer_mm.checkpoint.adapter_file import is_adapter_file
+from iconformer_mm.checkpoint.safetensors_io import read_metadata
 from iconformer_mm.tuning import Summary, get_injection, inject, summarize
+from iconformer_mm.tuning.accounting import NO_WEIGHTS
 from iconformer_mm.tuning.injection import backbones_of
 
 MIB = 2**20
@@ -36,14 +41,43 @@ def method_of(cfg: Config) -> dict[str, Any] | None:
 
 
 def names_weights(node: Any) -> bool:
-    """Whether a model's config says where pre-trained weights come from."""
+    """Whether a model's config says where pre-trained weights come from.
+
+    Args:
+        node: The config of the model, or a part of it.
+    """
     if isinstance(node, Mapping):
         inits = node.get('init_cfg') or []
         inits = inits if isinstance(inits, (list, tuple)) else [inits]
-        if isinstance(node.get('pretrained'), str):  # as older configs of MMSegmentation have it
+        # `pretrained` is a name in older configs of MMSegmentation; with timm's models it is a switch, whose
+        # default differs from library to library, and there is `checkpoint_path`.
+        if node.get('checkpoint_path') or node.get('pretrained', _timm_default(node.get('type'))):
             return True
         return any(init.get('type') == 'Pretrained' for init in inits) or any(map(names_weights, node.values()))
     return isinstance(node, (list, tuple)) and any(map(names_weights, node))
+
+
+def _timm_default(kind: Any) -> bool:
+    """Whether a backbone is one of timm's that takes its weights unless it is told not to."""
+    if not str(getattr(kind, '__name__', kind)).endswith('TIMMBackbone'):
+        return False
+    built = MODELS.get(kind) if isinstance(kind, str) else kind
+    option = inspect.signature(built.__init__).parameters.get('pretrained') if built is not None else None
+    # Classes of ours hand their arguments on.
+    if option is None and built is not None:
+        option = next(
+            (found for base in built.__mro__ if (found := inspect.signature(base).parameters.get('pretrained'))), None
+        )
+    return option is not None and option.default is True
+
+
+def _gives_base(path: Any) -> bool:
+    """Whether ``load_from`` may hold base weights: all but an adapter file may."""
+    if not path:
+        return False
+    if str(path).endswith('.safetensors') and Path(path).is_file():
+        return not is_adapter_file(read_metadata(path))
+    return True
 
 
 def build_model(cfg: Config) -> BaseModel:
@@ -74,11 +108,8 @@ def find_mistakes(cfg: Config) -> list[str]:
     if name == 'full':
         return []
     found = []
-    if not names_weights(cfg.model) and not cfg.get('load_from') and not cfg.get('resume'):
-        found.append(
-            "no pre-trained weights are named (init_cfg of the backbone with type='Pretrained', or load_from): the "
-            'frozen backbone would stay random'
-        )
+    if not names_weights(cfg.model) and not _gives_base(cfg.get('load_from')) and not cfg.get('resume'):
+        found.append(NO_WEIGHTS)
     if backbone.get('frozen_stages', -1) >= 0:
         found.append(
             f'frozen_stages={backbone["frozen_stages"]} has no effect: the whole backbone is frozen, and adapters are '

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint import load_safetensors
 from iconformer_mm.compat import config_folder
-from iconformer_mm.engine import CheckedRunner
+from iconformer_mm.engine import CheckedRunner, WeightsHook
 from iconformer_mm.engine.hooks.adapter_checkpoint_hook import newest_intact
 
 
@@ -173,7 +173,13 @@ def _take_seed_of_resumed(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the config's runner; on machines without a GPU also a distributed one."""
+    """Build the config's runner; on machines without a GPU also a distributed one.
+
+    A runner without a PEFTHook is given a :class:`iconformer_mm.engine.WeightsHook`.
+
+    Args:
+        cfg: The config.
+    """
     _take_seed_of_resumed(cfg)
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_mmpretrain_dataloaders(cfg)
@@ -190,7 +196,10 @@ def build_runner(cfg: Config) -> Runner:
                 broadcast_buffers=False,
                 find_unused_parameters=cfg.get('find_unused_parameters', False),
             )
-    return CheckedRunner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    runner = CheckedRunner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    if not hasattr(runner, 'strategy') and not any(isinstance(hook, WeightsHook) for hook in runner.hooks):
+        runner.register_hook(WeightsHook())  # PEFTHook is one, too
+    return runner
 
 
 def leave_process_group() -> None:

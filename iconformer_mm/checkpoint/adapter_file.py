@@ -19,8 +19,17 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from iconformer_mm.tuning.accounting import (
+    WeightsError,
+    adopt_output_norms,
+    check_selection,
+    complete_method,
+    is_derived,
+    method_difference,
+)
 from iconformer_mm.tuning.backbones import find_backbones, join
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import adapt, adapter_shapes, backbones_of, get_injection, remove, unwrap
@@ -33,7 +42,10 @@ from .safetensors_io import DamagedFileError, read_safetensors, save_safetensors
 from .training_checkpoint import is_checkpoint
 from .tuned_state import base_state, file_names, heads_of, tuned_state
 
-FORMAT_VERSION = 1
+# Version 2: LoRA and DoRA run as paths beside the layers, and adapters after a branch read its own output. So outputs
+# of files of version 1 with these methods differ by rounding, about 1e-6. All else is the same.
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 _KEY = 'iconformer_mm'
 _BACKBONE = 'backbone.'
 
@@ -75,6 +87,62 @@ def base_parameters(model: nn.Module, selection: Selection | None = None) -> dic
 def _backbones_for(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
     model = unwrap(model)
     return backbones_of(model) if get_injection(model) else find_backbones(model, selection.backbones)
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """How a file tells the base that its adapter belongs to.
+
+    Args:
+        model: A model, or a backbone alone.
+
+    Returns:
+        ``base_fingerprint`` and ``base_parameters``, the fingerprint and the names of its parameters. Where the
+        base has buffers that are learnt (running statistics), also ``base_buffers_fingerprint`` and
+        ``base_buffers``. Counters and indices are left out: no evaluation reads the first, and the others
+        follow from the architecture.
+    """
+    parameters, own = base_parameters(model), base_state(model)
+    buffers = {n: v for n, v in own.items() if n not in parameters and v.is_floating_point() and not is_derived(n)}
+    base: dict[str, Any] = dict(base_fingerprint=hash_parameters(parameters), base_parameters=sorted(parameters))
+    if buffers:
+        base.update(base_buffers_fingerprint=hash_parameters(buffers), base_buffers=sorted(buffers))
+    return base
+
+
+def base_difference(content: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
+    """How a base differs from the one that a file belongs to.
+
+    Args:
+        content: What :func:`describe_base` gave, or metadata with it. Without the keys of buffers, as older
+            files have it, parameters alone are compared.
+        tensors: Parameters and buffers of the base, by their names in the backbone.
+
+    Returns:
+        The difference in words, None for the same base.
+    """
+    for what, prints, names in (
+        ('weights have', 'base_fingerprint', 'base_parameters'),
+        ('buffers (running statistics) have', 'base_buffers_fingerprint', 'base_buffers'),
+    ):
+        if prints not in content:
+            continue
+        missing = [name for name in content[names] if name not in tensors]
+        if missing:
+            return f'the base has no {missing[0]} ({len(missing)} of {len(content[names])} tensors are missing)'
+        actual = hash_parameters({name: tensors[name] for name in content[names]})
+        if not same_base(content[prints], actual):
+            return f'the base {what} fingerprint {actual[:12]}, the adapter needs {content[prints][:12]}'
+    return None
+
+
+def base_of(model: nn.Module, selection: Selection | None = None) -> dict[str, Tensor]:
+    """What :func:`base_difference` compares: the own tensors of a model's backbone.
+
+    Args:
+        model: A model, or a backbone alone.
+        selection: What an unadapted model would be adapted with. Defaults to None.
+    """
+    return base_state(model, selection)
 
 
 def hash_parameters(parameters: dict[str, Tensor]) -> str:
@@ -129,7 +197,7 @@ def save_adapter(
     content = describe_adapter(
         injection.method.config,
         list(injection.named_attachments()),
-        base_parameters(model),
+        describe_base(model),
         task=task,
         classes=classes,
         notes=metadata,
@@ -142,7 +210,7 @@ def save_adapter(
 def describe_adapter(
     method: dict,
     sites: Sequence[str],
-    base: dict[str, Tensor] | tuple[str, list[str]],
+    base: dict[str, Any],
     task: str | None = None,
     classes: Sequence[str] | None = None,
     notes: dict | None = None,
@@ -154,21 +222,19 @@ def describe_adapter(
     Args:
         method: Config of the PEFT method.
         sites: Names of the adapted modules.
-        base: The base's parameters by name, or their fingerprint and names.
+        base: What :func:`describe_base` gives.
         task: What it was trained for.
         classes: Names of the classes.
         notes: Anything else (JSON).
         selection: Config of what was selected beside the method.
         backbones: Paths of the backbones in the model.
     """
-    base_fingerprint, names = base if isinstance(base, tuple) else (hash_parameters(base), sorted(base))
     return dict(
         format_version=FORMAT_VERSION,
         package_version=__version__,
         method=method,
         sites=list(sites),
-        base_fingerprint=base_fingerprint,
-        base_parameters=list(names),
+        **base,
         task=task,
         classes=None if classes is None else [str(name) for name in classes],
         notes=notes or {},
@@ -204,6 +270,11 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
     return parse_adapter(metadata, path), tensors
 
 
+def is_adapter_file(metadata: dict[str, str]) -> bool:
+    """Whether a safetensors file's metadata is that of an adapter file."""
+    return _KEY in metadata
+
+
 def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str, Any]:
     """The content of an adapter file's metadata.
 
@@ -226,12 +297,15 @@ def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str
             f'{path} is a safetensors file, but no adapter file of iconformer_mm: its metadata lacks the key '
             f"'{_KEY}' with a method and a base"
         ) from error
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise AdapterFileError(
             f'{path} has format version {version}, this iconformer_mm {__version__} reads version {FORMAT_VERSION}; '
             'install the release that wrote it or a newer one'
         )
-    for key, kind in {'method': dict, 'sites': list, 'base_fingerprint': str, 'base_parameters': list}.items():
+    kinds: dict[str, type] = {'method': dict, 'sites': list, 'base_fingerprint': str, 'base_parameters': list}
+    if 'base_buffers_fingerprint' in content or 'base_buffers' in content:
+        kinds.update(base_buffers_fingerprint=str, base_buffers=list)
+    for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
             raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{key}`')
     return content
@@ -287,25 +361,6 @@ def _check_adapters(
         )
 
 
-def _check_selection(content: dict[str, Any], model: nn.Module, path: str | os.PathLike) -> None:
-    """Compare what a file adapts and trains with what the adapted model does."""
-    injection = get_injection(model)
-    assert injection is not None
-    try:
-        theirs = Selection.from_config(content.get('selection'))
-    except (ValueError, TypeError) as error:
-        raise AdapterFileError(f'{path} is no intact adapter file: {error}') from error
-    ours = injection.selection
-    for option in ('blocks', 'unfreeze'):
-        if getattr(theirs, option) != getattr(ours, option):
-            if option == 'blocks' and set(content['sites']) == set(injection.named_attachments()):
-                continue  # the same, said otherwise
-            raise AdapterFileError(
-                f'{path} does not fit: it was trained with {option}={getattr(theirs, option)!r}, the model is adapted '
-                f'with {option}={getattr(ours, option)!r}'
-            )
-
-
 def load_adapter(
     model: nn.Module,
     path: str | os.PathLike,
@@ -341,37 +396,70 @@ def load_adapter(
         ValueError: The name is taken.
     """
     content, tensors = read_adapter(path)
+    put_adapter(model, content, tensors, path, strict, name, parts)
+    return content
+
+
+def put_adapter(
+    model: nn.Module,
+    content: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: str | os.PathLike,
+    strict: bool = True,
+    name: str | None = None,
+    parts: dict[str, nn.Module | dict] | None = None,
+) -> None:
+    """Load the content of an adapter file into a model; see :func:`load_adapter`.
+
+    Args:
+        model: The model.
+        content: The file's metadata.
+        tensors: The file's tensors.
+        path: The file's name, for errors.
+        strict: Whether what does not fit is an error.
+        name: Name of the adapter to add.
+        parts: Neck and head for it.
+
+    Raises:
+        AdapterFileError: The file does not fit.
+        ValueError: The name is taken.
+    """
     model = unwrap(model)
     injection = get_injection(model)
     if injection is not None and name is None:
-        _check_selection(content, model, path)
+        try:
+            check_selection(content, injection, str(path))
+        except WeightsError as error:
+            raise AdapterFileError(f'{path} does not fit: {error}') from error
     selection = _selection_of(content, model, path)
     if injection is not None and name is not None and selection.unfreeze:
         raise AdapterFileError(
             f'{path} has parameters of the base itself, trained in place ({selection.unfreeze[0]}, ...), so it cannot '
             'share a base with other adapters: load it into a model of its own'
         )
+    norms = _base_names(model, tensors, selection) - set(content['base_parameters'])
+    if injection is not None and name is not None and norms:
+        raise AdapterFileError(
+            f'{path} has norms of the backbone that its base lacked ({min(norms)}, ...), so it cannot share a base '
+            'with other adapters: load it into a model of its own'
+        )
     problems = []
     try:
-        actual = hash_parameters(base_parameters(model, None if injection else selection))
+        own = base_of(model, None if injection else selection)
+        extra = _unaccounted(content, tensors, model, None if injection else selection)
     except ValueError as error:
         raise AdapterFileError(f'{path} does not fit: {error}') from error
-    if not same_base(content['base_fingerprint'], actual):
-        problems.append(
-            f'it was trained on another base: the base weights have fingerprint {actual[:12]}, the adapter needs '
-            f'{content["base_fingerprint"][:12]}. Load the weights it was trained on first'
-        )
+    difference = base_difference(content, own) or extra
+    if difference is not None:
+        problems.append(f'it was trained on another base: {difference}. Load the weights it was trained on first')
         if strict:
             raise AdapterFileError(f'{path} does not fit: {problems[0]}')
 
     if name is None:
         if injection is not None and injection.current is None:
             raise ValueError('no adapter is active: set_adapter first, or give a name to load the file under')
-        if injection is not None and injection.method.config != _complete(content['method'], path):
-            raise AdapterFileError(
-                f'{path} holds {content["method"]}, the model is adapted by {injection.method.config}; to have both, '
-                'give a name to load the file under'
-            )
+        if injection is not None:
+            _check_method(content['method'], injection.method.config, path)
     if injection is None or name is not None:
         _check_adapters(model, content['method'], selection, tensors, path)
 
@@ -387,7 +475,11 @@ def load_adapter(
         if injection is None:
             raise AdapterFileError(f'{path} does not fit: {error}') from error
         raise
+    adapted = get_injection(model)
+    assert adapted is not None  # by now
+    trained_before = adapted.trained_norms()
     try:
+        _adopt(model, tensors)
         _fill(model, tensors, problems, strict, path)
     except AdapterFileError:
         if injection is None:
@@ -395,21 +487,72 @@ def load_adapter(
             for part, module in parts_before.items():
                 parent, _, last = part.rpartition('.')
                 setattr(model.get_submodule(parent), last, module)
-        elif name is not None:
-            _switch_back(model, before)
-            delete_adapter(model, name)
+        else:
+            adopt_output_norms(injection, trained_before)
+            if name is not None:
+                _switch_back(model, before)
+                delete_adapter(model, name)
         raise
     if injection is not None and name is not None:
         _switch_back(model, before)
-    return content
 
 
-def _complete(method: dict, path: str | os.PathLike) -> dict:
-    """The config of a file's method, with options that came after it was written."""
+def _base_names(model: nn.Module, tensors: dict[str, Tensor], selection: Selection) -> set[str]:
+    """Names in the backbone, of several with its path, of what a file holds of the base itself."""
+    backbones = list(_backbones_for(model, selection))
+    heads = heads_of(model, selection)
+    inside = _inside(backbones, heads, tensors)
+    own = {n for n in tensors if _is_inside(n, inside, heads) and not is_adapter(n)}
+    return own if len(backbones) > 1 else {n[len(inside[0]) :] for n in own}
+
+
+def _unaccounted(
+    content: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module, selection: Selection | None
+) -> str | None:
+    """What the model's base has beyond the file's; None for nothing."""
+    known = {*content['base_parameters'], *_base_names(model, tensors, selection or Selection())}
+    extra = [name for name in base_parameters(model, selection) if name not in known]
+    return f'the model has {extra[0]}, which that base had not ({len(extra)} such tensors)' if extra else None
+
+
+def _check_method(theirs: dict, ours: dict, path: str | os.PathLike) -> None:
+    """Compare a file's method with that of the model."""
     try:
-        return build_method(method).config
-    except (ValueError, TypeError) as error:
-        raise AdapterFileError(f'{path} does not fit: its method {method} cannot be carried out: {error}') from error
+        difference = method_difference(complete_method(theirs, str(path)), ours)
+    except WeightsError as error:
+        raise AdapterFileError(f'{path} does not fit: {error}') from error
+    if difference:
+        raise AdapterFileError(
+            f'{path} holds {theirs}, the model is adapted by {ours}; to have both, give a name to load the file under'
+        )
+
+
+def _adopt(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Train in place what the file has of the base."""
+    injection = get_injection(model)
+    assert injection is not None  # load_adapter has adapted the model
+    names = _base_names(model, tensors, injection.selection)
+    if names or injection.trained_norms():
+        adopt_output_norms(injection, names)
+
+
+def initialise_base(model: nn.Module, content: dict[str, Any]) -> str | None:
+    """Have a model take the base that a file belongs to from its config, where it has not done so.
+
+    In tests MMEngine leaves out what ``init_cfg`` says.
+
+    Args:
+        model: The bare model.
+        content: What :func:`describe_base` gave, or metadata with it.
+
+    Returns:
+        How its base differs from the file's all the same, None for the same base.
+    """
+    difference = base_difference(content, base_of(model))
+    if difference is not None and isinstance(model, BaseModule) and not model.is_init:
+        model.init_weights()
+        difference = base_difference(content, base_of(model))
+    return difference
 
 
 def _switch_back(model: nn.Module, name: str | None) -> None:

@@ -70,6 +70,22 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str,
     return metadata, tensors
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Read the metadata of a safetensors file, and none of its tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The metadata; empty for what is no intact safetensors file, which reading the whole will tell.
+    """
+    try:
+        with safetensors.safe_open(path, framework='pt') as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError):
+        return {}
+
+
 def save_safetensors(
     tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
 ) -> None:
@@ -114,18 +130,25 @@ def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
         map_location: Device for the tensors. Defaults to None, the CPU.
 
     Returns:
-        The state dict; of a training checkpoint all that MMEngine's own hold.
+        The state dict; of a training checkpoint all that MMEngine's own hold; of an adapter file
+        its tensors as ``state_dict`` and its metadata as ``adapter_file``.
 
     Raises:
+        AdapterFileError: The file is an adapter file whose metadata is damaged or too new.
         DamagedFileError: The file is damaged or of another format.
         FileNotFoundError: There is no such file.
     """
+    from .adapter_file import is_adapter_file, parse_adapter
     from .training_checkpoint import decode_checkpoint, is_checkpoint
 
     metadata, tensors = read_safetensors(filename)
     if isinstance(map_location, (str, torch.device)):
         tensors = {name: value.to(map_location) for name, value in tensors.items()}
-    return decode_checkpoint(metadata, tensors, filename) if is_checkpoint(metadata) else tensors
+    if is_checkpoint(metadata):
+        return decode_checkpoint(metadata, tensors, filename)
+    if is_adapter_file(metadata):
+        return dict(meta={}, state_dict=tensors, adapter_file=parse_adapter(metadata, filename))
+    return tensors
 
 
 @CheckpointLoader.register_scheme(prefixes=r'(?!\w+://).*\.safetensors$', force=True)

@@ -1,5 +1,5 @@
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
-from .hooks import AdapterCheckpointHook, AdapterStatisticsHook, PEFTHook
+from .hooks import AdapterCheckpointHook, AdapterStatisticsHook, PEFTHook, WeightsHook
 from .optim_wrapper_constructor import PEFTOptimWrapperConstructor
 from .runner import CheckedRunner
 
@@ -10,4 +10,5 @@ __all__ = [
     'CheckedRunner',
     'PEFTHook',
     'PEFTOptimWrapperConstructor',
+    'WeightsHook',
 ]

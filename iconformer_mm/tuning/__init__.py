@@ -1,3 +1,4 @@
+from .accounting import WeightsError
 from .injection import get_injection, inject, merge, remove, summarize, unmerge
 from .methods import PEFTMethod, build_method
 from .sites import FAMILIES, BlockFamily
@@ -9,6 +10,7 @@ __all__ = [
     'BlockFamily',
     'PEFTMethod',
     'Summary',
+    'WeightsError',
     'active_adapter',
     'add_adapter',
     'build_method',

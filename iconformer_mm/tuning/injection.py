@@ -11,6 +11,7 @@ import torch
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
+from .accounting import BaseAccount
 from .attachments import Attachment, BlockAttachment, BranchAttachment, Joint, Switch, Tap, WeightMergingAttachment
 from .attachments.base import placement
 from .backbones import (
@@ -28,7 +29,6 @@ from .freezing import ADAPTER, Freezing, FrozenParts, is_adapter
 from .frozen_precision import FrozenPrecision, check_frozen_dtype
 from .grids import GridTracker, PatchEmbedTap
 from .methods import PEFTMethod, build_method
-from .pretrained import PretrainedCheck
 from .recomputation import Recomputation
 from .selection import Selection
 from .sites import FromPatchEmbed, Site, find_sites, no_site_error
@@ -180,11 +180,11 @@ class Injection:
         ]
         # With the matrices in another one, adapters keep the dtype that the backbone had.
         self.adapter_dtype = None if frozen_dtype is None else placement(items[0][1])[1]
-        self.checks = []
-        for backbone in self.backbones.values() if method.freezes and not follows else ():
-            sites = find_sites(backbone)
-            if sites:
-                self.checks.append(PretrainedCheck(backbone, [site.name for site in sites]))
+        self.accounts = {
+            path: BaseAccount(b, self, [site.name for site in find_sites(b)])
+            for path, b in items
+            if method.freezes and not follows
+        }
         self.freezings: list[Freezing] = []
         # What follows learns nothing itself, whatever its host has set so far.
         self._learnt = [p for b in self.backbones.values() for p in b.parameters() if follows and p.requires_grad]
@@ -251,12 +251,32 @@ class Injection:
         return join(path, name) if len(self.backbones) > 1 else name
 
     def trained_of(self, backbone: nn.Module) -> list[str]:
-        """Names in one of the backbones of its own parameters and statistics that are trained in place."""
-        return [n for path, base in self.trained.items() if self.backbones[path] is backbone for n in base.names]
+        """Names in one of the backbones of its own parameters and statistics that are trained in place.
+
+        They are those that the user named (``unfreeze``), and output norms that the weights lack.
+        """
+        (path,) = (path for path, module in self.backbones.items() if module is backbone)
+        named = self.trained[path].names if path in self.trained else []
+        return [*named, *sorted(self.accounts[path].norms if path in self.accounts else ())]
 
     def trained_names(self) -> list[str]:
         """Names of the backbones' own parameters and statistics that are trained in place."""
-        return [self.full_name(path, name) for path, base in self.trained.items() for name in base.names]
+        return [self.full_name(path, name) for path, b in self.backbones.items() for name in self.trained_of(b)]
+
+    def trained_norms(self) -> list[str]:
+        """Names of the output norms that are trained since the weights lack them."""
+        return [self.full_name(path, name) for path, a in self.accounts.items() for name in sorted(a.norms)]
+
+    def adapter_names(self) -> list[str]:
+        """Names in the model of the active adapter's tensors."""
+        if self.current is None:
+            return []
+        return [
+            join(path, f'{attachment.path(key + attachment.suffix)}.{name}')
+            for path, attachment in zip(self.current.paths, self.current.attachments)
+            for key in attachment.adapters
+            for name in attachment.part(key).state_dict()
+        ]
 
     def trains(self, name: str) -> bool:
         """Whether a parameter or buffer of a backbone is trained, an adapter's or the backbone's own.
@@ -343,6 +363,11 @@ class Injection:
         if self.trained:
             name = next(iter(self.trained.values())).names[0]
             raise ValueError(f'{what} needs the base as it was, but {name} of it is trained in place (unfreeze)')
+        if self.trained_norms():
+            raise ValueError(
+                f'{what} needs the base as it was, but {self.trained_norms()[0]} of it is trained in place, since the '
+                'pre-trained weights lack it'
+            )
 
     def add(self, name: str, method: PEFTMethod, selection: Selection = Selection()) -> None:  # noqa: B008
         """Make another adapter, which stays inactive.
@@ -424,8 +449,8 @@ class Injection:
             base.release()
         for _, tap in self.trackers.values():
             tap.restore()
-        for check in self.checks:
-            check.release()
+        for account in self.accounts.values():
+            account.release(restore)
         for freezing in self.freezings:
             freezing.release()
         for parameter in self._learnt:
@@ -821,6 +846,7 @@ class _Merged:
     with_cp: bool
     adapter: dict[str, Tensor]
     unfrozen: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]
+    norms: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]
     base: list[tuple[nn.Parameter, Tensor]] | None
 
 
@@ -877,6 +903,7 @@ def merge(model: nn.Module, safe: bool = True, keep_base: bool = True) -> None:
         injection.with_cp,
         {n: t.detach().clone() for n, t in adapter.state().items()},
         {path: (base.base_values(), base.trained_values()) for path, base in injection.trained.items()},
+        {path: account.norm_values() for path, account in injection.accounts.items() if account.norms},
         [] if keep_base else None,
     )
     for follower in injections_of(model):
@@ -928,7 +955,7 @@ def unmerge(model: nn.Module) -> None:
         for parameter, value in record.base:
             parameter.copy_(value)
     backbones = find_backbones(host, record.selection.backbones)
-    for path, (base, _) in record.unfrozen.items():
+    for path, (base, _) in (*record.unfrozen.items(), *record.norms.items()):
         set_values(backbones[path], base)
     injection = adapt(host, record.method, record.selection, record.frozen_dtype, record.with_cp)
     if record.name != DEFAULT_NAME:
@@ -936,6 +963,9 @@ def unmerge(model: nn.Module) -> None:
     injection.adapters[record.name].load(record.adapter)
     for path, (_, trained) in record.unfrozen.items():
         injection.trained[path].begin()
+        set_values(backbones[path], trained)
+    for path, (_, trained) in record.norms.items():
+        injection.accounts[path].train_norms(set(trained))
         set_values(backbones[path], trained)
     delattr(holders[0], _MERGED)
 

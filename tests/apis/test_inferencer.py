@@ -14,6 +14,8 @@ from mmengine.registry import MODELS, init_default_scope
 
 from iconformer_mm import inject, save_adapter
 from iconformer_mm.apis import AdapterInferencer, load_config
+from iconformer_mm.checkpoint import read_adapter, write_adapter
+from iconformer_mm.tuning.accounting import WeightsError
 
 DIGITS = 'configs/quickstart/vit-quickstart_icon_digits.py'
 SCENES = {
@@ -166,3 +168,66 @@ def test_the_tool_draws_and_names_what_it_cannot_read(task, root, photo, tmp_pat
 def test_the_tool_refuses_what_is_not_there(root, tmp_path, monkeypatch):
     arguments = [tmp_path / 'none.png', '--config', root / DIGITS, '--out', tmp_path]
     assert 'no image, no folder' in predict(monkeypatch, root, *arguments)
+
+
+def test_a_head_that_is_in_no_file_is_not_predicted_with(root, tmp_path):
+    trained(root, DIGITS, tmp_path / 'a.safetensors')
+    with pytest.raises(WeightsError, match='the weights that the config names lacks 2 of .* such as head.fc.weight'):
+        AdapterInferencer(load_config(str(root / DIGITS), 'frozen'), device='cpu')
+    save_adapter_of_backbone(tmp_path / 'a.safetensors', tmp_path / 'b.safetensors')
+    with pytest.raises(WeightsError, match='names and .*b.safetensors lacks 2 of .* such as head.fc.weight'):
+        AdapterInferencer(root / DIGITS, tmp_path / 'b.safetensors', device='cpu')
+    with pytest.raises(ValueError, match='a.safetensors is an adapter file, no base: give it as `adapter`'):
+        AdapterInferencer(root / DIGITS, base=tmp_path / 'a.safetensors', device='cpu')
+
+
+def save_adapter_of_backbone(path, out):
+    content, tensors = read_adapter(path)
+    write_adapter(out, content, {n: v for n, v in tensors.items() if n.startswith('backbone.')})
+
+
+def test_another_method_than_that_of_the_checkpoint(root, tmp_path):
+    model = trained(root, DIGITS, tmp_path / 'a.safetensors')
+    torch.save(dict(state_dict=model.state_dict(), meta={}), tmp_path / 'whole.pth')
+    with pytest.raises(WeightsError, match='whole.pth was trained with another PEFT method, or with other options'):
+        AdapterInferencer(load_config(str(root / DIGITS), 'lora'), base=tmp_path / 'whole.pth', device='cpu')
+
+
+def test_weights_that_timm_loads_itself_are_a_base(tmp_path):
+    import timm
+
+    options = dict(img_size=32, embed_dim=32, depth=2, num_heads=2, in_chans=1)
+    torch.manual_seed(0)
+    torch.save(timm.create_model('vit_tiny_patch16_224', num_classes=1000, **options).state_dict(), tmp_path / 'w.pth')
+    pipeline = [dict(type='PackInputs')]
+    backbone = dict(type='TIMMBackbone', model_name='vit_tiny_patch16_224', checkpoint_path=str(tmp_path / 'w.pth'))
+    backbone.update(img_size=32, embed_dim=32, depth=2, num_heads=2, in_channels=1, num_classes=1000)
+    cfg = Config(
+        dict(
+            default_scope='mmpretrain',
+            model=dict(
+                type='ImageClassifier',
+                data_preprocessor=dict(mean=[0.0], std=[255.0]),
+                backbone=backbone,
+                neck=dict(type='TokenMean'),
+                head=dict(type='LinearClsHead', num_classes=4, in_channels=32),
+            ),
+            test_dataloader=dict(dataset=dict(type='Strokes', pipeline=pipeline)),
+        )
+    )
+    init_default_scope('mmpretrain')
+    model = MODELS.build(cfg.model)
+    inject(model, 'icon', bottleneck=8)
+    stir(model).eval()
+    save_adapter(model, tmp_path / 'a.safetensors')
+    image = np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8)
+    (prediction,) = AdapterInferencer(cfg, tmp_path / 'a.safetensors', device='cpu')(image)
+    torch.testing.assert_close(prediction.pred_score, scores(model, image))
+
+
+@MODELS.register_module()
+class TokenMean(torch.nn.Module):
+    """Makes one vector of timm's tokens."""
+
+    def forward(self, features):
+        return (features[-1].mean(1),)

@@ -5,11 +5,14 @@ import sys
 from importlib import import_module
 
 import pytest
+import torch
 from mmengine.config import Config
 
-from iconformer_mm import inject
+from iconformer_mm import inject, save_adapter
 from iconformer_mm.apis import load_config
 from iconformer_mm.apis.inspection import build_model, find_mistakes, inspect_model
+from iconformer_mm.checkpoint import save_safetensors
+from iconformer_mm.tuning.accounting import NO_WEIGHTS
 
 DIGITS = 'configs/quickstart/vit-quickstart_icon_digits.py'
 SWIN = dict(embed_dims=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8])
@@ -86,6 +89,36 @@ def test_mistakes(changes, message):
 )
 def test_nothing_to_say(changes):
     assert find_mistakes(config(**changes)) == []
+
+
+def timm(**options):
+    return {'model.backbone': dict(_delete_=True, model_name='vit_tiny_patch16_224', **options)}
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'named'),
+    [
+        (timm(type='TIMMBackbone'), False),
+        (timm(type='TIMMBackbone', pretrained=True), True),
+        (timm(type='TIMMBackbone', checkpoint_path='w.pth'), True),
+        (timm(type='mmseg.TIMMBackbone'), True),  # there it is the default
+        (timm(type='mmseg.TIMMBackbone', pretrained=False), False),
+        (timm(type='mmseg.ICoNTIMMBackbone'), True),
+        (timm(type='mmpretrain.ICoNTIMMBackbone'), False),
+    ],
+)
+def test_weights_that_timm_loads_itself_are_named(backbone, named):
+    assert (NO_WEIGHTS in find_mistakes(config(**backbone))) != named
+
+
+def test_an_adapter_file_names_no_base(tmp_path):
+    model = build_model(config())
+    inject(model)
+    save_adapter(model, tmp_path / 'a.safetensors')
+    save_safetensors(dict(x=torch.zeros(1)), tmp_path / 'b.safetensors')
+    none = {'model.backbone.init_cfg': None}
+    assert find_mistakes(config(load_from=str(tmp_path / 'a.safetensors'), **none)) == [NO_WEIGHTS]
+    assert find_mistakes(config(load_from=str(tmp_path / 'b.safetensors'), **none)) == []
 
 
 def test_the_hook_alone_is_icon():

@@ -21,7 +21,17 @@ from iconformer_mm import (
     save_adapter,
     summarize,
 )
-from iconformer_mm.checkpoint import AdapterFileError, fingerprint, load_safetensors, same_base, save_safetensors
+from iconformer_mm.checkpoint import (
+    AdapterFileError,
+    base_parameters,
+    fingerprint,
+    hash_parameters,
+    load_safetensors,
+    read_adapter,
+    same_base,
+    save_safetensors,
+    write_adapter,
+)
 
 
 def classifier(num_classes=10, seed=0):
@@ -141,6 +151,66 @@ def test_fingerprint():
     with torch.no_grad():
         model.backbone.layers[1].ffn.layers[1].bias[0] += 0.1
     assert fingerprint(model) != reference
+
+
+def adapted_resnet(path=None, **changed):
+    """A ResNet with running statistics; adapted if its adapter is to be written."""
+    from mmpretrain.models.backbones import ResNet
+
+    torch.manual_seed(0)
+    backbone = ResNet(18)
+    with torch.no_grad():
+        for name, buffer in backbone.named_buffers():
+            if buffer.is_floating_point():
+                buffer.add_(torch.rand(buffer.shape, generator=torch.Generator().manual_seed(1)))
+            if name in changed.get('shifted', ()):
+                buffer.add_(1)
+    if path is not None:
+        inject(backbone, 'bitfit')
+        save_adapter(stir(backbone), path)
+    backbone.eval()
+    return backbone
+
+
+def test_other_running_statistics_are_another_base(tmp_path):
+    path = tmp_path / 'a.safetensors'
+    source = adapted_resnet(path)
+    other = adapted_resnet(shifted=['layer1.0.bn1.running_mean'])
+    message = r'another base: the base buffers \(running statistics\) have fingerprint .*, the adapter needs'
+    assert_refused(other, path, message)
+    counted = adapted_resnet(shifted=['bn1.num_batches_tracked'])  # no evaluation reads it
+    load_adapter(counted, path)
+    x = image((64, 64))
+    assert torch.equal(counted(x)[0], source(x)[0])
+    for dtype in (torch.bfloat16, torch.float16):
+        load_adapter(adapted_resnet().to(dtype), path)
+
+
+def test_files_without_a_fingerprint_of_buffers_still_load(tmp_path):
+    """As earlier releases wrote them."""
+    path = tmp_path / 'a.safetensors'
+    source = adapted_resnet(path)
+    content, tensors = read_adapter(path)
+    del content['base_buffers'], content['base_buffers_fingerprint']
+    write_adapter(path, content, tensors)
+    target = adapted_resnet()
+    load_adapter(target, path)
+    x = image((64, 64))
+    assert torch.equal(target(x)[0], source(x)[0])
+    content['base_buffers'] = ['bn1.running_mean']
+    write_adapter(path, content, tensors)
+    assert_refused(adapted_resnet(), path, 'its metadata has no proper `base_buffers_fingerprint`')
+
+
+def test_a_base_with_more_than_that_of_the_file_is_another(tmp_path):
+    path = tmp_path / 'a.safetensors'
+    save_adapter(trained(), path)
+    content, tensors = read_adapter(path)
+    content['base_parameters'].remove('cls_token')
+    own = {n: v for n, v in base_parameters(classifier()).items() if n != 'cls_token'}
+    content['base_fingerprint'] = hash_parameters(own)
+    write_adapter(path, content, tensors)
+    assert_refused(classifier(), path, 'another base: the model has cls_token, which that base had not')
 
 
 def assert_refused(model, path, message, **kwargs):

@@ -14,21 +14,30 @@ import numpy as np
 import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import BaseModule
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner, load_checkpoint
 from mmengine.runner import runner as runner_module
-from torch import nn
 
-from iconformer_mm.checkpoint import DamagedFileError, base_parameters, fingerprint, load_safetensors, same_base
+from iconformer_mm.checkpoint import (
+    DamagedFileError,
+    base_difference,
+    base_of,
+    describe_base,
+    initialise_base,
+    load_safetensors,
+)
 from iconformer_mm.checkpoint.safetensors_io import TEMPORARY
 from iconformer_mm.checkpoint.training_checkpoint import save_checkpoint
 from iconformer_mm.checkpoint.tuned_state import frozen_state, heads_of
 from iconformer_mm.tuning import get_injection
+from iconformer_mm.tuning.accounting import (
+    NOTE,
+    WeightsError,
+    adopt_output_norms,
+    check_training,
+    describe_training,
+)
 from iconformer_mm.tuning.injection import backbones_of, unwrap
-from iconformer_mm.tuning.selection import Selection
-
-NOTE = 'iconformer_mm'  # what this hook keeps beside MMEngine's own content
 
 
 @HOOKS.register_module()
@@ -84,7 +93,7 @@ class AdapterCheckpointHook(CheckpointHook):
         self._loader: _BaseFiller | None = None
         self._resumed: dict | None = None
         self._source: str | None = None  # of base weights that `load_from` gave
-        self._base_fingerprint: str | None = None
+        self._base: dict[str, Any] | None = None
         self._before_val: dict | None = None
         self._rank_states: list[dict] = []
         self._written: list[Path] = []
@@ -137,26 +146,25 @@ class AdapterCheckpointHook(CheckpointHook):
         """Put the base's weights, which the model has, beside those of an adapter checkpoint.
 
         Raises:
-            ValueError: The model's base is not the one it was trained on.
+            WeightsError: The checkpoint is of another PEFT method, or the model's base is not the one that it was
+                trained on.
         """
         note = checkpoint.get(NOTE)
         if note is None:
             return  # an ordinary checkpoint
         model = unwrap(runner.model)
-        check_selection(note, model)
-        needed, actual = note['base_fingerprint'], fingerprint(model)
-        if not same_base(needed, actual) and isinstance(model, BaseModule) and not model.is_init:
-            model.init_weights()  # in tests MMEngine leaves out what `init_cfg` says
-            actual = fingerprint(model)
-        if not same_base(needed, actual) and note['load_from']:
+        injection = get_injection(model)
+        check_training(checkpoint, model, injection, str(runner._load_from), whole=True)
+        adopt_output_norms(injection, note.get('trained') or ())
+        difference = initialise_base(model, note)
+        if difference is not None and note['load_from']:
             runner.logger.info(f'loading the base that the run began with, {note["load_from"]}')
             load_checkpoint(model, note['load_from'], map_location='cpu')
-            actual = fingerprint(model)
-        if not same_base(needed, actual):
-            raise ValueError(
-                f'the checkpoint was trained on another base: the base weights have fingerprint {actual[:12]}, it '
-                f'needs {needed[:12]}. Give the pre-trained weights of its run in `init_cfg` (or, '
-                'for a backbone that was not pre-trained, the same `randomness.seed`)'
+            difference = base_difference(note, base_of(model))
+        if difference is not None:
+            raise WeightsError(
+                f'the checkpoint was trained on another base: {difference}. Give the pre-trained weights of its run in '
+                '`init_cfg` (or, for a backbone that was not pre-trained, the same `randomness.seed`)'
             )
         frozen = frozen_state(model)
         checkpoint['state_dict'].update(frozen)
@@ -239,8 +247,8 @@ class AdapterCheckpointHook(CheckpointHook):
 
     def _write(self, runner: Runner, checkpoint: dict, path: str) -> None:
         model = unwrap(runner.model)
-        if self._base_fingerprint is None:
-            self._base_fingerprint = fingerprint(model)
+        if self._base is None:
+            self._base = describe_base(model)
         frozen = frozen_state(model).keys()
         checkpoint = dict(checkpoint)
         checkpoint['state_dict'] = {n: v for n, v in checkpoint['state_dict'].items() if n not in frozen}
@@ -250,14 +258,11 @@ class AdapterCheckpointHook(CheckpointHook):
         injection = get_injection(model)
         assert injection is not None  # else before_run stops
         checkpoint[NOTE] = dict(
-            method=injection.method.config,
+            **describe_training(injection),
+            **self._base,
             task=type(model).__name__,
-            selection=injection.selection.config,
             backbones=list(backbones_of(model)),
             heads=heads_of(model),
-            sites=list(injection.named_attachments()),
-            base_fingerprint=self._base_fingerprint,
-            base_parameters=sorted(base_parameters(model)),
             load_from=self._source,
             rank_states=self._rank_states,
         )
@@ -342,26 +347,6 @@ def newest_intact(folder: Path, filename_tmpl: str) -> tuple[Path | None, list[D
         else:
             return path, damaged
     return None, damaged
-
-
-def check_selection(note: dict, model: nn.Module) -> None:
-    """Compare what a checkpoint adapts and trains with what the model does.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    injection = get_injection(model)
-    if injection is None:
-        return
-    theirs, ours = Selection.from_config(note.get('selection')), injection.selection
-    for option in ('blocks', 'unfreeze'):
-        values = getattr(theirs, option), getattr(ours, option)
-        same_blocks = option == 'blocks' and set(note['sites']) == set(injection.named_attachments())
-        if values[0] != values[1] and not same_blocks:
-            raise ValueError(
-                f'the checkpoint was trained with {option}={values[0]!r}, the model is adapted with '
-                f'{option}={values[1]!r}: give the config that it was trained by'
-            )
 
 
 def waiting_gradients(runner: Runner) -> dict[str, torch.Tensor]:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.dist import master_only
-from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint import save_adapter
-from iconformer_mm.engine.optim_wrapper_constructor import describe_groups
 from iconformer_mm.tuning import get_injection, inject
 from iconformer_mm.tuning.injection import Injection, unwrap
 
+from .weights_hook import WeightsHook
+
 
 @HOOKS.register_module()
-class PEFTHook(Hook):
+class PEFTHook(WeightsHook):
     """Injects a PEFT method into the runner's model, in training, validation and test.
 
     It acts first of all hooks and before weights are initialised, loaded or
@@ -29,6 +28,10 @@ class PEFTHook(Hook):
     (over trainable parameters only) and the schedulers. It logs the summary,
     and writes what was trained to ``adapter.safetensors`` in the work
     directory when training ends.
+
+    It also does what :class:`WeightsHook` does: no tensor is trained or tested that is
+    in none of the files and should be. Output norms that the weights lack, as those of ImageNet lack a detector's,
+    are trained with the adapters.
 
     Args:
         method: Name or config of the PEFT method. Defaults to
@@ -47,13 +50,12 @@ class PEFTHook(Hook):
     Raises:
         ValueError: The model is adapted already or does not have what was selected, the runner has no config to
             rebuild its parts from, or is a FlexibleRunner.
+        WeightsError: A tensor is not accounted for, or a checkpoint is of another method.
 
     Example:
         >>> custom_imports = dict(imports=['iconformer_mm'])
         >>> custom_hooks = [dict(type='PEFTHook', method=dict(type='icon', bottleneck=64))]
     """
-
-    priority = 'HIGHEST'
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class PEFTHook(Hook):
         freeze: Sequence[str] = (),
         backbones: Sequence[str] | None = None,
     ) -> None:
+        super().__init__()
         self.method = method
         self.save_adapter = save_adapter
         self.frozen_dtype = frozen_dtype
@@ -91,25 +94,8 @@ class PEFTHook(Hook):
         if wrapped:
             runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
         if isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
-            self._rebuild_optimization(runner)
-
-    def _rebuild_optimization(self, runner: Runner) -> None:
-        optim_wrapper = copy.deepcopy(runner.cfg.get('optim_wrapper'))
-        if not isinstance(optim_wrapper, dict) or 'optimizer' not in optim_wrapper:
-            raise ValueError(
-                'PEFTHook cannot rebuild the optimizer: the runner was given a built one, or several, and no '
-                '`optim_wrapper` config. Call iconformer_mm.inject(model) before making the optimizer instead.'
-            )
-        constructor = optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
-        if constructor != 'PEFTOptimWrapperConstructor':
-            optim_wrapper['constructor'] = 'PEFTOptimWrapperConstructor'
-            optim_wrapper['paramwise_cfg'] = {**(optim_wrapper.get('paramwise_cfg') or {}), 'constructor': constructor}
-        schedulers, runner.param_schedulers = runner.param_schedulers, None
-        runner.optim_wrapper = runner.build_optim_wrapper(optim_wrapper)
-        runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
-        if schedulers is not None:
-            runner.param_schedulers = runner.build_param_scheduler(copy.deepcopy(runner.cfg.param_scheduler))
-        runner.logger.info(f'\n{describe_groups(unwrap(runner.model), runner.optim_wrapper)}')
+            self.rebuild_optimization(runner)
+        super().before_run(runner)
 
     @master_only
     def after_train(self, runner: Runner) -> None:

@@ -1,0 +1,215 @@
+"""After weights are loaded, every tensor of a runner's model is accounted for."""
+
+from __future__ import annotations
+
+import copy
+
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop, Runner
+
+from iconformer_mm.checkpoint import initialise_base, put_adapter
+from iconformer_mm.checkpoint.tuned_state import file_names, heads_of
+from iconformer_mm.engine.optim_wrapper_constructor import describe_groups
+from iconformer_mm.tuning import get_injection
+from iconformer_mm.tuning.accounting import (
+    NO_WEIGHTS,
+    NOTE,
+    LoadRecord,
+    WeightsError,
+    adopt_output_norms,
+    check_averages,
+    check_training,
+    describe_training,
+    recorded_training,
+    require_all,
+    some,
+)
+from iconformer_mm.tuning.backbones import is_below, join
+from iconformer_mm.tuning.injection import backbones_of, unwrap
+
+from .adapter_checkpoint_hook import AdapterCheckpointHook
+
+
+@HOOKS.register_module()
+class WeightsHook(Hook):
+    """Checks that what is trained, validated or tested is what the files hold.
+
+    Before anything is loaded, the PEFT method of a checkpoint is compared with the model's. After loading,
+    each tensor is loaded, or new and trained, or an error. In tests, and on resuming, all have to be in the
+    checkpoint. Before training, all that are frozen have to be loaded. Only a model that is given no
+    weights at all is trained with a warning.
+
+    ``load_from`` takes adapter files, too, with the checks of :func:`iconformer_mm.load_adapter`:
+    training goes on from what they hold.
+
+    :class:`PEFTHook` does all this itself. The command-line tools register this hook where there is none.
+
+    Raises:
+        WeightsError: A tensor is not accounted for, or the methods differ.
+    """
+
+    priority = 'HIGHEST'
+
+    def __init__(self) -> None:
+        self._record: LoadRecord | None = None
+        self._checked = False
+
+    def before_run(self, runner: Runner) -> None:
+        """Begin to record what is loaded."""
+        if self._record is None and not self._checked:
+            self._record = LoadRecord(unwrap(runner.model))
+
+    # Loading
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare the checkpoint's PEFT method with the model's, before it is loaded."""
+        model, injection, source = unwrap(runner.model), get_injection(runner.model), str(runner._load_from)
+        whole = runner._resume or not _is_training(runner)
+        if self._record is not None and whole:
+            self._record.restart()
+        check_training(checkpoint, model, injection, source, whole)
+        if 'adapter_file' in checkpoint:
+            self._take_adapter_file(runner, checkpoint, source)
+            return
+        if NOTE in checkpoint and not any(isinstance(hook, AdapterCheckpointHook) for hook in runner.hooks):
+            raise WeightsError(
+                f'{source} holds what was trained, and not the base. To load it, set '
+                "default_hooks.checkpoint.type='AdapterCheckpointHook'"
+            )
+        trained = (recorded_training(checkpoint) or {}).get('trained') or ()
+        if injection is not None and (whole or trained):
+            adopt_output_norms(injection, trained)
+            self._rebuild_for_norms(runner)
+        if runner._resume:
+            check_averages(checkpoint, source, any(isinstance(hook, EMAHook) for hook in runner.hooks))
+
+    def _take_adapter_file(self, runner: Runner, checkpoint: dict, source: str) -> None:
+        """Fill the model, and hand MMEngine what it then has."""
+        if runner._resume:
+            raise WeightsError(
+                f'{source} is an adapter file: it has no optimizer, and no position in the training, to resume from. '
+                'Give it as `load_from` without resuming to train on from it, or resume from a checkpoint'
+            )
+        model = unwrap(runner.model)
+        if get_injection(model) is None:
+            raise WeightsError(
+                f'{source} is an adapter file, but the model is not adapted. Name its method: --peft, or a PEFTHook in '
+                'the config'
+            )
+        content, tensors = checkpoint.pop('adapter_file'), checkpoint['state_dict']
+        initialise_base(model, content)
+        put_adapter(model, content, tensors, source)
+        state, paths = model.state_dict(), list(backbones_of(model))
+        names = file_names(state, paths, heads_of(model))
+        checkpoint['state_dict'] = {
+            n: v.clone() for n, v in state.items() if names[n] in tensors or '' in paths or is_below(n, paths)
+        }
+        runner.logger.info(f'the adapter file {source} is loaded')
+
+    # Accounting
+
+    def before_train(self, runner: Runner) -> None:
+        """Check that all that is frozen was loaded, and on resuming the rest, too."""
+        self._rebuild_for_norms(runner)
+        record, self._record, self._checked = self._record, None, True
+        if record is None:
+            return
+        record.close()
+        if runner._resume and record.begun:
+            require_all(record, str(runner._load_from))
+        injection = get_injection(runner.model)
+        accounts = {} if injection is None else injection.accounts
+        missing = [join(path, name) for path, account in accounts.items() for name in account.missing]
+        if not missing:
+            return
+        if not record.begun:
+            runner.logger.warning(NO_WEIGHTS)
+            return
+        raise WeightsError(
+            f'weights were loaded, but {len(missing)} frozen tensors of the backbone were in none of the files, such '
+            f'as {some(missing)}; they would stay random. Name the weights of the backbone: init_cfg with '
+            "type='Pretrained', or load_from"
+        )
+
+    def before_val(self, runner: Runner) -> None:
+        """Check that all was loaded, in a validation without training."""
+        self._require_all(runner)
+
+    def before_test(self, runner: Runner) -> None:
+        """Check that all was loaded."""
+        self._require_all(runner)
+
+    def _require_all(self, runner: Runner) -> None:
+        if self._checked or self._record is None:
+            return
+        self._checked = True
+        given = runner.cfg.get('model') is None or getattr(self._record.model, 'is_init', False)
+        if not self._record.begun and given:
+            return  # whoever built the model has loaded it
+        if not self._record.begun:
+            raise WeightsError(
+                'there are no weights: the model would be tested as it was initialised. Give a checkpoint (load_from)'
+            )
+        require_all(self._record, str(runner._load_from))
+
+    # Saving
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Write down how the model was adapted."""
+        injection = get_injection(runner.model)
+        if injection is not None:
+            checkpoint['meta'][NOTE] = describe_training(injection)
+
+    # Optimization
+
+    def _rebuild_for_norms(self, runner: Runner) -> None:
+        """Have the optimizer train the output norms that turned out to be new, and no others."""
+        injection = get_injection(runner.model)
+        if injection is None or not isinstance(runner.optim_wrapper, OptimWrapper):
+            return
+        optimized = {id(p) for group in runner.optim_wrapper.param_groups for p in group['params']}
+        trained = {
+            id(injection.backbones[path].get_parameter(name))
+            for path, account in injection.accounts.items()
+            for name in account.norms
+        }
+        if trained <= optimized:
+            return
+        if is_model_wrapper(runner.model):
+            runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), runner.model.module)
+        self.rebuild_optimization(runner)
+        if isinstance(runner._train_loop, BaseLoop):
+            runner.optim_wrapper.initialize_count_status(
+                runner.model, runner._train_loop.iter, runner._train_loop.max_iters
+            )
+
+    def rebuild_optimization(self, runner: Runner) -> None:
+        """Build optimizer and schedulers again, over the trainable parameters.
+
+        Raises:
+            ValueError: The runner has no config to build them from.
+        """
+        optim_wrapper = copy.deepcopy(runner.cfg.get('optim_wrapper'))
+        if not isinstance(optim_wrapper, dict) or 'optimizer' not in optim_wrapper:
+            raise ValueError(
+                'PEFTHook cannot rebuild the optimizer: the runner was given a built one, or several, and no '
+                '`optim_wrapper` config. Call iconformer_mm.inject(model) before making the optimizer instead.'
+            )
+        constructor = optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
+        if constructor != 'PEFTOptimWrapperConstructor':
+            optim_wrapper['constructor'] = 'PEFTOptimWrapperConstructor'
+            optim_wrapper['paramwise_cfg'] = {**(optim_wrapper.get('paramwise_cfg') or {}), 'constructor': constructor}
+        schedulers, runner.param_schedulers = runner.param_schedulers, None
+        runner.optim_wrapper = runner.build_optim_wrapper(optim_wrapper)
+        runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+        if schedulers is not None:
+            runner.param_schedulers = runner.build_param_scheduler(copy.deepcopy(runner.cfg.param_scheduler))
+        runner.logger.info(f'\n{describe_groups(unwrap(runner.model), runner.optim_wrapper)}')
+
+
+def _is_training(runner: Runner) -> bool:
+    """Whether a run trains; MMEngine builds the loop when it does."""
+    return isinstance(runner._train_loop, BaseLoop)
