@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iconformer_mm.registry import ADAPTERS
 
-from .base import check_count
+from .base import check_count, check_number
 
 
 class WeightAdapter(nn.Module):
@@ -89,15 +89,16 @@ class LoRAAdapter(WeightAdapter):
     Args:
         targets: The maps.
         rank: Rank of the product.
-        alpha: Over the rank, the factor of the product.
+        alpha: Over the rank, the factor of the product; above 0.
 
     Raises:
-        ValueError: The rank is not a positive integer.
+        ValueError: The rank is not a positive integer, or alpha not a finite number above 0.
     """
 
     def __init__(self, targets: Sequence[Target], rank: int, alpha: float) -> None:
         super().__init__()
         check_count('rank', rank)
+        check_number('alpha', alpha, above=0)
         self.scale = alpha / rank
         self.targets: dict[str, list[Target]] = {}
         for target in sorted(targets, key=lambda target: (target.weight, target.rows)):
@@ -167,10 +168,14 @@ class SSFAdapter(WeightAdapter):
         layers: Name of each layer's weight, the name of its bias (None without
             one, and then there is no shift), and the number of its outputs.
         std: Standard deviation of the noise.
+
+    Raises:
+        ValueError: ``std`` is not a finite number of at least 0.
     """
 
     def __init__(self, layers: Sequence[tuple[str, str | None, int]], std: float = 0.02) -> None:
         super().__init__()
+        check_number('std', std, low=0)
         self.layers = [(weight, bias) for weight, bias, _ in layers]
         self.names = tuple(name for pair in self.layers for name in pair if name)
         self.scales = nn.ParameterDict()

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from iconformer_mm.adapters import DeltaAdapter, DoRAAdapter, LoRAAdapter, SSFAdapter, Target, WeightAdapter
-from iconformer_mm.adapters.base import check_count
+from iconformer_mm.adapters.base import check_count, check_number
 from iconformer_mm.registry import PEFT_METHODS
 
 from ..attachment import Attachment
@@ -131,9 +131,13 @@ class SSFMethod(WeightMethod):
     Args:
         std: Standard deviation of the noise that scales and shifts start with; 0
             to start at the pre-trained model. Defaults to 0.02, as in the paper's code.
+
+    Raises:
+        ValueError: It is not a finite number of at least 0.
     """
 
     def __init__(self, std: float = 0.02) -> None:
+        check_number('std', std, low=0)
         self.std = std
 
     def make_adapter(self, module: nn.Module, idle: Sequence[str]) -> WeightAdapter | None:
@@ -213,6 +217,8 @@ class LowRankMethod(PEFTMethod):
     def __init__(self, rank: int, alpha: float, targets: Sequence[str]) -> None:
         if isinstance(targets, str) or not targets or not set(targets) <= set(ROLES):
             raise ValueError(f'targets must be a list of {", ".join(ROLES)}, got {targets!r}')
+        check_count('rank', rank)
+        check_number('alpha', alpha, above=0)
         self.rank = rank
         self.alpha = alpha
         self.targets = [role for role in ROLES if role in targets]
