@@ -76,7 +76,7 @@ def _backend(name: str, tokens: Tensor, height: int, width: int) -> ModuleType:
         return reference_backend if is_empty else found
     if is_empty:
         return reference_backend
-    if tokens.is_cuda:
+    if tokens.is_cuda and tokens.shape[1] * tokens.shape[2] < 2**31:  # Triton's offsets within a sample have 32 bits
         return backends.find('triton') or grouped_backend
     if tokens.device.type == 'cpu':
         # Without Numba: a convolution a sample pays once a map is large.
@@ -293,8 +293,8 @@ def dynamic_depthwise_conv_tokens(
         The filtered tokens, (B, P + H * W, C).
 
     Raises:
-        ValueError: A shape or the backend's name does not fit.
-        RuntimeError: The backend needs a package that cannot be imported.
+        ValueError: A shape, a dtype, a device or the backend's name does not fit.
+        RuntimeError: The backend needs a package that cannot be imported, or another device.
     """
     _check(tokens, kernels, height, width, backend)
     kernels = kernels.to(tokens.dtype)
@@ -310,7 +310,8 @@ def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, backend: str = 'auto') 
 
     ``out[b, h, w, c] = sum_ij kernels[b, c, i, j] * x[b, h + i - K // 2, w + j - K // 2, c]``:
     cross-correlation with stride 1 and zero padding ``K // 2``, the adaptive
-    convolution of iConFormer (arXiv 2409.02838). It is differentiable any number of times.
+    convolution of iConFormer (arXiv 2409.02838). It is differentiable any number of times. The
+    padding is multiplied like all else: a tap that is NaN or infinite makes no output of its channel finite.
 
     Args:
         x: Feature maps, (B, H, W, C).
@@ -319,14 +320,15 @@ def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, backend: str = 'auto') 
             ``'grouped'`` (one grouped convolution), ``'looped'`` (a convolution a sample),
             ``'reference'`` (shifted products), or ``'auto'`` (default), which takes the fastest
             for the device and the shape. They agree but for rounding. Exported graphs
-            (ONNX, ``torch.export``) hold the reference whatever is asked for.
+            (ONNX, ``torch.export``) hold the reference whatever is asked for; it also computes under
+            the transforms of ``torch.func``, in forward-mode AD, and where a map is empty.
 
     Returns:
         The filtered maps, (B, H, W, C).
 
     Raises:
-        ValueError: A shape or the backend's name does not fit.
-        RuntimeError: The backend needs a package that cannot be imported.
+        ValueError: A shape, a dtype, a device or the backend's name does not fit.
+        RuntimeError: The backend needs a package that cannot be imported, or another device.
     """
     if x.dim() != 4:
         raise ValueError(f'dynamic_depthwise_conv2d expects x (B, H, W, C), got {tuple(x.shape)}')
