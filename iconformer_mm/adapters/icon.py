@@ -12,7 +12,16 @@ from iconformer_mm.compat import is_plain
 from iconformer_mm.ops import dynamic_depthwise_conv2d, dynamic_depthwise_conv_tokens, filter_norm
 from iconformer_mm.registry import ADAPTERS
 
-from .base import BottleneckAdapter, Projection, TokenGrid, check_count, check_flag, check_kernel_size, check_number, is_count
+from .base import (
+    BottleneckAdapter,
+    Projection,
+    TokenGrid,
+    check_count,
+    check_flag,
+    check_kernel_size,
+    check_number,
+    is_count,
+)
 
 
 class _MapMean(torch.autograd.Function):

@@ -30,7 +30,7 @@ _CHOICES = ('auto', *backends.NAMES)
 
 
 def _check(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> None:
-    """Raise a ValueError unless tokens (B, P + H * W, C), kernels (B, C, K, K), map and backend are what they must be."""
+    """Raise a ValueError unless tokens (B, P + H * W, C), kernels (B, C, K, K), map and backend fit."""
     tokens_shape, kernels_shape = tokens.shape, kernels.shape
     if len(tokens_shape) != 3 or len(kernels_shape) != 4:
         raise ValueError(

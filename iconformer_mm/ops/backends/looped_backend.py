@@ -16,10 +16,7 @@ def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tenso
     """The filtered tokens; see the package."""
     channels, size = kernels.shape[1], kernels.shape[-1]
     maps = with_padding(as_maps(tokens, height, width), size).permute(0, 3, 1, 2)
-    out = [
-        F.conv2d(one, weight, groups=channels)
-        for one, weight in zip(maps.split(1), kernels.unsqueeze(2))
-    ]
+    out = [F.conv2d(one, weight, groups=channels) for one, weight in zip(maps.split(1), kernels.unsqueeze(2))]
     return behind_prefix(tokens, torch.cat(out).permute(0, 2, 3, 1)).contiguous()
 
 

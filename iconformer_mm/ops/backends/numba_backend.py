@@ -48,9 +48,7 @@ def _sum_of_zeros(values: np.ndarray) -> float:
     return total
 
 
-def _by_definition(
-    function: Callable[..., Tensor], first: Tensor, second: Tensor, *settings: int
-) -> Tensor:
+def _by_definition(function: Callable[..., Tensor], first: Tensor, second: Tensor, *settings: int) -> Tensor:
     """A function of the reference in the precision of this backend."""
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     return function(first.to(dtype), second.to(dtype), *settings).to(first.dtype)

@@ -6,8 +6,8 @@ tile and reads a row three times, once a column of taps, from the caches but for
 sizes reads what every tap sees.
 
 The padding is zeros, so a tap that is not finite marks all that the reference's marks. The sums for the gradient of
-the kernels leave out parts of the padding: of maps or gradients that are not finite they are not finite either, but at the
-border of a map other taps than the reference's may be marked.
+the kernels leave out parts of the padding. Of maps or gradients that are not finite they are not finite either, but at
+the border of a map other taps than the reference's may be marked.
 """
 
 from __future__ import annotations
