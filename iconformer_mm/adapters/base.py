@@ -79,15 +79,15 @@ def check_number(
         above: A number that it must exceed.
         below: A number that it must not reach.
     """
-    limits = [
-        f'{word} {limit}'
-        for word, limit in (('at least', low), ('above', above), ('below', below))
-        if limit is not None
-    ]
-    number = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     fits = (low is None or number >= low) and (above is None or number > above) and (below is None or number < below)
-    if not math.isfinite(number) or not fits:
-        raise ValueError(f'{name} must be {" and ".join(limits) or "a finite number"}, got {value!r}')
+    if math.isfinite(number) and fits:
+        return
+    words = {'at least': low, 'above': above, 'below': below}
+    limits = ' and '.join(f'{word} {limit}' for word, limit in words.items() if limit is not None)
+    if below is None:
+        limits = f'a finite number {"of " if low is not None else ""}{limits}'.strip()
+    raise ValueError(f'{name} must be {limits}, got {value!r}')
 
 
 class Projection(nn.Module):
