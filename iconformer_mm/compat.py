@@ -11,6 +11,7 @@ import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -82,12 +83,29 @@ is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling', None)
 is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', bool)
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether only autograd and autocast see the operators on a tensor: no compiler, tracer or dispatch mode."""
-    return (
-        not is_compiling()
-        and type(tensor) in (Tensor, Parameter)
-        and tensor.device.type in ('cpu', 'cuda')
-        and not torch.jit.is_tracing()
-        and _get_current_dispatch_mode() is None
+# In torch.autograd.grad with is_grads_batched; the name is read here, since that takes a while.
+_BATCHED = torch._C._dispatch_key_parse('VmapMode')
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+
+
+def is_transformed() -> bool:
+    """Whether something is at work that looks into operators, and so knows only torch's own.
+
+    These are the transforms of ``torch.func``, forward-mode AD, and batched gradients.
+    """
+    return not is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or _is_included(_BATCHED)
     )
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether only autograd and autocast see the operators on tensors, which are what lies in their memory.
+
+    Not so under a compiler, a tracer, a dispatch mode, or what :func:`is_transformed` names.
+    """
+    if is_compiling() or is_transformed() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+        return False
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, Parameter) or not (tensor.is_cpu or tensor.is_cuda) or tensor.is_neg():
+            return False
+    return True

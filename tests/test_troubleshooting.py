@@ -23,6 +23,7 @@ from iconformer_mm.apis import load_config
 from iconformer_mm.checkpoint import load_safetensors, read_adapter, save_safetensors
 from iconformer_mm.datasets.checks import CheckedPipeline
 from iconformer_mm.engine import CheckedRunner, PEFTOptimWrapperConstructor, WeightsHook
+from iconformer_mm.ops import filter_norm
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import check_averages, describe_training
 from iconformer_mm.tuning.methods import build_method
@@ -172,6 +173,8 @@ CASES = {
     'unknown option': lambda _: build_method('icon', bottlneck=8),
     "a PEFT method's config": lambda _: build_method(dict(bottleneck=32)),
     'kernel_size must': lambda _: inject(vit(), kernel_size=4),
+    'alpha must be': lambda _: build_method('lora', alpha=float('nan')),
+    'gamma and beta must be': lambda _: filter_norm(torch.ones(1, 2, 3, 3), torch.ones(4, 3, 3), torch.ones(2, 3, 3)),
     '... is no file of a PEFT': lambda _: load_config(
         str(ROOT / 'configs' / 'quickstart' / 'vit-quickstart_icon_digits.py'),
         str(ROOT / 'configs' / '_base_' / 'schedules' / 'quickstart_70e.py'),

@@ -21,6 +21,9 @@ class AdaptFormerAdapter(BottleneckAdapter):
         dropout: Dropout probability after the activation. Defaults to 0.1.
         scale: Factor s of the result. Defaults to 0.1.
         learnable_scale: Whether s is trained. Defaults to False.
+
+    Raises:
+        ValueError: An argument is out of its range.
     """
 
     needs_grid = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class TokenGrid:
 
     def check(self, tokens: Tensor) -> None:
         """Raise a ValueError unless ``tokens`` (B, N, d) fill the grid."""
+        if self.num_prefix_tokens < 0:
+            raise ValueError(f'num_prefix_tokens must be at least 0, got {self.num_prefix_tokens}')
         if tokens.shape[1] != self.num_tokens:
             raise ValueError(
                 f'{tokens.shape[1]} tokens do not fit the grid of {self.height} x {self.width} patches and '
@@ -51,6 +54,41 @@ def check_count(name: str, value: object) -> None:
     """Raise a ValueError unless a value is an integer of at least 1."""
     if not is_count(value):
         raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+
+
+def check_kernel_size(value: object) -> None:
+    """Raise a ValueError unless a kernel size is odd and at least 1: a kernel has a centre."""
+    if not isinstance(value, int) or not is_count(value) or value % 2 == 0:
+        raise ValueError(f'kernel_size must be odd and at least 1, got {value!r}')
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise a ValueError unless a value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{name} must be True or False, got {value!r}')
+
+
+def check_number(
+    name: str, value: object, low: float | None = None, above: float | None = None, below: float | None = None
+) -> None:
+    """Raise a ValueError unless a value is a finite number within limits.
+
+    Args:
+        name: What the message calls it.
+        value: The value.
+        low: The least number allowed.
+        above: A number that it must exceed.
+        below: A number that it must not reach.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    fits = (low is None or number >= low) and (above is None or number > above) and (below is None or number < below)
+    if math.isfinite(number) and fits:
+        return
+    words = {'at least': low, 'above': above, 'below': below}
+    limits = ' and '.join(f'{word} {limit}' for word, limit in words.items() if limit is not None)
+    if below is None:
+        limits = f'a finite number {"of " if low is not None else ""}{limits}'.strip()
+    raise ValueError(f'{name} must be {limits}, got {value!r}')
 
 
 class Projection(nn.Module):
@@ -100,10 +138,14 @@ class MapConvolution(nn.Module):
         channels: Channels of input and output.
         kernel_size: Odd kernel size.
         groups: ``channels`` for a depth-wise convolution. Defaults to 1.
+
+    Raises:
+        ValueError: ``kernel_size`` is not odd and positive.
     """
 
     def __init__(self, channels: int, kernel_size: int, groups: int = 1) -> None:
         super().__init__()
+        check_kernel_size(kernel_size)
         self.groups = groups
         self.weight = nn.Parameter(torch.empty(channels, channels // groups, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.empty(channels))
@@ -181,13 +223,13 @@ class BottleneckAdapter(Adapter):
         learnable_scale: bool,
     ) -> None:
         super().__init__()
+        check_count('embed_dims', embed_dims)
         check_count('bottleneck', bottleneck)
         if activation not in _ACTIVATIONS:
             raise ValueError(f'activation must be one of {", ".join(_ACTIVATIONS)}, got {activation!r}')
-        if not 0 <= dropout < 1:
-            raise ValueError(f'dropout must be at least 0 and below 1, got {dropout!r}')
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise ValueError(f'scale must be a finite number, got {scale!r}')
+        check_number('dropout', dropout, low=0, below=1)
+        check_number('scale', scale)
+        check_flag('learnable_scale', learnable_scale)
         self.embed_dims = embed_dims
         self.bottleneck = bottleneck
         self.down = Projection(embed_dims, bottleneck)

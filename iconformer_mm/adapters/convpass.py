@@ -27,6 +27,9 @@ class ConvpassAdapter(BottleneckAdapter):
         scale: Factor s of the result; the paper chooses one for each task.
             Defaults to 1.
         learnable_scale: Whether s is trained. Defaults to False.
+
+    Raises:
+        ValueError: An argument is out of its range; an even kernel has no centre.
     """
 
     def __init__(

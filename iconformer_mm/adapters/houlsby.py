@@ -21,6 +21,9 @@ class HoulsbyAdapter(BottleneckAdapter):
         dropout: Dropout probability after the activation. Defaults to 0.
         scale: Factor of the result. Defaults to 1.
         learnable_scale: Whether the factor is trained. Defaults to False.
+
+    Raises:
+        ValueError: An argument is out of its range.
     """
 
     needs_grid = False

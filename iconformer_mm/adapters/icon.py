@@ -12,21 +12,30 @@ from iconformer_mm.compat import is_plain
 from iconformer_mm.ops import dynamic_depthwise_conv2d, dynamic_depthwise_conv_tokens, filter_norm
 from iconformer_mm.registry import ADAPTERS
 
-from .base import BottleneckAdapter, Projection, TokenGrid, is_count
+from .base import (
+    BottleneckAdapter,
+    Projection,
+    TokenGrid,
+    check_count,
+    check_flag,
+    check_kernel_size,
+    check_number,
+    is_count,
+)
 
 
 class _MapMean(torch.autograd.Function):
-    """``maps.mean(dim=(1, 2))`` with a view as its gradient, where torch writes a map."""
+    """``maps.mean(dim=(1, 2))`` with a view as its gradient, where torch writes a map; zero for maps without pixels."""
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor) -> Tensor:
-        ctx.size = maps.shape[1:3]
-        return maps.mean(dim=(1, 2))
+        ctx.size = height, width = maps.shape[1:3]
+        return maps.mean(dim=(1, 2)) if height * width else maps.sum(dim=(1, 2))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         height, width = ctx.size
-        return (grad / (height * width))[:, None, None].expand(-1, height, width, -1)
+        return (grad / max(height * width, 1))[:, None, None].expand(-1, height, width, -1)
 
 
 class ICoN(nn.Module):
@@ -36,7 +45,8 @@ class ICoN(nn.Module):
     channel-wise convolutional kernels for each feature". Ours: the generator is
     linear on the pooled map, and the kernels are normalised over their taps by
     the FilterNorm of decoupled dynamic filters (Zhou et al., CVPR 2021),
-    ``(k - mean(k)) / (std(k) + eps) * gamma + beta``. The other settings are ours,
+    ``(k - mean(k)) / (std(k) + eps) * gamma + beta``, with the population's standard
+    deviation (see :func:`iconformer_mm.ops.filter_norm`). The other settings are ours,
     too, for finding out what input conditioning is worth.
 
     Args:
@@ -47,7 +57,7 @@ class ICoN(nn.Module):
         kernel: ``'dynamic'`` (default), or ``'static'``: learned kernels, the same for
             all inputs, under the same normalisation.
         pooling: ``'mean'`` of the map (default), or ``'mean_std'`` for its standard
-            deviation beside it.
+            deviation beside it, both of them in float32 also for maps in half precision.
         generator_layers: 1 (default) for a linear generator, 2 for a hidden
             layer of c channels with GELU.
         generator_bias: Whether the generator has a bias under
@@ -56,7 +66,7 @@ class ICoN(nn.Module):
         eps: Added to the standard deviation. Defaults to 1e-5.
 
     Raises:
-        ValueError: ``kernel_size`` is not odd and positive, or a word is unknown.
+        ValueError: An argument is out of its range.
     """
 
     def __init__(
@@ -71,16 +81,18 @@ class ICoN(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        if not is_count(kernel_size) or kernel_size % 2 == 0:
-            raise ValueError(f'kernel_size must be odd and at least 1, got {kernel_size!r}')
+        check_count('channels', channels)
+        check_kernel_size(kernel_size)
         if kernel_norm not in ('filter', None):
             raise ValueError(f"kernel_norm must be 'filter' or None, got {kernel_norm!r}")
         if kernel not in ('dynamic', 'static'):
             raise ValueError(f"kernel must be 'dynamic' or 'static', got {kernel!r}")
         if pooling not in ('mean', 'mean_std'):
             raise ValueError(f"pooling must be 'mean' or 'mean_std', got {pooling!r}")
-        if generator_layers not in (1, 2):
+        if not is_count(generator_layers) or generator_layers > 2:
             raise ValueError(f'generator_layers must be 1 or 2, got {generator_layers!r}')
+        check_flag('generator_bias', generator_bias)
+        check_number('eps', eps, above=0)
         self.channels = channels
         self.kernel_size = kernel_size
         self.kernel_norm = kernel_norm
@@ -116,11 +128,14 @@ class ICoN(nn.Module):
             # Compilers do not write the map that is the gradient, and that of torch 2.1 fails on a division by sizes.
             return _MapMean.apply(values) if is_plain(values) else values.mean(dim=(1, 2))
 
-        first = mean(maps)
         if self.pooling == 'mean':
-            return first
-        variance = mean(maps.square()) - first.square()
-        return torch.cat((first, variance.clamp_min(1e-12).sqrt()), dim=1)
+            return mean(maps)
+        # Half precision has neither the range of squares nor the digits of their difference, and takes 1e-12 for zero,
+        # where the gradient of the root is infinite.
+        values = maps if maps.dtype == torch.float64 else maps.float()
+        first = mean(values)
+        variance = mean(values.square()) - first.square()
+        return torch.cat((first, variance.clamp_min(1e-12).sqrt()), dim=1).to(maps.dtype)
 
     def forward(self, maps: Tensor, window: int | None = None) -> Tensor:
         """Generate the kernels of a batch.

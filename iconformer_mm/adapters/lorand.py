@@ -36,7 +36,8 @@ class LoRandAdapter(Adapter):
 
     def __init__(self, embed_dims: int, reduction: int = 2, kernel_dims: int = 8, branches: int = 2) -> None:
         super().__init__()
-        for name, value in dict(reduction=reduction, kernel_dims=kernel_dims, branches=branches).items():
+        sizes = dict(embed_dims=embed_dims, reduction=reduction, kernel_dims=kernel_dims, branches=branches)
+        for name, value in sizes.items():
             check_count(name, value)
         bottleneck = max(embed_dims // reduction, 1)
         self.down_p = nn.Parameter(torch.empty(branches, embed_dims, kernel_dims))

@@ -27,6 +27,9 @@ class MonaAdapter(BottleneckAdapter):
         embed_dims: Width d of the host's tokens.
         bottleneck: Width c between the projections. Defaults to 64.
         dropout: Dropout probability after the activation. Defaults to 0.1.
+
+    Raises:
+        ValueError: An argument is out of its range.
     """
 
     def __init__(self, embed_dims: int, bottleneck: int = 64, dropout: float = 0.1) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from iconformer_mm.registry import ADAPTERS
 
-from .base import check_count
+from .base import check_count, check_number
 
 
 @ADAPTERS.register_module()
@@ -24,12 +24,14 @@ class PromptAdapter(nn.Module):
         dropout: Dropout probability of the tokens. Defaults to 0.
 
     Raises:
-        ValueError: ``num_tokens`` is not a positive integer.
+        ValueError: An argument is out of its range.
     """
 
     def __init__(self, embed_dims: int, patch_dims: int, num_tokens: int, dropout: float = 0.0) -> None:
         super().__init__()
-        check_count('num_tokens', num_tokens)
+        for name, value in dict(embed_dims=embed_dims, patch_dims=patch_dims, num_tokens=num_tokens).items():
+            check_count(name, value)
+        check_number('dropout', dropout, low=0, below=1)
         self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dims))
         self.dropout = nn.Dropout(dropout)
         bound = (6 / (patch_dims + embed_dims)) ** 0.5

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from iconformer_mm.registry import ADAPTERS
 
-from .base import check_count
+from .base import check_count, check_flag, check_number
 
 
 class WeightAdapter(nn.Module):
@@ -91,12 +91,13 @@ class LoRAAdapter(WeightAdapter):
     Args:
         targets: The maps.
         rank: Rank of the path.
-        alpha: Factor of the path, before the rank is taken into account.
-        dropout: Dropout probability of the path's input. Defaults to 0.
+        alpha: Factor of the path, before the rank is taken into account; above 0.
+        dropout: Dropout probability of the path's input, below 1. Defaults to 0.
         rank_stabilized: Whether s is ``alpha / sqrt(rank)``. Defaults to False.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: The rank is not a positive integer, alpha not a finite number above 0, the
+            dropout not at least 0 and below 1, or ``rank_stabilized`` not True or False.
     """
 
     def __init__(
@@ -109,8 +110,9 @@ class LoRAAdapter(WeightAdapter):
     ) -> None:
         super().__init__()
         check_count('rank', rank)
-        if not 0 <= dropout < 1:
-            raise ValueError(f'dropout must be at least 0 and below 1, got {dropout!r}')
+        check_number('alpha', alpha, above=0)
+        check_number('dropout', dropout, low=0, below=1)
+        check_flag('rank_stabilized', rank_stabilized)
         self.scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
         self.dropout = nn.Dropout(dropout)
         self.targets: dict[str, list[Target]] = {}
@@ -197,9 +199,12 @@ class DoRAAdapter(LoRAAdapter):
     Args:
         targets: The maps.
         rank: Rank of the path.
-        alpha: Factor of the path, before the rank is taken into account.
-        dropout: Dropout probability of the path's input. Defaults to 0.
+        alpha: Factor of the path, before the rank is taken into account; above 0.
+        dropout: Dropout probability of the path's input, below 1. Defaults to 0.
         rank_stabilized: Whether the factor is divided by the rank's square root. Defaults to False.
+
+    Raises:
+        ValueError: As :class:`LoRAAdapter`.
     """
 
     def __init__(
@@ -255,10 +260,14 @@ class SSFAdapter(WeightAdapter):
         layers: Name of each layer's weight, the name of its bias (None without
             one, and then there is no shift), and the number of its outputs.
         std: Standard deviation of the noise.
+
+    Raises:
+        ValueError: ``std`` is not a finite number of at least 0.
     """
 
     def __init__(self, layers: Sequence[tuple[str, str | None, int]], std: float = 0.02) -> None:
         super().__init__()
+        check_number('std', std, low=0)
         self.layers = [(weight, bias) for weight, bias, _ in layers]
         self.names = tuple(name for pair in self.layers for name in pair if name)
         self.scales = nn.ParameterDict()

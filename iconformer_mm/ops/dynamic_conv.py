@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iconformer_mm.compat import is_exporting, is_plain
+from iconformer_mm.compat import is_exporting, is_plain, is_transformed
 
 from . import backends
 from .backends import grouped_backend, looped_backend, reference_backend
+from .checks import check_tensors
 
 _library = torch.library.Library('iconformer_mm', 'DEF')
 _library.define('dynamic_conv(Tensor tokens, Tensor kernels, int height, int width, str backend) -> Tensor')
@@ -25,17 +26,57 @@ _library.define(
     ' -> (Tensor, Tensor)'
 )
 
+_CHOICES = ('auto', *backends.NAMES)
+
+
+def _check(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> None:
+    """Raise a ValueError unless tokens (B, P + H * W, C), kernels (B, C, K, K), map and backend fit."""
+    tokens_shape, kernels_shape = tokens.shape, kernels.shape
+    if len(tokens_shape) != 3 or len(kernels_shape) != 4:
+        raise ValueError(
+            'expected tokens (B, N, C) or maps (B, H, W, C) and kernels (B, C, K, K), '
+            f'got {tuple(tokens_shape)} and {tuple(kernels_shape)}'
+        )
+    batch, count, channels = tokens_shape
+    kernel_batch, kernel_channels, rows, size = kernels_shape
+    if rows != size or size % 2 == 0:
+        raise ValueError(f'kernels must be square with an odd size, got {rows} x {size}')
+    if kernel_batch != batch or kernel_channels != channels:
+        raise ValueError(
+            f'{batch} samples with {channels} channels and kernels {tuple(kernels_shape)} (B, C, K, K) '
+            'differ in batch size or channels'
+        )
+    check_tensors('tokens', tokens, kernels=kernels)
+    _check_settings(count, height, width, backend)
+
+
+def _check_settings(count: int, height: int, width: int, backend: str) -> None:
+    """Raise a ValueError unless a map is part of so many tokens, and the backend is known."""
+    for side in (height, width):
+        # Compilers and tracers have types of their own for sizes.
+        if side < 0 if isinstance(side, int) else not isinstance(side, (torch.SymInt, Tensor)):
+            raise ValueError(f'height and width must be integers of at least 0, got {height!r} and {width!r}')
+    if count < height * width:
+        raise ValueError(f'{count} tokens are fewer than those of a map of {height} x {width}')
+    if backend not in _CHOICES:
+        raise ValueError(f"unknown backend '{backend}', choose from: {', '.join(_CHOICES)}")
+
 
 def _backend(name: str, tokens: Tensor, height: int, width: int) -> ModuleType:
-    """The backend of a name, for ``'auto'`` the fastest one that is there."""
+    """The backend of a name, for ``'auto'`` the fastest one that is there.
+
+    Where nothing is to be computed it is the reference: neither libraries nor launches take empty maps.
+    """
+    is_empty = height * width == 0 or tokens.numel() == 0
     if name != 'auto':
         found = backends.find(name)
         if found is None:
             raise RuntimeError(f"backend '{name}' needs the package {name}, which cannot be imported here")
-        return found
-    if tokens.numel() == 0:
+        backends.check_device(found, tokens)
+        return reference_backend if is_empty else found
+    if is_empty:
         return reference_backend
-    if tokens.is_cuda:
+    if tokens.is_cuda and tokens.shape[1] * tokens.shape[2] < 2**31:  # Triton's offsets within a sample have 32 bits
         return backends.find('triton') or grouped_backend
     if tokens.device.type == 'cpu':
         # Without Numba: a convolution a sample pays once a map is large.
@@ -61,6 +102,20 @@ def _gradients(
     return found.gradients(grad.detach(), tokens.detach(), kernels.detach(), height, width)
 
 
+# What an operator is where transforms of torch.func or forward-mode AD look inside: torch's own operators.
+_DEFINITIONS: dict[str, Callable[..., Tensor]] = {
+    'dynamic_conv': reference_backend.correlate,
+    'dynamic_conv_kernel_gradient': reference_backend.kernel_gradient,
+}
+
+
+def _operator(name: str, first: Tensor, second: Tensor, *settings: Any) -> Tensor:
+    """An operator as a step of a backward pass, which can be differentiated again; the backend is the last setting."""
+    if is_transformed():
+        return _DEFINITIONS[name](first, second, *settings[:-1])
+    return getattr(torch.ops.iconformer_mm, name)(first, second, *settings)
+
+
 class _Correlation(torch.autograd.Function):
     """Linear in the tokens and in the kernels; prefix tokens pass."""
 
@@ -74,15 +129,15 @@ class _Correlation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         tokens, kernels = ctx.saved_tensors
         grad_tokens = grad_kernels = None
-        if all(ctx.needs_input_grad[:2]) and not torch.is_grad_enabled():
+        if all(ctx.needs_input_grad[:2]) and not torch.is_grad_enabled() and not is_transformed():
             gradients = _below_autograd('dynamic_conv_gradients', grad, tokens, kernels, *ctx.settings)
             return *gradients, None, None, None
         if ctx.needs_input_grad[0]:
             flipped = kernels.flip((2, 3))
-            grad_tokens = torch.ops.iconformer_mm.dynamic_conv(grad, flipped, *ctx.settings)
+            grad_tokens = _operator('dynamic_conv', grad, flipped, *ctx.settings)
         if ctx.needs_input_grad[1]:
             size = kernels.shape[-1]
-            grad_kernels = torch.ops.iconformer_mm.dynamic_conv_kernel_gradient(grad, tokens, size, *ctx.settings)
+            grad_kernels = _operator('dynamic_conv_kernel_gradient', grad, tokens, size, *ctx.settings)
         return grad_tokens, grad_kernels, None, None, None
 
 
@@ -102,7 +157,9 @@ class _KernelGradient(torch.autograd.Function):
         num_prefix = tokens.shape[1] - height * width
 
         def without_prefix(values: Tensor, kernels: Tensor) -> Tensor:
-            out = torch.ops.iconformer_mm.dynamic_conv(values, kernels, *ctx.settings)
+            out = _operator('dynamic_conv', values, kernels, *ctx.settings)
+            if not num_prefix:
+                return out
             return torch.cat((torch.zeros_like(out[:, :num_prefix]), out[:, num_prefix:]), dim=1)
 
         grad_grad = without_prefix(tokens, kernels) if ctx.needs_input_grad[0] else None
@@ -119,7 +176,7 @@ _IMPLEMENTATIONS: dict[str, Callable] = {
 
 def _below_autograd(name: str, *args: Any) -> Any:
     """What an operator computes; by way of torch, which takes longer than the work, only where somebody watches."""
-    if is_plain(args[0]):
+    if is_plain(args[0], args[1]):
         return _IMPLEMENTATIONS[name](*args)
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(torch.ops.iconformer_mm, name)(*args)
@@ -129,6 +186,8 @@ def _differentiable(name: str, function: type[torch.autograd.Function]) -> Calla
     """The operator as seen by autograd: without the function where there is nothing to differentiate."""
 
     def call(first: Tensor, second: Tensor, *settings: Any) -> Tensor:
+        if is_transformed():
+            return _DEFINITIONS[name](first, second, *settings[:-1])
         if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
             return function.apply(first, second, *settings)
         return _below_autograd(name, first, second, *settings)
@@ -140,10 +199,47 @@ _differentiable_correlate = _differentiable('dynamic_conv', _Correlation)
 _differentiable_kernel_gradient = _differentiable('dynamic_conv_kernel_gradient', _KernelGradient)
 
 
-def _as_declared(implementation: Callable) -> Callable:
-    """An operator as compilers are told of it below, with contiguous results; those of a backend need not be."""
+def _check_types(*tensors: Tensor) -> None:
+    """Raise a ValueError unless tensors have one type."""
+    if len({tensor.dtype for tensor in tensors}) != 1:
+        raise ValueError(f'an operator takes tensors of one type, got {", ".join(str(t.dtype) for t in tensors)}')
+
+
+def _check_correlate(tokens: Tensor, kernels: Tensor, *settings: Any) -> None:
+    _check_types(tokens, kernels)
+    _check(tokens, kernels, *settings)
+
+
+def _check_kernel_gradient(grad: Tensor, tokens: Tensor, size: int, *settings: Any) -> None:
+    if tokens.dim() != 3 or grad.shape != tokens.shape:
+        raise ValueError(
+            f'gradient and tokens must both be (B, N, C), got {tuple(grad.shape)} and {tuple(tokens.shape)}'
+        )
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f'kernels must be square with an odd size, got {size} x {size}')
+    _check_types(grad, tokens)
+    check_tensors('gradient', grad, tokens=tokens)
+    _check_settings(tokens.shape[1], *settings)
+
+
+def _check_gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, *settings: Any) -> None:
+    _check_correlate(tokens, kernels, *settings)
+    _check_kernel_gradient(grad, tokens, kernels.shape[-1], *settings)
+
+
+# Of the arguments of operators that are called as such, past the functions below.
+_CHECKS: dict[str, Callable[..., None]] = {
+    'dynamic_conv': _check_correlate,
+    'dynamic_conv_kernel_gradient': _check_kernel_gradient,
+    'dynamic_conv_gradients': _check_gradients,
+}
+
+
+def _as_declared(name: str, implementation: Callable) -> Callable:
+    """A checked operator as compilers are told of it below, with contiguous results; those of a backend need not be."""
 
     def call(*args: Any) -> Any:
+        _CHECKS[name](*args)
         out = implementation(*args)
         return out.contiguous() if isinstance(out, Tensor) else tuple(tensor.contiguous() for tensor in out)
 
@@ -151,9 +247,13 @@ def _as_declared(implementation: Callable) -> Callable:
 
 
 for _name, _implementation in _IMPLEMENTATIONS.items():
-    _library.impl(_name, _as_declared(_implementation), 'CompositeExplicitAutograd')
-_library.impl('dynamic_conv', _as_declared(_differentiable_correlate), 'Autograd')
-_library.impl('dynamic_conv_kernel_gradient', _as_declared(_differentiable_kernel_gradient), 'Autograd')
+    _library.impl(_name, _as_declared(_name, _implementation), 'CompositeExplicitAutograd')
+_library.impl('dynamic_conv', _as_declared('dynamic_conv', _differentiable_correlate), 'Autograd')
+_library.impl(
+    'dynamic_conv_kernel_gradient',
+    _as_declared('dynamic_conv_kernel_gradient', _differentiable_kernel_gradient),
+    'Autograd',
+)
 
 
 def _correlate_meta(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> Tensor:
@@ -193,31 +293,16 @@ def dynamic_depthwise_conv_tokens(
         The filtered tokens, (B, P + H * W, C).
 
     Raises:
-        ValueError: A shape or the backend's name does not fit.
-        RuntimeError: The backend needs a package that cannot be imported.
+        ValueError: A shape, a dtype, a device or the backend's name does not fit.
+        RuntimeError: The backend needs a package that cannot be imported, or another device.
     """
-    if tokens.dim() != 3 or kernels.dim() != 4:
-        raise ValueError(
-            'expected tokens (B, N, C) or maps (B, H, W, C) and kernels (B, C, K, K), '
-            f'got {tuple(tokens.shape)} and {tuple(kernels.shape)}'
-        )
-    size = kernels.shape[-1]
-    if kernels.shape[-2] != size or size % 2 == 0:
-        raise ValueError(f'kernels must be square with an odd size, got {kernels.shape[-2]} x {size}')
-    if kernels.shape[0] != tokens.shape[0] or kernels.shape[1] != tokens.shape[2]:
-        raise ValueError(
-            f'{tokens.shape[0]} samples with {tokens.shape[2]} channels and kernels '
-            f'{tuple(kernels.shape)} (B, C, K, K) differ in batch size or channels'
-        )
-    if tokens.shape[1] < height * width:
-        raise ValueError(f'{tokens.shape[1]} tokens are fewer than those of a map of {height} x {width}')
+    _check(tokens, kernels, height, width, backend)
     kernels = kernels.to(tokens.dtype)
-    if torch.onnx.is_in_onnx_export() or is_exporting():  # to plain operators, which any runtime knows
+    if is_plain(tokens, kernels):
+        return _differentiable_correlate(tokens, kernels, height, width, backend)
+    if is_transformed() or torch.onnx.is_in_onnx_export() or is_exporting():  # plain operators, which all of these know
         return reference_backend.correlate(tokens, kernels, height, width)
-    if backend not in ('auto', *backends.NAMES):
-        raise ValueError(f"unknown backend '{backend}', choose from: auto, {', '.join(backends.NAMES)}")
-    conv = _differentiable_correlate if is_plain(tokens) else torch.ops.iconformer_mm.dynamic_conv
-    return conv(tokens, kernels, height, width, backend)
+    return torch.ops.iconformer_mm.dynamic_conv(tokens, kernels, height, width, backend)
 
 
 def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, backend: str = 'auto') -> Tensor:
@@ -225,7 +310,8 @@ def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, backend: str = 'auto') 
 
     ``out[b, h, w, c] = sum_ij kernels[b, c, i, j] * x[b, h + i - K // 2, w + j - K // 2, c]``:
     cross-correlation with stride 1 and zero padding ``K // 2``, the adaptive
-    convolution of iConFormer (arXiv 2409.02838). It is differentiable any number of times.
+    convolution of iConFormer (arXiv 2409.02838). It is differentiable any number of times. The
+    padding is multiplied like all else: a tap that is NaN or infinite makes no output of its channel finite.
 
     Args:
         x: Feature maps, (B, H, W, C).
@@ -234,14 +320,15 @@ def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, backend: str = 'auto') 
             ``'grouped'`` (one grouped convolution), ``'looped'`` (a convolution a sample),
             ``'reference'`` (shifted products), or ``'auto'`` (default), which takes the fastest
             for the device and the shape. They agree but for rounding. Exported graphs
-            (ONNX, ``torch.export``) hold the reference whatever is asked for.
+            (ONNX, ``torch.export``) hold the reference whatever is asked for; it also computes under
+            the transforms of ``torch.func``, in forward-mode AD, and where a map is empty.
 
     Returns:
         The filtered maps, (B, H, W, C).
 
     Raises:
-        ValueError: A shape or the backend's name does not fit.
-        RuntimeError: The backend needs a package that cannot be imported.
+        ValueError: A shape, a dtype, a device or the backend's name does not fit.
+        RuntimeError: The backend needs a package that cannot be imported, or another device.
     """
     if x.dim() != 4:
         raise ValueError(f'dynamic_depthwise_conv2d expects x (B, H, W, C), got {tuple(x.shape)}')

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iconformer_mm.compat import is_plain
+from iconformer_mm.compat import is_plain, is_transformed
 
 from . import backends
+from .checks import check_tensors
 
 
-def _backend(raw: Tensor) -> ModuleType | None:
+def _check(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:
+    """Raise a ValueError unless the arguments fit one another."""
+    shape = raw.shape
+    if len(shape) != 4 or shape[2] != shape[3]:
+        raise ValueError(f'filter_norm expects raw kernels (B, C, K, K), got {tuple(shape)}')
+    if gamma.shape != shape[1:] or beta.shape != shape[1:]:
+        raise ValueError(
+            f'gamma and beta must be (C, K, K), here {tuple(shape[1:])}, '
+            f'got {tuple(gamma.shape)} and {tuple(beta.shape)}'
+        )
+    check_tensors('raw', raw, gamma=gamma, beta=beta)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f'eps must be a finite number of at least 0, got {eps!r}')
+
+
+def _backend(raw: Tensor, gamma: Tensor, beta: Tensor) -> ModuleType | None:
     """Compiled code for a device; None where there is none, or where somebody is to see the operators."""
-    if raw.numel() == 0 or not is_plain(raw):
+    if not is_plain(raw, gamma, beta) or raw.numel() == 0:
         return None
     return backends.find('triton_norm' if raw.is_cuda else 'numba_norm')
 
@@ -41,20 +58,26 @@ class _FilterNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         raw, gamma, beta = ctx.saved_tensors
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not is_transformed():
             gradients = ctx.backend.gradients(grad.detach(), raw.detach(), gamma.detach(), ctx.eps)
             return *gradients, None, None
-        # To be differentiated once more.
+        # To be differentiated once more, or under a transform.
         wanted = [tensor for tensor, need in zip((raw, gamma, beta), ctx.needs_input_grad) if need]
-        found = iter(torch.autograd.grad(_by_operators(raw, gamma, beta, ctx.eps), wanted, grad, create_graph=True))
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            out = _by_operators(raw, gamma, beta, ctx.eps)
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
         return *(next(found) if need else None for need in ctx.needs_input_grad[:3]), None, None
 
 
 def filter_norm(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalise kernels over their taps: ``(k - mean(k)) / (std(k) + eps) * gamma + beta``.
 
-    The FilterNorm of decoupled dynamic filters (Zhou et al., CVPR 2021). Mean and standard deviation
-    are those of the K * K taps of a channel, in float32 also for kernels in half precision.
+    After the FilterNorm of decoupled dynamic filters (DDF, Zhou et al., CVPR 2021). Mean and standard deviation
+    are those of the K * K taps of a channel, in float32 also for kernels in half precision. The standard deviation is
+    the population's: squares are summed and divided by K * K. The code of DDF's authors divides by K * K - 1, which
+    makes its standard deviation larger by a factor of sqrt(K² / (K² - 1)), 1.06 for K = 3. A gamma that is larger by
+    the same factor gives the same kernels, but for eps.
 
     Args:
         raw: Kernels k, (B, C, K, K).
@@ -64,8 +87,12 @@ def filter_norm(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> 
 
     Returns:
         The normalised kernels, (B, C, K, K), in the dtype of ``raw``.
+
+    Raises:
+        ValueError: A shape, a dtype, a device or ``eps`` does not fit.
     """
-    backend = _backend(raw)
+    _check(raw, gamma, beta, eps)
+    backend = _backend(raw, gamma, beta)
     if backend is None:
         return _by_operators(raw, gamma, beta, eps)
     if torch.is_grad_enabled() and (raw.requires_grad or gamma.requires_grad or beta.requires_grad):

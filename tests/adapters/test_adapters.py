@@ -1,4 +1,5 @@
 import math
+import re
 import shutil
 
 import numpy as np
@@ -10,14 +11,21 @@ from scipy.special import erf
 from iconformer_mm.adapters import (
     AdaptFormerAdapter,
     ConvpassAdapter,
+    DoRAAdapter,
     HoulsbyAdapter,
     ICoN,
     ICoNAdapter,
+    LoRAAdapter,
     LoRandAdapter,
     MonaAdapter,
+    PromptAdapter,
+    SSFAdapter,
+    Target,
     TokenGrid,
 )
+from iconformer_mm.adapters.base import MapConvolution
 from iconformer_mm.adapters.icon import filter_windows
+from iconformer_mm.tuning.methods import build_method
 
 
 def randomize(module):
@@ -311,3 +319,146 @@ def test_icon_trains_as_compiled_code():
 
     expected = gradients(adapter)
     torch.testing.assert_close(gradients(torch.compile(adapter, fullgraph=True)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('window', [None, 3])
+def test_standard_deviations_in_half_precision(dtype, window):
+    """Of flat maps, of maps whose squares half precision does not hold, and of small changes on a large mean."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 6, 6, 4, generator=generator)
+    for maps in (torch.zeros(2, 6, 6, 4), torch.ones(2, 6, 6, 4), 500 * noise, 100 + noise):
+        maps = maps.to(dtype).requires_grad_()
+        pooled = ICoN(4, pooling='mean_std')._pool(maps, window)
+        assert pooled.dtype == dtype
+        exact = maps.detach().double()
+        if window:
+            exact = exact.unflatten(2, (2, 3)).unflatten(1, (2, 3)).transpose(2, 3).reshape(8, 3, 3, 4)
+        std = exact.var(dim=(1, 2), unbiased=False).sqrt()
+        expected = torch.cat((exact.mean(dim=(1, 2)), std), dim=1)
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-3
+        torch.testing.assert_close(pooled.double(), expected, rtol=tolerance, atol=tolerance)
+        pooled[:, 4:].sum().backward()
+        assert torch.isfinite(maps.grad).all()
+        # Standard deviations are differentiated to deviations over n times themselves; flat maps have none.
+        centred = exact - exact.mean(dim=(1, 2), keepdim=True)
+        truth = centred / (exact[0, ..., 0].numel() * std.clamp_min(1e-6)[:, None, None])
+        if window:
+            truth = truth.reshape(2, 2, 2, 3, 3, 4).transpose(2, 3).reshape(2, 6, 6, 4)
+        torch.testing.assert_close(maps.grad.double(), truth, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(window_size=2), dict(pooling='mean_std'), dict(kernel='static')])
+def test_a_batch_of_no_images(options):
+    adapter = randomize(ICoNAdapter(6, bottleneck=4, **options))
+    tokens = torch.zeros(0, 13, 6, dtype=torch.float64, requires_grad=True)
+    out = adapter(tokens, TokenGrid(3, 4, 1))
+    assert out.shape == (0, 13, 6)
+    out.sum().backward()
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in adapter.parameters())
+
+
+def test_a_map_without_patches():
+    adapter = randomize(ICoNAdapter(6, bottleneck=4))
+    tokens = torch.randn(2, 1, 6, dtype=torch.float64)
+    out = adapter(tokens, TokenGrid(0, 4, 1))
+    expected = adapter(torch.cat((tokens, tokens), dim=1), TokenGrid(1, 1, 1))[:, :1]
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in adapter.parameters())
+
+
+ADAPTERS = [
+    (ICoNAdapter, dict(bottleneck=4)),
+    (ICoNAdapter, dict(bottleneck=4, pooling='mean_std', generator_layers=2)),
+    (ICoNAdapter, dict(bottleneck=4, window_size=2)),
+    (ICoNAdapter, dict(bottleneck=4, kernel='static')),
+    (AdaptFormerAdapter, dict(bottleneck=4)),
+    (HoulsbyAdapter, dict(bottleneck=4)),
+    (ConvpassAdapter, dict(bottleneck=4)),
+    (MonaAdapter, dict(bottleneck=4)),
+    (LoRandAdapter, dict(kernel_dims=2)),
+]
+
+
+@pytest.mark.parametrize(('cls', 'options'), ADAPTERS)
+def test_transforms_of_torch_func(cls, options):
+    """Tangents against numerical derivatives, gradients a sample against the gradient of all."""
+    adapter = randomize(cls(6, **options)).eval()
+    grid, generator = TokenGrid(3, 4, 1), torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 13, 6, generator=generator, dtype=torch.float64)
+    parameters = dict(adapter.named_parameters())
+
+    def call(parameters, tokens):
+        return torch.func.functional_call(adapter, parameters, (tokens, grid))
+
+    def loss(parameters, tokens):
+        return call(parameters, tokens).sin().sum()
+
+    tangent, step = tokens.cos(), 1e-6
+    out = torch.func.jvp(lambda t: call(parameters, t), (tokens,), (tangent,))[1]
+    difference = (adapter(tokens + step * tangent, grid) - adapter(tokens - step * tangent, grid)) / (2 * step)
+    torch.testing.assert_close(out, difference.detach(), rtol=1e-4, atol=1e-5)
+    samples = torch.func.vmap(torch.func.grad(lambda p, t: loss(p, t[None])), in_dims=(None, 0))(parameters, tokens)
+    for name, parameter in parameters.items():
+        expected = torch.autograd.grad(loss(parameters, tokens), parameter)[0]
+        torch.testing.assert_close(samples[name].sum(0), expected)
+    hessian = torch.autograd.functional.hessian(lambda t: loss(parameters, t), tokens[:1])
+    torch.testing.assert_close(torch.func.hessian(loss, 1)(parameters, tokens[:1]), hessian)
+
+
+TARGETS = [Target('weight', 'q', (0, 4), 4)]
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda: ConvpassAdapter(8, kernel_size=2), 'kernel_size must be odd and at least 1, got 2'),
+        (lambda: ConvpassAdapter(8, kernel_size=4), 'kernel_size must be odd and at least 1, got 4'),
+        (lambda: ConvpassAdapter(8, kernel_size=3.0), 'kernel_size must be odd and at least 1, got 3.0'),
+        (lambda: MapConvolution(8, 2), 'kernel_size must be odd and at least 1, got 2'),
+        (lambda: ICoNAdapter(8, kernel_size=True), 'kernel_size must be odd and at least 1, got True'),
+        (lambda: ICoN(4, eps=float('nan')), 'eps must be a finite number above 0, got nan'),
+        (lambda: ICoN(4, eps=0), 'eps must be a finite number above 0, got 0'),
+        (lambda: ICoN(4, generator_layers=True), 'generator_layers must be 1 or 2, got True'),
+        (lambda: ICoN(4, generator_bias='no'), "generator_bias must be True or False, got 'no'"),
+        (lambda: ICoN(0), 'channels must be an integer of at least 1, got 0'),
+        (lambda: ICoNAdapter(8, window_size=0), 'window_size must be None or an integer of at least 1, got 0'),
+        (lambda: ICoNAdapter(8, learnable_scale=1), 'learnable_scale must be True or False, got 1'),
+        (lambda: AdaptFormerAdapter(8, scale=float('inf')), 'scale must be a finite number, got inf'),
+        (lambda: AdaptFormerAdapter(8, scale='0.1'), "scale must be a finite number, got '0.1'"),
+        (lambda: HoulsbyAdapter(8, dropout=float('nan')), 'dropout must be at least 0 and below 1, got nan'),
+        (lambda: MonaAdapter(8, dropout='0'), "dropout must be at least 0 and below 1, got '0'"),
+        (lambda: MonaAdapter(-8), 'embed_dims must be an integer of at least 1, got -8'),
+        (lambda: LoRandAdapter(8, branches=0), 'branches must be an integer of at least 1, got 0'),
+        (lambda: LoRAAdapter(TARGETS, 4, float('nan')), 'alpha must be a finite number above 0, got nan'),
+        (lambda: LoRAAdapter(TARGETS, 4, float('inf')), 'alpha must be a finite number above 0, got inf'),
+        (lambda: LoRAAdapter(TARGETS, 4, 0), 'alpha must be a finite number above 0, got 0'),
+        (lambda: DoRAAdapter(TARGETS, 4, float('nan')), 'alpha must be a finite number above 0, got nan'),
+        (lambda: LoRAAdapter(TARGETS, 4, 8, dropout=1), 'dropout must be at least 0 and below 1, got 1'),
+        (lambda: DoRAAdapter(TARGETS, 4, 8, dropout=float('nan')), 'dropout must be at least 0 and below 1, got nan'),
+        (lambda: LoRAAdapter(TARGETS, 4, 8, rank_stabilized='no'), "rank_stabilized must be True or False, got 'no'"),
+        (lambda: SSFAdapter([('weight', None, 4)], float('nan')), 'std must be a finite number of at least 0, got nan'),
+        (lambda: SSFAdapter([('weight', None, 4)], -0.1), 'std must be a finite number of at least 0, got -0.1'),
+        (lambda: PromptAdapter(8, 12, 2, dropout=float('nan')), 'dropout must be at least 0 and below 1, got nan'),
+        (lambda: PromptAdapter(8, 12, 2, dropout=1), 'dropout must be at least 0 and below 1, got 1'),
+        (lambda: PromptAdapter(8, 0, 2), 'patch_dims must be an integer of at least 1, got 0'),
+        (lambda: build_method('lora', alpha=float('nan')), 'alpha must be a finite number above 0, got nan'),
+        (lambda: build_method('dora', rank=0), 'rank must be an integer of at least 1, got 0'),
+        (lambda: build_method('dora', dropout='0'), "dropout must be at least 0 and below 1, got '0'"),
+        (lambda: build_method('lora', rank_stabilized=1), 'rank_stabilized must be True or False, got 1'),
+        (lambda: build_method('ssf', std=float('inf')), 'std must be a finite number of at least 0, got inf'),
+        (lambda: build_method('vpt', dropout=float('nan')), 'dropout must be at least 0 and below 1, got nan'),
+        (lambda: build_method('vpt', num_tokens=0), 'num_tokens must be an integer of at least 1, got 0'),
+        (lambda: build_method('vpt', deep='no'), "deep must be True or False, got 'no'"),
+    ],
+)
+def test_refuses_numbers_out_of_range(make, message):
+    """Before anything is trained: a NaN would train nothing but NaN."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+def test_refuses_a_grid_with_a_negative_prefix():
+    with pytest.raises(ValueError, match='num_prefix_tokens must be at least 0, got -1'):
+        ICoNAdapter(8)(torch.zeros(1, 5, 8), TokenGrid(2, 3, -1))

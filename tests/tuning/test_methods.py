@@ -481,7 +481,7 @@ def test_attention_in_other_blocks(name, input):
         (dict(method='icon-static', pooling='mean'), "unknown option 'pooling' of PEFT method 'icon-static'"),
         (dict(method='dora', drop=0.1), r"unknown option 'drop' of PEFT method 'dora' \(did you mean 'dropout'\?\)"),
         (dict(method='lora', dropout=1.0), 'dropout must be at least 0 and below 1'),
-        (dict(method='lora', alpha=float('nan')), 'alpha must be a finite number'),
+        (dict(method='lora', alpha=float('nan')), 'alpha must be a finite number above 0'),
     ],
 )
 def test_refused_options_leave_no_trace(arguments, message):

@@ -9,6 +9,8 @@ prefix tokens that have no place in the map:
 - ``gradients(grad, tokens, kernels, height, width)``: that of the tokens, which is ``correlate``
   with flipped kernels, and that of the kernels; in one pass, or :func:`apart`.
 
+A backend for one kind of device has ``check_device(tensor)``, too, which raises a RuntimeError elsewhere.
+
 FilterNorm has backends of its own, ``numba_norm`` and ``triton_norm``: modules with ``normalise`` and ``gradients``.
 """
 
@@ -34,6 +36,13 @@ def apart(
         return grad_tokens, kernel_gradient(grad, tokens, kernels.shape[-1], height, width)
 
     return gradients
+
+
+def check_device(backend: ModuleType, tensor: Tensor) -> None:
+    """Raise a RuntimeError unless a backend computes where a tensor is."""
+    check = getattr(backend, 'check_device', None)
+    if check is not None:
+        check(tensor)
 
 
 @cache

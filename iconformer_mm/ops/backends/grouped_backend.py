@@ -1,4 +1,7 @@
-"""One grouped convolution over the B * C maps of a batch, by the library of the device."""
+"""One grouped convolution over the B * C maps of a batch, by the library of the device.
+
+Maps are padded by us: libraries leave out a padding of theirs, and with it what zero times infinity is.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import apart
-from .reference_backend import as_maps, behind_prefix
+from .reference_backend import as_maps, behind_prefix, with_padding
 
 
 def without_half(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -26,21 +29,26 @@ def without_half(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def _as_channels(maps: Tensor) -> Tensor:
+    """(B, H, W, C) as channels of one map, (1, B * C, H, W)."""
+    return maps.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(0)
+
+
 @without_half
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
     """The filtered tokens; see the package."""
     (batch, _, channels), size = tokens.shape, kernels.shape[-1]
-    maps = as_maps(tokens, height, width).permute(0, 3, 1, 2).reshape(1, batch * channels, height, width)
+    maps = _as_channels(with_padding(as_maps(tokens, height, width), size))
     weight = kernels.reshape(batch * channels, 1, size, size)
-    out = F.conv2d(maps, weight, padding=size // 2, groups=batch * channels)
+    out = F.conv2d(maps, weight, groups=batch * channels)
     return behind_prefix(tokens, out.view(batch, channels, height, width).permute(0, 2, 3, 1)).contiguous()
 
 
 def weight_gradient(grad: Tensor, maps: Tensor, size: int) -> Tensor:
-    """The gradient of the weight of a depth-wise convolution, (G, 1, K, K), from maps (N, G, H, W)."""
-    groups, half = maps.shape[1], size // 2
+    """The gradient of the weight of a depth-wise convolution, (G, 1, K, K), from maps with their padding."""
+    groups = maps.shape[1]
     weight = maps.new_empty(groups, 1, size, size)
-    settings = dict(bias_sizes=None, stride=[1, 1], padding=[half, half], dilation=[1, 1], transposed=False)
+    settings = dict(bias_sizes=None, stride=[1, 1], padding=[0, 0], dilation=[1, 1], transposed=False)
     return torch.ops.aten.convolution_backward(
         grad, maps, weight, **settings, output_padding=[0, 0], groups=groups, output_mask=[False, True, False]
     )[1]
@@ -50,8 +58,8 @@ def weight_gradient(grad: Tensor, maps: Tensor, size: int) -> Tensor:
 def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int) -> Tensor:
     """The gradient of the kernels; see the package."""
     batch, _, channels = tokens.shape
-    shape = (1, batch * channels, height, width)
-    grad, maps = (as_maps(t, height, width).permute(0, 3, 1, 2).reshape(shape) for t in (grad, tokens))
+    grad = _as_channels(as_maps(grad, height, width))
+    maps = _as_channels(with_padding(as_maps(tokens, height, width), size))
     return weight_gradient(grad, maps, size).view(batch, channels, size, size)
 
 

@@ -5,6 +5,9 @@ their number is a constant of the code. For 3 x 3 kernels two neighbouring outpu
 once: they share the nine taps and half of their inputs, and loads are what limits it. One thread
 does a run of rows; the threads are ours, since those of Numba neither survive a fork nor
 follow ``torch.set_num_threads``.
+
+The padding is not read, which is right for finite numbers only: zero times infinity is NaN. So where a
+kernel, or the sum that is the gradient of one, is not finite, the reference computes instead.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from . import apart
+from . import apart, reference_backend
 
 
 def jitted(function: Callable) -> Callable:
@@ -30,6 +33,25 @@ def jitted(function: Callable) -> Callable:
         return njit(cache=True, **options)(function)
     except RuntimeError:
         return njit(**options)(function)
+
+
+@jitted
+def _sum_of_zeros(values: np.ndarray) -> float:
+    """Zero times each of (B, K * K, C), summed: NaN unless all are finite."""
+    batch, count, channels = values.shape
+    zero = values.dtype.type(0)
+    total = zero
+    for b in range(batch):
+        for t in range(count):
+            for c in range(channels):
+                total += values[b, t, c] * zero
+    return total
+
+
+def _by_definition(function: Callable[..., Tensor], first: Tensor, second: Tensor, *settings: int) -> Tensor:
+    """A function of the reference in the precision of this backend."""
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return function(first.to(dtype), second.to(dtype), *settings).to(first.dtype)
 
 
 @cache
@@ -209,7 +231,8 @@ def _forget_pool() -> None:
     _pool, _pool_size = None, 0
 
 
-os.register_at_fork(after_in_child=_forget_pool)
+if hasattr(os, 'register_at_fork'):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_forget_pool)
 
 
 def _in_parallel(function: Callable[[int, int], None], rows: int, work: int) -> None:
@@ -227,6 +250,12 @@ def _in_parallel(function: Callable[[int, int], None], rows: int, work: int) -> 
     function(bounds[0], bounds[1])
     for future in waiting:
         future.result()
+
+
+def check_device(tensor: Tensor) -> None:
+    """Raise a RuntimeError unless a tensor is on the CPU."""
+    if tensor.device.type != 'cpu':
+        raise RuntimeError(f"backend 'numba' needs tensors on the CPU, got them on {tensor.device}")
 
 
 # Views are NumPy's below: those of torch take longer than the arithmetic of a small map.
@@ -262,10 +291,14 @@ def _like(tokens: Tensor, x: np.ndarray, start: int) -> tuple[Tensor, np.ndarray
     return out, y
 
 
-def _kernels(parts: dict[int, np.ndarray], size: int, step: int, dtype: torch.dtype) -> Tensor:
-    """The sum of the threads' parts (B, K * K, C) as kernels, the same whichever thread was first."""
+def _total(parts: dict[int, np.ndarray]) -> np.ndarray:
+    """The sum of the threads' parts (B, K * K, C), the same whichever thread was first."""
     ordered = [parts[first] for first in sorted(parts)]
-    total = sum(ordered[1:], ordered[0])
+    return sum(ordered[1:], ordered[0])
+
+
+def _kernels(total: np.ndarray, size: int, step: int, dtype: torch.dtype) -> Tensor:
+    """(B, K * K, C) as kernels, with step -1 flipped."""
     kernels = np.ascontiguousarray(total[:, ::step]).reshape(len(total), size, size, -1)
     return torch.from_numpy(kernels.transpose(0, 3, 1, 2)).to(dtype)
 
@@ -273,7 +306,10 @@ def _kernels(parts: dict[int, np.ndarray], size: int, step: int, dtype: torch.dt
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
     """The filtered tokens; see the package."""
     batch, num_tokens, channels = tokens.shape
-    x, taps = _flat(tokens), _taps(kernels)
+    taps = _taps(kernels)
+    if _sum_of_zeros(taps) != 0:
+        return _by_definition(reference_backend.correlate, tokens, kernels, height, width)
+    x = _flat(tokens)
     start = (num_tokens - height * width) * channels
     out, y = _like(tokens, x, start)
     compiled = _functions(kernels.shape[-1], channels)[0]
@@ -298,7 +334,10 @@ def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width:
         compiled(g, x, part, start, height, width, first, last)
 
     _in_parallel(rows, batch * height, x.size)
-    return _kernels(parts, size, 1, tokens.dtype)
+    total = _total(parts)
+    if _sum_of_zeros(total) != 0:
+        return _by_definition(reference_backend.kernel_gradient, grad, tokens, size, height, width)
+    return _kernels(total, size, 1, tokens.dtype)
 
 
 _gradients_apart = apart(correlate, kernel_gradient)
@@ -310,7 +349,10 @@ def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width:
     if size != 3:
         return _gradients_apart(grad, tokens, kernels, height, width)
     batch, num_tokens, channels = tokens.shape
-    g, x, taps = _flat(grad), _flat(tokens), _taps(kernels, step=-1)
+    taps = _taps(kernels, step=-1)
+    if _sum_of_zeros(taps) != 0:
+        return _gradients_apart(grad, tokens, kernels, height, width)
+    g, x = _flat(grad), _flat(tokens)
     start = (num_tokens - height * width) * channels
     out, y = _like(grad, g, start)
     compiled = _functions(size, channels)[2]
@@ -321,4 +363,9 @@ def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width:
         compiled(g, x, taps, y, part, start, height, width, first, last)
 
     _in_parallel(rows, batch * height, x.size)
-    return out.to(tokens.dtype), _kernels(parts, size, -1, tokens.dtype)
+    total = _total(parts)
+    if _sum_of_zeros(total) != 0:
+        grad_kernels = _by_definition(reference_backend.kernel_gradient, grad, tokens, size, height, width)
+    else:
+        grad_kernels = _kernels(total, size, -1, tokens.dtype)
+    return out.to(tokens.dtype), grad_kernels

@@ -63,24 +63,26 @@ def _gradients(
                 grad_beta[c, t] += g
 
 
-def _flat(tensor: Tensor) -> np.ndarray:
-    """(..., K, K) as an array (..., K * K)."""
-    return np.ascontiguousarray(to_array(tensor, copy=True)).reshape(*tensor.shape[:-2], -1)
+def _flat(tensor: Tensor, *shape: int) -> np.ndarray:
+    """(..., K, K) as an array of a shape, (..., K * K)."""
+    return np.ascontiguousarray(to_array(tensor, copy=True)).reshape(shape)
 
 
 def normalise(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """The normalised kernels, (B, C, K, K)."""
     batch, channels, size, _ = raw.shape
-    values = _flat(raw)
-    out = np.empty((batch, size * size, channels), values.dtype)
-    _normalise(values, _flat(gamma), _flat(beta), eps, out)
+    count = size * size
+    values = _flat(raw, batch, channels, count)
+    out = np.empty((batch, count, channels), values.dtype)
+    _normalise(values, _flat(gamma, channels, count), _flat(beta, channels, count), eps, out)
     return torch.from_numpy(out.reshape(batch, size, size, channels).transpose(0, 3, 1, 2)).to(raw.dtype)
 
 
 def gradients(grad: Tensor, raw: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the raw kernels, (B, C, K, K), and of gamma and beta, (C, K, K)."""
-    values, factors = _flat(raw), _flat(gamma)
-    batch, channels, count = values.shape
+    batch, channels, size, _ = raw.shape
+    count = size * size
+    values, factors = _flat(raw, batch, channels, count), _flat(gamma, channels, count)
     taps = np.ascontiguousarray(to_array(grad).transpose(0, 2, 3, 1)).reshape(batch, count, channels)
     grad_raw, grad_gamma, grad_beta = np.empty_like(values), np.zeros_like(factors), np.zeros_like(factors)
     _gradients(taps, values, factors, eps, grad_raw, grad_gamma, grad_beta)

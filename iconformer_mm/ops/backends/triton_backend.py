@@ -4,11 +4,17 @@ A program takes a tile of patch tokens and a block of channels. The gradients of
 the same values, so one kernel makes both in one pass. The kernel for 3 x 3 walks down the rows of its
 tile and reads a row three times, once a column of taps, from the caches but for the first time; that for other
 sizes reads what every tap sees.
+
+The padding is zeros, so a tap that is not finite marks all that the reference's marks. The sums for the gradient of
+the kernels leave out parts of the padding. Of maps or gradients that are not finite they are not finite either, but at
+the border of a map other taps than the reference's may be marked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -23,6 +29,7 @@ _COLUMNS = 16, 4
 _WARPS = 4, 1
 _PROGRAMS = 200, 400
 _MIN_ROWS, _MAX_ROWS = 2, 16
+MAX_GRID = 65_535  # programs along the second and the third axis of a grid, by CUDA's rules
 
 # Triton takes annotations of a kernel's arguments for its own types, so these have none that mypy would know.
 # The size of maps changes from step to step in detection: no code for each.
@@ -238,17 +245,30 @@ def _convolve_3x3(  # type: ignore[no-untyped-def]
         _copy_prefix(values + sample + c, out + sample + c, prefix, channels, is_channel)
 
 
+def check_device(tensor: Tensor) -> None:
+    """Raise a RuntimeError unless a tensor is on a CUDA device, or kernels are interpreted."""
+    if not tensor.is_cuda and not knobs.runtime.interpret:
+        raise RuntimeError(f"backend 'triton' needs tensors on a CUDA device, got them on {tensor.device}")
+
+
 def device_of(tensor: Tensor) -> AbstractContextManager:
     """Where kernels over a tensor are launched.
 
     Raises:
         RuntimeError: It is not on a CUDA device.
     """
-    if tensor.is_cuda:
-        return torch.cuda.device(tensor.device)
-    if knobs.runtime.interpret:
-        return nullcontext()
-    raise RuntimeError(f"backend 'triton' needs tensors on a CUDA device, got them on {tensor.device}")
+    check_device(tensor)
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def in_batches(count: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """Tensors (B, ...), some of which may be None, in parts of so many samples, which one grid has room for."""
+    batch = next(len(tensor) for tensor in tensors if tensor is not None)
+    if batch <= count:
+        yield tensors
+        return
+    for first in range(0, batch, count):
+        yield tuple(None if tensor is None else tensor[first : first + count] for tensor in tensors)
 
 
 def _rows(height: int, programs: int, wanted: int) -> int:
@@ -263,8 +283,15 @@ def _launch(
     values: Tensor, kernels: Tensor | None, others: Tensor | None, size: int, height: int, width: int, flipped: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The filtered values, if there are kernels, and the sums with others, (B, C, K, K), if there are others."""
-    values = values.contiguous()
     batch, num_tokens, channels = values.shape
+    if num_tokens * channels >= 2**31:
+        raise RuntimeError(
+            f"backend 'triton' reaches 2^31 values of a sample, got {num_tokens} tokens of {channels}; "
+            "take backend 'grouped'"
+        )
+    if channels > _CHANNELS * MAX_GRID:
+        return _launch_by_channels(values, kernels, others, size, height, width, flipped)
+    values = values.contiguous()
     block = min(_CHANNELS, triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, block)
     correlating = others is not None
@@ -285,28 +312,43 @@ def _launch(
         dtype = torch.promote_types(values.dtype, torch.float32)
         parts = values.new_empty((batch, tiles, size * size, channels), dtype=dtype)
     with device_of(values):
-        kernel[tiles, blocks, batch](
-            values,
-            kernels,
-            others,
-            out,
-            parts,
-            num_tokens,
-            height,
-            width,
-            channels,
-            *strides,
-            size=size,
-            rows=rows,
-            columns=columns,
-            block=block,
-            filtering=kernels is not None,
-            correlating=correlating,
-            flipped=flipped,
-            num_warps=_WARPS[correlating],
-        )
+        for tensors in in_batches(MAX_GRID, values, kernels, others, out, parts):
+            some = tensors[0]
+            assert some is not None
+            kernel[tiles, blocks, len(some)](
+                *tensors,
+                num_tokens,
+                height,
+                width,
+                channels,
+                *strides,
+                size=size,
+                rows=rows,
+                columns=columns,
+                block=block,
+                filtering=kernels is not None,
+                correlating=correlating,
+                flipped=flipped,
+                num_warps=_WARPS[correlating],
+            )
     sums = None if parts is None else parts.sum(dim=1).transpose(1, 2).unflatten(2, (size, size)).to(values.dtype)
     return out, sums
+
+
+def _launch_by_channels(
+    values: Tensor, kernels: Tensor | None, others: Tensor | None, *settings: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """As :func:`_launch`, for more channels than one grid has room for: they have nothing to do with one another."""
+    step = _CHANNELS * MAX_GRID
+    results = []
+    for first in range(0, values.shape[2], step):
+        part = slice(first, first + step)
+        some_kernels = None if kernels is None else kernels[:, part]
+        some_others = None if others is None else others[:, :, part]
+        results.append(_launch(values[:, :, part], some_kernels, some_others, *settings))
+    filtered = [out for out, _ in results if out is not None]
+    sums = [kernel for _, kernel in results if kernel is not None]
+    return torch.cat(filtered, dim=2) if filtered else None, torch.cat(sums, dim=1) if sums else None
 
 
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_backend import device_of
+from .triton_backend import MAX_GRID, device_of, in_batches
 
 _SAMPLES = 32  # at a time
 
@@ -100,12 +100,16 @@ def _tile(raw: Tensor) -> dict[str, int]:
 def normalise(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """The normalised kernels, (B, C, K, K)."""
     batch, channels, size, _ = raw.shape
+    raw, gamma, beta = raw.contiguous(), gamma.contiguous(), beta.contiguous()
     out = raw.new_empty((batch, size * size, channels))
     tile = _tile(raw)
+    samples = tile['samples']
     with device_of(raw):
-        _normalise[channels, triton.cdiv(batch, tile['samples'])](
-            raw.contiguous(), gamma.contiguous(), beta.contiguous(), out, batch, channels, eps, **tile
-        )
+        for some, target in in_batches(samples * MAX_GRID, raw, out):
+            assert some is not None
+            _normalise[channels, triton.cdiv(len(some), samples)](
+                some, gamma, beta, target, len(some), channels, eps, **tile
+            )
     return out.unflatten(1, (size, size)).permute(0, 3, 1, 2)
 
 

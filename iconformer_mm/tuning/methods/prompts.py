@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from iconformer_mm.adapters import PromptAdapter
+from iconformer_mm.adapters.base import check_count, check_flag, check_number
 from iconformer_mm.registry import PEFT_METHODS
 
 from ..attachments import Attachment, PromptAttachment, PromptStream
@@ -24,10 +25,13 @@ class VPTMethod(PEFTMethod):
         dropout: Dropout probability of the tokens. Defaults to 0.
 
     Raises:
-        ValueError: A block's attention is tied to the place of its tokens.
+        ValueError: An option is out of its range, or a block's attention is tied to the place of its tokens.
     """
 
     def __init__(self, num_tokens: int = 10, deep: bool = True, dropout: float = 0.0) -> None:
+        check_count('num_tokens', num_tokens)
+        check_flag('deep', deep)
+        check_number('dropout', dropout, low=0, below=1)
         self.num_tokens = num_tokens
         self.deep = deep
         self.dropout = dropout

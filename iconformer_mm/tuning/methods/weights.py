@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from iconformer_mm.adapters import DeltaAdapter, DoRAAdapter, LoRAAdapter, SSFAdapter, Target, WeightAdapter
-from iconformer_mm.adapters.base import check_count
+from iconformer_mm.adapters.base import check_count, check_flag, check_number
 from iconformer_mm.registry import PEFT_METHODS
 
 from ..attachments import Attachment, LowRankAttachment, WeightAttachment
@@ -133,9 +132,13 @@ class SSFMethod(WeightMethod):
     Args:
         std: Standard deviation of the noise that scales and shifts start with; 0
             to start at the pre-trained model. Defaults to 0.02, as in the paper's code.
+
+    Raises:
+        ValueError: It is not a finite number of at least 0.
     """
 
     def __init__(self, std: float = 0.02) -> None:
+        check_number('std', std, low=0)
         self.std = std
 
     def make_adapter(self, module: nn.Module, idle: Sequence[str]) -> WeightAdapter | None:
@@ -215,8 +218,10 @@ class LowRankMethod(PEFTMethod):
     def __init__(self, rank: int, alpha: float, targets: Sequence[str], dropout: float, rank_stabilized: bool) -> None:
         if isinstance(targets, str) or not targets or not set(targets) <= set(ROLES):
             raise ValueError(f'targets must be a list of {", ".join(ROLES)}, got {targets!r}')
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise ValueError(f'alpha must be a finite number, got {alpha!r}')
+        check_count('rank', rank)
+        check_number('alpha', alpha, above=0)
+        check_number('dropout', dropout, low=0, below=1)
+        check_flag('rank_stabilized', rank_stabilized)
         self.rank = rank
         self.alpha = alpha
         self.targets = [role for role in ROLES if role in targets]
