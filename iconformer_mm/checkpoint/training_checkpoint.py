@@ -2,7 +2,8 @@
 
 A checkpoint as MMEngine's Runner makes it is a nest of dictionaries. Here its
 tensors become the file's tensors, named by their place (``state_dict/head.fc.weight``,
-``optimizer/state/0/exp_avg``), and the nest itself becomes JSON in the metadata.
+``optimizer/state/0/exp_avg``), and the nest itself becomes JSON in the metadata. Of two
+tensors whose places read alike, the second has a number behind its name.
 """
 
 from __future__ import annotations
@@ -20,13 +21,27 @@ from torch import Tensor
 
 from iconformer_mm.version import __version__
 
-from .safetensors_io import DamagedFileError, save_safetensors
+from .safetensors_io import DamagedFileError, parse_json, save_safetensors, shortened
 
 CHECKPOINT_VERSION = 1
 _KEY = 'iconformer_mm.checkpoint'
 _TAG = '$'
 # Dtypes that NumPy and safetensors share in every supported version of torch.
 _ARRAY_TYPES = ('float64', 'float32', 'float16', 'int64', 'int32', 'int16', 'int8', 'uint8', 'bool')
+_LIST_ARRAY_BYTES = 2**26  # the most that an array of other dtypes may take in memory
+_SEQUENCES = {'tuple': tuple, 'set': set, 'frozenset': frozenset}
+# What reading a nest raises that is not as it must be.
+_MALFORMED = (
+    KeyError,
+    IndexError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RecursionError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+)
 
 
 class _Encoder:
@@ -34,6 +49,15 @@ class _Encoder:
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
+
+    def _keep(self, tensor: Tensor, place: str) -> str:
+        """Take a tensor under a name of its own: {'a/b': x, 'a': {'b': y}} has two of the same place."""
+        name, number = place, 1
+        while name in self.tensors or name in ('', '__metadata__'):
+            number += 1
+            name = f'{place}#{number}'
+        self.tensors[name] = tensor
+        return name
 
     def encode(self, value: Any, place: str) -> Any:
         if isinstance(value, np.generic):
@@ -43,12 +67,12 @@ class _Encoder:
         if isinstance(value, float):
             return value if np.isfinite(value) else self._tagged('float', value=str(value))
         if isinstance(value, Tensor):
-            self.tensors[place] = value
-            return self._tagged('tensor', place=place)
+            return self._tagged('tensor', place=self._keep(value, place))
         if isinstance(value, np.ndarray):
             if value.dtype.name in _ARRAY_TYPES:
-                self.tensors[place] = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape).copy())
-                return self._tagged('array', place=place)
+                native = value.astype(value.dtype.newbyteorder('='))
+                tensor = torch.from_numpy(np.ascontiguousarray(native).reshape(value.shape).copy())
+                return self._tagged('array', place=self._keep(tensor, place))
             return self._tagged('list_array', dtype=value.dtype.str, items=self.encode(value.tolist(), place))
         if isinstance(value, HistoryBuffer):
             values, counts = value.data
@@ -63,9 +87,11 @@ class _Encoder:
                 return {key: self.encode(item, f'{place}/{key}' if place else key) for key, item in value.items()}
             items = [[self.encode(key, place), self.encode(item, f'{place}/{key}')] for key, item in value.items()]
             return self._tagged('dict', items=items)
-        if isinstance(value, (list, tuple, set, frozenset)):
-            items = [self.encode(item, f'{place}/{index}') for index, item in enumerate(value)]
-            return items if isinstance(value, list) else self._tagged(type(value).__name__, items=items)
+        for kind in (list, tuple, set, frozenset):
+            # Not a named tuple, which would come back as another type.
+            if isinstance(value, kind) and not hasattr(value, '_fields'):
+                items = [self.encode(item, f'{place}/{index}') for index, item in enumerate(value)]
+                return items if kind is list else self._tagged(kind.__name__, items=items)
         raise TypeError(f'{place}: a {type(value).__name__} cannot be kept')
 
     @staticmethod
@@ -93,10 +119,16 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         )
     items = _decode(value['items'], tensors)
     if kind == 'list_array':
-        return np.array(items, dtype=np.dtype(value['dtype']))
+        dtype = np.dtype(value['dtype'])
+        if dtype.itemsize * np.array(items, dtype=object).size > _LIST_ARRAY_BYTES:
+            raise ValueError(f'an array of dtype {dtype.str} would take more than {_LIST_ARRAY_BYTES} bytes')
+        return np.array(items, dtype=dtype)
     if kind == 'dict':
-        return dict(items)
-    return {'tuple': tuple, 'set': set, 'frozenset': frozenset}[kind](items)
+        content = dict(items)
+        if len(content) < len(items):
+            raise ValueError('a dictionary has a key twice')
+        return content
+    return _SEQUENCES[kind](items)
 
 
 def _keepable(mapping: Mapping, place: str) -> dict:
@@ -153,17 +185,21 @@ def decode_checkpoint(metadata: dict[str, str], tensors: dict[str, Tensor], path
         DamagedFileError: The content makes no checkpoint.
     """
     try:
-        content = json.loads(metadata[_KEY])
+        content = parse_json(metadata[_KEY])
         version = content['version']
-        if version == CHECKPOINT_VERSION:
+        if type(version) is int and version == CHECKPOINT_VERSION:
             checkpoint = _decode(content['tree'], tensors)
             if isinstance(checkpoint['meta'], dict) and isinstance(checkpoint['state_dict'], dict):
+                # MMEngine would run it as Python code in resuming; its own releases do not write it any more.
+                checkpoint['meta'].pop('config', None)
                 return checkpoint
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, AssertionError) as error:
-        raise DamagedFileError(f'{path} is no intact training checkpoint: {type(error).__name__}: {error}') from error
-    if version != CHECKPOINT_VERSION:
+    except _MALFORMED as error:
         raise DamagedFileError(
-            f'{path} has checkpoint version {version}, this iconformer_mm {__version__} reads version '
+            f'{path} is no intact training checkpoint: {type(error).__name__}: {shortened(str(error))}'
+        ) from error
+    if type(version) is not int or version != CHECKPOINT_VERSION:
+        raise DamagedFileError(
+            f'{path} has checkpoint version {shortened(version, 20)}, this iconformer_mm {__version__} reads version '
             f'{CHECKPOINT_VERSION}; install the release that wrote it or a newer one'
         )
     raise DamagedFileError(f'{path} is no intact training checkpoint: it lacks `meta` or `state_dict`')
