@@ -12,8 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from iconformer_mm.tuning.methods import build_method
 from iconformer_mm.tuning.switching import active_adapter, add_adapter, delete_adapter, set_adapter
 from iconformer_mm.version import __version__
 
-from .safetensors_io import DamagedFileError, read_safetensors, save_safetensors
+from .divergence import diverged_error, find_diverged
+from .safetensors_io import DamagedFileError, expanded, parse_json, read_safetensors, save_safetensors, shortened
 from .training_checkpoint import is_checkpoint
 
 FORMAT_VERSION = 1
@@ -102,14 +102,15 @@ def save_adapter(
     Args:
         model: An adapted model, or an adapted backbone alone (then without
             neck and head). Of several adapters the active one is written.
-        path: Where to write; ``.safetensors`` by custom.
+        path: Where to write, ``~`` allowed; ``.safetensors`` by custom.
         metadata: Notes of your own to keep with it (JSON).
         task: What it was trained for, in a word or two.
         classes: Names of the classes that its head tells apart.
 
     Raises:
         ValueError: The model is not adapted, or by a method that changes the
-            backbone itself.
+            backbone itself; or its training diverged, and tensors hold NaN or
+            infinite values. A file that is there stays then.
     """
     injection = get_injection(model)
     if injection is None:
@@ -163,8 +164,19 @@ def describe_adapter(
 
 
 def write_adapter(path: str | os.PathLike, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write an adapter file of its metadata and its tensors."""
-    save_safetensors(tensors, path, metadata={_KEY: json.dumps(content)})
+    """Write an adapter file of its metadata and its tensors.
+
+    Raises:
+        ValueError: The metadata is no JSON, or tensors hold NaN or infinite values.
+    """
+    diverged = find_diverged(tensors)
+    if diverged:
+        raise ValueError(f'{path} is not written: its training diverged, {diverged_error(diverged)}')
+    try:
+        text = json.dumps(content, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f'what an adapter file keeps as metadata must be JSON: {error}') from error
+    save_safetensors(tensors, path, metadata={_KEY: text})
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -180,7 +192,8 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
         AdapterFileError: It is damaged, of another format or too new.
         FileNotFoundError: There is none.
     """
-    if not Path(path).is_file():
+    path = expanded(path)
+    if not path.is_file():
         raise FileNotFoundError(f'adapter file {path} does not exist')
     try:
         metadata, tensors = read_safetensors(path)
@@ -203,31 +216,57 @@ def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str
         raise AdapterFileError(
             f'{path} is a training checkpoint, no adapter file; make one of it with `tools/adapter.py extract {path}`'
         )
-    try:
-        content = json.loads(metadata[_KEY])
-        version = content['format_version']
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    if _KEY not in metadata:
         raise AdapterFileError(
             f'{path} is a safetensors file, but no adapter file of iconformer_mm: its metadata lacks the key '
             f"'{_KEY}' with a method and a base"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise AdapterFileError(
-            f'{path} has format version {version}, this iconformer_mm {__version__} reads version {FORMAT_VERSION}; '
-            'install the release that wrote it or a newer one'
         )
-    for key, kind in {'method': dict, 'sites': list, 'base_fingerprint': str, 'base_parameters': list}.items():
-        if not isinstance(content.get(key), kind):
-            raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{key}`')
+    try:
+        content = parse_json(metadata[_KEY])
+        version = content['format_version']
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterFileError(
+            f"{path} is no intact adapter file: its metadata '{_KEY}' cannot be read: {type(error).__name__}: "
+            f'{shortened(str(error))}'
+        ) from error
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise AdapterFileError(
+            f'{path} has format version {shortened(version, 20)}, this iconformer_mm {__version__} reads version '
+            f'{FORMAT_VERSION}; install the release that wrote it or a newer one'
+        )
+    fault = next((key for key, is_proper in _PROPER.items() if not is_proper(content.get(key))), None)
+    if fault is not None:
+        raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{fault}`')
     return content
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+# What the values of the metadata are.
+_PROPER: dict[str, Callable[[Any], bool]] = {
+    'method': lambda value: isinstance(value, dict) and isinstance(value.get('type'), str),
+    'sites': _are_texts,
+    'base_fingerprint': _is_text,
+    'base_parameters': _are_texts,
+    'package_version': lambda value: value is None or _is_text(value),
+    'task': lambda value: value is None or _is_text(value),
+    'classes': lambda value: value is None or _are_texts(value),
+    'notes': lambda value: value is None or isinstance(value, dict),
+}
 
 
 def _check_adapters(model: nn.Module, method: dict, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
     """Compare a file's adapters with those its method would make, before memory is taken for them."""
     try:
         expected = adapter_shapes(model, method)
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise AdapterFileError(f'{path} does not fit: its method {method} cannot be carried out: {error}') from error
+    except _IMPOSSIBLE as error:
+        raise _impossible(path, method, error) from error
     expected = {_BACKBONE + name: shape for name, shape in expected.items()}
     found = {name: value.shape for name, value in tensors.items() if name.startswith(_BACKBONE)}
     if found != expected:
@@ -236,8 +275,19 @@ def _check_adapters(model: nn.Module, method: dict, tensors: dict[str, Tensor], 
             f'of shape {tuple(shapes[name])}' if name in shapes else 'missing' for shapes in (found, expected)
         )
         raise AdapterFileError(
-            f'{path} does not fit: by its method {method}, {name} would be {want}, but in the file it is {have}'
+            f'{path} does not fit: by its method {shortened(method)}, {shortened(name)} would be {want}, but in the '
+            f'file it is {have}'
         )
+
+
+# What a method raises whose options make no sense.
+_IMPOSSIBLE = (ValueError, TypeError, RuntimeError, OverflowError, AttributeError, LookupError, MemoryError)
+
+
+def _impossible(path: str | os.PathLike, method: dict, error: Exception) -> AdapterFileError:
+    return AdapterFileError(
+        f'{path} does not fit: its method {shortened(method)} cannot be carried out: {shortened(str(error), 500)}'
+    )
 
 
 def load_adapter(
@@ -281,7 +331,7 @@ def load_adapter(
     if not same_base(content['base_fingerprint'], actual):
         problems.append(
             f'it was trained on another base: the base weights have fingerprint {actual[:12]}, the adapter needs '
-            f'{content["base_fingerprint"][:12]}. Load the weights it was trained on first'
+            f'{shortened(content["base_fingerprint"][:12])}. Load the weights it was trained on first'
         )
         if strict:
             raise AdapterFileError(f'{path} does not fit: {problems[0]}')
@@ -292,8 +342,8 @@ def load_adapter(
             raise ValueError('no adapter is active: set_adapter first, or give a name to load the file under')
         if injection is not None and injection.method.config != _complete(content['method'], path):
             raise AdapterFileError(
-                f'{path} holds {content["method"]}, the model is adapted by {injection.method.config}; to have both, '
-                'give a name to load the file under'
+                f'{path} holds {shortened(content["method"])}, the model is adapted by {injection.method.config}; to '
+                'have both, give a name to load the file under'
             )
     if injection is None or name is not None:
         _check_adapters(model, content['method'], tensors, path)
@@ -325,8 +375,8 @@ def _complete(method: dict, path: str | os.PathLike) -> dict:
     """The config of a file's method, with options that came after it was written."""
     try:
         return build_method(method).config
-    except (ValueError, TypeError) as error:
-        raise AdapterFileError(f'{path} does not fit: its method {method} cannot be carried out: {error}') from error
+    except _IMPOSSIBLE as error:
+        raise _impossible(path, method, error) from error
 
 
 def _switch_back(model: nn.Module, name: str | None) -> None:
@@ -356,7 +406,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], problems: list[str], str
         'of another shape or kind': (tensors.keys() & own.keys()) - fitting.keys(),
     }.items():
         if names:
-            problems.append(f'{len(names)} tensors are {what}, such as {min(names)}')
+            problems.append(f'{len(names)} tensors are {what}, such as {shortened(min(names))}')
     if problems and strict:
         hint = '. A head of other classes can be given as `parts`' if 'of another shape' in problems[-1] else ''
         raise AdapterFileError(f'{path} does not fit: {"; ".join(problems)}{hint}')

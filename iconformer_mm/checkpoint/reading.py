@@ -1,7 +1,7 @@
 """Checkpoints of others (``.pth``), read without executing anything in them.
 
-MMEngine's own loader unpickles a file that torch's ``weights_only`` refuses. Here that is an error. What MMEngine's
-training checkpoints hold beside tensors (their logs, numbers of NumPy) is on a list of names, and nothing else is found.
+MMEngine's own loader unpickles a file that torch's ``weights_only`` refuses. Here that is an error. A list has the
+names of what MMEngine's training checkpoints hold beside tensors: their logs, numbers of NumPy. Nothing else is found.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from mmengine.utils import digit_version
 from torch import Tensor
 
 from .safetensors_io import DamagedFileError, expanded, load_safetensors, shortened
-
 
 
 class _History(HistoryBuffer):

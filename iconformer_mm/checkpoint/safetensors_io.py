@@ -155,17 +155,17 @@ def written_whole(path: Path) -> Iterator[Path]:
         path: The file to write, ``~`` allowed. Missing folders are made.
     """
     path = expanded(path)
-    made = [folder for folder in path.parents if not folder.exists()]
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'{TEMPORARY}{path.name}.') as name:
-        with _locked(Path(name)):
-            temporary = Path(name) / path.name
-            yield temporary
-            with open(temporary, 'rb+') as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    for folder in [path.parent, *(folder.parent for folder in made)]:
-        _sync_folder(folder)
+    folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f'{TEMPORARY}{path.name}.')
+    with folder as name, _locked(Path(name)):
+        temporary = Path(name) / path.name
+        yield temporary
+        with open(temporary, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    for changed in [path.parent, *(new.parent for new in made)]:
+        _sync_folder(changed)
 
 
 @contextmanager

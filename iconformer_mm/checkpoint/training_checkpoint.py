@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
 from torch import Tensor
 
 from iconformer_mm.version import __version__
@@ -203,3 +206,146 @@ def decode_checkpoint(metadata: dict[str, str], tensors: dict[str, Tensor], path
             f'{CHECKPOINT_VERSION}; install the release that wrote it or a newer one'
         )
     raise DamagedFileError(f'{path} is no intact training checkpoint: it lacks `meta` or `state_dict`')
+
+
+def raw_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint that were trained, where its ``state_dict`` holds their average.
+
+    MMEngine keeps them in ``ema_state_dict``, under names that begin with ``module.``.
+    """
+    slots = checkpoint['ema_state_dict']
+    return {name: slots.get(f'module.{name}', value) for name, value in checkpoint['state_dict'].items()}
+
+
+def check_note(note: Any, path: Any) -> None:
+    """Check what AdapterCheckpointHook keeps in a checkpoint beside MMEngine's own content.
+
+    Args:
+        note: What the checkpoint has there.
+        path: The file's name, for errors.
+
+    Raises:
+        DamagedFileError: It is not as the hook writes it.
+    """
+    if not isinstance(note, dict):
+        raise DamagedFileError(f'{path} is no intact training checkpoint: its note is a {type(note).__name__}')
+    for key, is_proper in _NOTE.items():
+        if key not in note or not is_proper(note[key]):
+            raise DamagedFileError(f'{path} is no intact training checkpoint: its note has no proper `{key}`')
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in value.items())
+
+
+def _is_rank_state(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_state_dict(value.get('gradients')):
+        return False
+    state = value.get('random')
+    return isinstance(state, dict) and _restores(state)
+
+
+def _restores(state: dict[str, Any]) -> bool:
+    """Whether a random state is one, tried out on generators of its own."""
+    try:
+        random.Random().setstate(state['python'])
+        np.random.RandomState().set_state(state['numpy'])
+        torch.Generator().set_state(state['torch'].cpu())
+        return state.get('cuda') is None or isinstance(state['cuda'], Tensor)
+    except (*_MALFORMED, RuntimeError):
+        return False
+
+
+_NOTE: dict[str, Callable[[Any], bool]] = {
+    'method': lambda value: isinstance(value, dict) and isinstance(value.get('type'), str),
+    'task': lambda value: isinstance(value, str),
+    'sites': _are_texts,
+    'base_fingerprint': lambda value: isinstance(value, str),
+    'base_parameters': _are_texts,
+    'load_from': lambda value: value is None or isinstance(value, str),
+    'rank_states': lambda value: isinstance(value, list) and all(map(_is_rank_state, value)),
+}
+
+
+def check_resumable(checkpoint: dict[str, Any], runner: Runner) -> None:
+    """Check that a run can go on from a checkpoint, before anything of it is taken over.
+
+    Args:
+        checkpoint: The checkpoint.
+        runner: The run, with its optimizer built.
+
+    Raises:
+        DamagedFileError: The checkpoint is not one to resume from.
+    """
+    meta, hub = checkpoint['meta'], checkpoint.get('message_hub')
+    fault = None
+    if any(type(meta.get(key)) is not int or meta[key] < 0 for key in ('epoch', 'iter')):
+        fault = 'it has no proper `epoch` and `iter`'
+    elif meta.get('seed') is not None and not is_seed(meta['seed']):
+        fault = 'its `seed` is none'
+    elif not isinstance(hub, dict) or any(
+        not isinstance(hub.get(part), dict) or not all(isinstance(key, str) for key in hub[part])
+        for part in ('log_scalars', 'runtime_info', 'resumed_keys')
+    ):
+        fault = 'it has no proper `message_hub`'
+    elif 'ema_state_dict' in checkpoint and not _is_state_dict(checkpoint['ema_state_dict']):
+        fault = 'it has no proper `ema_state_dict`'
+    elif not _is_state_dict(checkpoint['state_dict']):
+        fault = 'it has no proper `state_dict`'
+    elif 'optimizer' not in checkpoint:
+        fault = 'it holds no optimizer, like those that scored best (best_*). Resume from one of an epoch or iteration'
+    else:
+        fault = _optimizer_fault(checkpoint['optimizer'], runner.optim_wrapper)
+        schedulers, own = checkpoint.get('param_schedulers', []), runner.param_schedulers
+        built = isinstance(own, list) and all(hasattr(scheduler, 'state_dict') for scheduler in own)
+        if fault is None and built and not _alike(schedulers, [scheduler.state_dict() for scheduler in own]):
+            fault = 'its `param_schedulers` are not those of this run'
+    if fault is not None:
+        raise DamagedFileError(f'{runner._load_from} is no checkpoint to resume from: {fault}')
+
+
+def is_seed(value: Any) -> bool:
+    """Whether a value out of a file can seed all random generators."""
+    return type(value) is int and 0 <= value < 2**32
+
+
+def _optimizer_fault(state: Any, optim_wrapper: Any) -> str | None:
+    """What is wrong with an optimizer's state for the optimizer of a run, if anything."""
+    if not isinstance(optim_wrapper, OptimWrapper):
+        return None  # several of them, which MMEngine tells apart
+    own = optim_wrapper.state_dict()
+    if not isinstance(state, dict) or not _alike(state.get('param_groups'), own['param_groups']):
+        return (
+            'its optimizer has other groups of parameters than that of this run. Resume with the method and the '
+            '`optim_wrapper` that it was trained with'
+        )
+    parameters = [p for group in optim_wrapper.param_groups for p in group['params']]
+    slots = state.get('state')
+    if not isinstance(slots, dict) or not all(
+        type(index) is int and 0 <= index < len(parameters) and isinstance(slot, dict) for index, slot in slots.items()
+    ):
+        return 'the state of its optimizer is not that of its parameters'
+    for index, slot in slots.items():
+        for name, value in slot.items():
+            # Factored states have fewer values than their parameter; none has its size and another shape.
+            if isinstance(value, Tensor) and value.dim() > 0 and value.numel() > parameters[index].numel():
+                return f'{shortened(name, 50)} of its optimizer has shape {tuple(value.shape)} for a parameter of '
+                f'{tuple(parameters[index].shape)}'
+    return None
+
+
+def _alike(loaded: Any, own: Any) -> bool:
+    """Whether data out of a file is of the kind of one's own: numbers for numbers, lists of the same length."""
+    if isinstance(own, dict):
+        return isinstance(loaded, dict) and all(
+            _alike(loaded[key], value) for key, value in own.items() if key in loaded
+        )
+    if isinstance(own, (list, tuple)):
+        return isinstance(loaded, (list, tuple)) and len(loaded) == len(own) and all(map(_alike, loaded, own))
+    if isinstance(own, (int, float)):
+        return isinstance(loaded, (int, float, Tensor))
+    return not isinstance(own, str) or isinstance(loaded, str)
