@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import mmcv
@@ -16,11 +15,13 @@ from mmengine.infer import BaseInferencer
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.runner.checkpoint import load_state_dict
 from mmengine.structures import BaseDataElement
 from torch import nn
 
 from iconformer_mm.checkpoint import load_adapter
+from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
+from iconformer_mm.checkpoint.safetensors_io import expanded
 from iconformer_mm.tuning import active_adapter, inject, list_adapters, set_adapter
 from iconformer_mm.tuning.injection import DEFAULT_NAME
 
@@ -44,6 +45,8 @@ class AdapterInferencer:
         base: Checkpoint with the base weights. Defaults to None, which takes what the config
             names (``init_cfg``).
         device: Where to run. Defaults to None, the best there is.
+        trust: Whether to unpickle a base (``.pth``) that holds more than tensors and plain data, which can execute
+            code in it. Defaults to False.
 
     Attributes:
         model: The model.
@@ -52,7 +55,7 @@ class AdapterInferencer:
     Raises:
         AdapterFileError: An adapter file cannot be read or does not fit.
         FileNotFoundError: A file is missing.
-        ValueError: The library is unknown, or there are no weights.
+        ValueError: The library is unknown, there are no weights, or the base is not to be trusted.
 
     Example:
         >>> inferencer = AdapterInferencer('configs/cifar100/vit-base-p16-mae_icon_8xb128-100e_cifar100.py',
@@ -66,7 +69,9 @@ class AdapterInferencer:
         adapter: AdapterSpec | Mapping[str, AdapterSpec] | None = None,
         base: str | os.PathLike | None = None,
         device: str | None = None,
+        trust: bool = False,
     ) -> None:
+        self._trust = trust
         self.cfg = copy.deepcopy(config) if isinstance(config, Config) else load_config(os.fspath(config))
         self.scope = self.cfg.get('default_scope')
         if self.scope not in _INFERENCERS:
@@ -88,7 +93,7 @@ class AdapterInferencer:
                 'there are no base weights: the config names none (init_cfg of the backbone), so give the checkpoint '
                 'that the adapter was trained on as `base`'
             )
-        if base is not None and not Path(base).is_file():
+        if base is not None and not expanded(base).is_file():
             raise FileNotFoundError(f'the base {base} does not exist')
         model = build_model(cfg)
         method = method_of(cfg)
@@ -103,7 +108,7 @@ class AdapterInferencer:
             finally:
                 logger.setLevel(level)
         else:
-            load_checkpoint(model, str(base), map_location='cpu')
+            load_state_dict(model, state_dict_of(read_checkpoint(base, self._trust), base), strict=False)
         return model
 
     def _load(self, name: str, spec: AdapterSpec) -> dict:

@@ -25,6 +25,8 @@ from iconformer_mm.compat import config_folder
 from iconformer_mm.engine import CheckedRunner
 from iconformer_mm.engine.hooks.adapter_checkpoint_hook import newest_intact, on_main_process
 
+TRUST = '--trust-checkpoints'
+
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """The command line that all tools have in common."""
@@ -43,24 +45,21 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         action=DictAction,
         help='override settings of the config: key=value, nested keys with dots, lists as key="[a,b]"',
     )
+    parser.add_argument(
+        TRUST, action='store_true', help='unpickle checkpoints (.pth) even if that could execute code in them'
+    )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
-TRUST = '--trust-checkpoints'
-
-
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """The options of the tools that read checkpoints: what base, and which files may execute code."""
+    """The option of the tools that resume or test: the base of an adapter checkpoint."""
     parser.add_argument(
         '--base',
         type=os.path.expanduser,
         help='checkpoint of the base weights, where an adapter checkpoint is resumed or tested whose run began with '
         "load_from (default: the config's load_from)",
-    )
-    parser.add_argument(
-        TRUST, action='store_true', help='unpickle checkpoints (.pth) even if that could execute code in them'
     )
 
 
