@@ -42,24 +42,31 @@ class Training:
         self.processes = args.processes
         self.template = FilenameTemplate(args.filename_tmpl)
 
-    def start(self, folder: Path, resume: bool) -> subprocess.Popen:
-        """Start it, as the leader of a process group of its own."""
+    def start(self, folder: Path, resume: bool) -> Processes:
+        """Start its processes, as a launcher would."""
         hook = 'default_hooks.checkpoint'
-        command = [sys.executable]
-        if self.processes > 1:
-            command += ['-m', 'torch.distributed.run', '--nproc_per_node', self.processes, '--master_port', free_port()]
-        command += [ROOT / 'tools' / 'train.py', CONFIG, '--work-dir', folder]
-        command += ['--launcher', 'pytorch'] * (self.processes > 1) + ['--resume'] * resume
+        command = [sys.executable, ROOT / 'tools' / 'train.py', CONFIG, '--work-dir', folder]
+        command += ['--resume'] * resume
         command += ['--cfg-options', f'{hook}.type=AdapterCheckpointHook', f'{hook}.interval=1']
         command += [f'{hook}.max_keep_ckpts=2', f'{hook}.filename_tmpl={self.template.template}']
-        command += [f'{hook}.save_best=accuracy/top1', 'train_cfg.val_interval=2']
-        command += [f'train_cfg.max_epochs={self.epochs}', 'train_dataloader.batch_size=25']
+        command += [
+            f'{hook}.save_best=accuracy/top1',
+            'train_cfg.val_interval=2',
+            f'train_cfg.max_epochs={self.epochs}',
+        ]
         environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+        if self.processes > 1:
+            command += ['train_dataloader.batch_size=25', '--launcher', 'pytorch']
+            environment.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE=str(self.processes))
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / 'output.log', 'a') as log:
-            return subprocess.Popen(
-                [str(c) for c in command], stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
+        started = []
+        for rank in range(self.processes):
+            environment.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            with open(folder / f'output_{rank}.log', 'a') as log:
+                started.append(
+                    subprocess.Popen([str(c) for c in command], stdout=log, stderr=subprocess.STDOUT, env=environment)
+                )
+        return Processes(started)
 
     def newest(self, folder: Path) -> int:
         """The newest epoch with a checkpoint, 0 without one; all files that are there must be intact."""
@@ -76,16 +83,31 @@ class Training:
         return load_safetensors(str(folder / self.template.template.format(self.epochs)))['state_dict']
 
 
-def kill(process: subprocess.Popen) -> None:
-    """End all processes of a training at once."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+class Processes:
+    """The processes of one training."""
+
+    def __init__(self, started: list[subprocess.Popen]) -> None:
+        self.started = started
+
+    def are_running(self) -> bool:
+        """Whether none of them has ended."""
+        return all(process.poll() is None for process in self.started)
+
+    def wait(self) -> int:
+        """Wait for the end of all; 0 if all went well."""
+        return max(abs(process.wait()) for process in self.started)
+
+    def kill(self) -> None:
+        """End all by SIGKILL."""
+        for process in self.started:
+            process.send_signal(signal.SIGKILL)
+        self.wait()
 
 
-def wait_for(process: subprocess.Popen, seconds: float, condition=lambda *_: False, *arguments) -> bool:
+def wait_for(processes: Processes, seconds: float, condition=lambda *_: False, *arguments) -> bool:
     """Wait until a condition holds; False if the process ended or the time is over before."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
+    while time.monotonic() < end and processes.are_running():
         if condition(*arguments):
             return True
         time.sleep(0.0005)
@@ -113,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     begin = time.monotonic()
     if training.start(args.out / 'whole', resume=False).wait() != 0:
-        raise SystemExit(f'the undisturbed run failed; see {args.out}/whole/output.log')
+        raise SystemExit(f'the undisturbed run failed; see {args.out}/whole/output_0.log')
     reference = training.final(args.out / 'whole')
     print(f'undisturbed run: {time.monotonic() - begin:.0f} s', flush=True)
 
@@ -121,14 +143,14 @@ def main(arguments: list[str] | None = None) -> int:
     folder = args.out / 'run_0'
     while True:
         before = training.newest(folder)
-        process = training.start(folder, resume=before > 0)
-        if kills < args.kills and wait_for(process, 240, training.has_newer, folder, before):
+        processes = training.start(folder, resume=before > 0)
+        if kills < args.kills and wait_for(processes, 240, training.has_newer, folder, before):
             if kills % 3 == 2:
-                wait_for(process, 60, is_writing, folder)
+                wait_for(processes, 60, is_writing, folder)
             else:
-                wait_for(process, rng.uniform(0, 3))
-        if kills < args.kills and process.poll() is None:
-            kill(process)
+                wait_for(processes, rng.uniform(0, 3))
+        if kills < args.kills and processes.are_running():
+            processes.kill()
             kills += 1
             left = is_writing(folder)
             inside += left
@@ -137,8 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise SystemExit(f'kill {kills}: the checkpoint of epoch {before} is lost, the newest is {after}')
             print(f'kill {kills}: epoch {before} to {after}{", inside a save" if left else ""}', flush=True)
             continue
-        if process.wait() != 0:
-            raise SystemExit(f'a run failed that was not killed; see {folder}/output.log')
+        if processes.wait() != 0:
+            raise SystemExit(f'a run failed that was not killed; see {folder}/output_0.log')
         end = training.final(folder)
         if end.keys() != reference.keys() or not all(torch.equal(end[n], reference[n]) for n in end):
             raise SystemExit(f'{folder}: the end is not that of the undisturbed run')

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import torch
@@ -157,9 +157,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     path = expanded(path)
     made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f'{TEMPORARY}{path.name}.')
-    with folder as name, _locked(Path(name)):
-        temporary = Path(name) / path.name
+    with _temporary_folder(path) as folder:
+        temporary = folder / path.name
         yield temporary
         with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())
@@ -169,15 +168,32 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Within it a temporary folder is known to be in use; the lock of a killed process is free."""
-    if fcntl is None:
-        yield
-        return
-    with open(folder / _LOCK, 'w') as lock:
-        with suppress(OSError):  # on some network file systems; then the folder is taken for one in use
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder to write a file in, which others know to be in use by a lock; that of a killed process is free."""
+    lock = None
+    while lock is None:
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'{TEMPORARY}{path.name}.'))
+        lock = _lock(folder)
+    try:
+        with lock:
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: Path) -> IO | None:
+    """Lock a folder; None if it was taken for an abandoned one and removed before that."""
+    try:
+        lock = open(folder / _LOCK, 'w')  # noqa: SIM115 (closed by who asked for it)
+    except FileNotFoundError:
+        return None
+    if fcntl is not None:
+        with suppress(OSError):  # on some network file systems
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    if (folder / _LOCK).exists():
+        return lock
+    lock.close()
+    return None
 
 
 def _sync_folder(folder: Path) -> None:
@@ -201,10 +217,11 @@ def remove_abandoned(folder: Path) -> None:
         folder: Where to look.
     """
     for path in folder.glob(f'{TEMPORARY}*') if fcntl is not None else ():
-        # An OSError says that it is in use, or that its writer has not come to lock it yet.
-        with suppress(OSError), open(path / _LOCK, 'r+') as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # in use
+            with suppress(FileNotFoundError), open(path / _LOCK, 'r+') as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            path.rmdir()  # the writer of an empty one that lives makes another
 
 
 def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def decode_checkpoint(metadata: dict[str, str], tensors: dict[str, Tensor], path
         version = content['version']
         if type(version) is int and version == CHECKPOINT_VERSION:
             checkpoint = _decode(content['tree'], tensors)
-            if isinstance(checkpoint['meta'], dict) and isinstance(checkpoint['state_dict'], dict):
+            if isinstance(checkpoint['meta'], dict) and _is_state_dict(checkpoint['state_dict']):
                 # MMEngine would run it as Python code in resuming; its own releases do not write it any more.
                 checkpoint['meta'].pop('config', None)
                 return checkpoint
@@ -239,7 +239,9 @@ def _are_texts(value: Any) -> bool:
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in value.items())
+    return isinstance(value, dict) and all(
+        isinstance(n, str) and (isinstance(v, Tensor) or n.endswith('_extra_state')) for n, v in value.items()
+    )
 
 
 def _is_rank_state(value: Any) -> bool:
@@ -294,8 +296,6 @@ def check_resumable(checkpoint: dict[str, Any], runner: Runner) -> None:
         fault = 'it has no proper `message_hub`'
     elif 'ema_state_dict' in checkpoint and not _is_state_dict(checkpoint['ema_state_dict']):
         fault = 'it has no proper `ema_state_dict`'
-    elif not _is_state_dict(checkpoint['state_dict']):
-        fault = 'it has no proper `state_dict`'
     elif 'optimizer' not in checkpoint:
         fault = 'it holds no optimizer, like those that scored best (best_*). Resume from one of an epoch or iteration'
     else:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_peft_hook import config
 
 from iconformer_mm.apis import build_runner
-from iconformer_mm.checkpoint import DamagedFileError, load_safetensors
+from iconformer_mm.checkpoint import AdapterFileError, DamagedFileError, load_safetensors
 from iconformer_mm.engine import AdapterCheckpointHook
 
 
@@ -200,19 +200,22 @@ def test_another_base_is_refused(tmp_path):
 
 
 def test_the_base_of_load_from_is_found_again(tmp_path):
-    """``--resume`` takes the place of ``load_from``, where the base came from."""
+    """``--resume`` takes the place of ``load_from``, where the base came from; the user names it, not the file."""
     base = make(tmp_path / 'base', **{'randomness.seed': 3})
     base.train()
     weights = {n: v for n, v in base.model.state_dict().items() if 'adapter' not in n}
     torch.save(dict(state_dict=weights), tmp_path / 'base.pth')
     given = dict(load_from=str(tmp_path / 'base.pth'))
+    named = {'default_hooks.checkpoint.base': str(tmp_path / 'base.pth')}
     whole = make(tmp_path / 'whole', **given)
     whole.train()
     with pytest.raises(Interrupted):
         make(tmp_path / 'cut', interrupt=6, **given).train()
     with pytest.raises(Interrupted):
-        make(tmp_path / 'cut', interrupt=10, resume=True).train()
-    resumed = make(tmp_path / 'cut', resume=True)
+        make(tmp_path / 'cut', interrupt=10, resume=True, **named).train()
+    with pytest.raises(AdapterFileError, match=r"load_from='.*base.pth', which is not opened.*--base FILE"):
+        make(tmp_path / 'cut', resume=True).train()
+    resumed = make(tmp_path / 'cut', resume=True, **named)
     resumed.train()
     assert equal(state(whole), state(resumed))
     assert torch.equal(resumed.model.backbone.cls_token, base.model.backbone.cls_token)

@@ -187,7 +187,7 @@ class AdapterCheckpointHook(CheckpointHook):
             self._load_base(model)
             actual = fingerprint(model)
         if not same_base(needed, actual):
-            raise AdapterFileError(self._misfit(note, actual))
+            raise AdapterFileError(f'{runner._load_from} does not fit: {self._misfit(note, actual)}')
         if runner._resume:
             check_resumable(checkpoint, runner)
             keep_names_only(checkpoint['message_hub']['runtime_info'], self._folder(runner))
