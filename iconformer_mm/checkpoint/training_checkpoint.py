@@ -289,9 +289,13 @@ def check_resumable(checkpoint: dict[str, Any], runner: Runner) -> None:
         fault = 'it has no proper `epoch` and `iter`'
     elif meta.get('seed') is not None and not is_seed(meta['seed']):
         fault = 'its `seed` is none'
-    elif not isinstance(hub, dict) or any(
-        not isinstance(hub.get(part), dict) or not all(isinstance(key, str) for key in hub[part])
-        for part in ('log_scalars', 'runtime_info', 'resumed_keys')
+    elif (
+        not isinstance(hub, dict)
+        or any(
+            not isinstance(hub.get(part), dict) or not all(isinstance(key, str) for key in hub[part])
+            for part in ('log_scalars', 'runtime_info', 'resumed_keys')
+        )
+        or not all(value is True for value in hub['resumed_keys'].values())
     ):
         fault = 'it has no proper `message_hub`'
     elif 'ema_state_dict' in checkpoint and not _is_state_dict(checkpoint['ema_state_dict']):
@@ -331,6 +335,8 @@ def _optimizer_fault(state: Any, optim_wrapper: Any) -> str | None:
         return 'the state of its optimizer is not that of its parameters'
     for index, slot in slots.items():
         for name, value in slot.items():
+            if isinstance(value, (dict, str)):
+                return f'{shortened(name, 50)} of its optimizer is a {type(value).__name__}'
             # Factored states have fewer values than their parameter; none has its size and another shape.
             if isinstance(value, Tensor) and value.dim() > 0 and value.numel() > parameters[index].numel():
                 return f'{shortened(name, 50)} of its optimizer has shape {tuple(value.shape)} for a parameter of '
