@@ -109,8 +109,8 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str,
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamagedFileError(f'{path} is no intact safetensors file: {shortened(str(error))}') from error
-    # A key `checksum` in a file of others is theirs.
-    ours = any(key.startswith(OURS) for key in metadata)
+    # A key `checksum` in a file of others is theirs. Ours is known by more than the key, which may be what is damaged.
+    ours = any(key.startswith(OURS) or '"package_version"' in text for key, text in metadata.items())
     if ours and checksum(tensors, metadata) != metadata.get(CHECKSUM):
         raise DamagedFileError(
             f'{path} is no intact safetensors file: its content does not match its checksum, so it was altered or '
