@@ -36,7 +36,7 @@ class _History(HistoryBuffer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update((name, state[name]) for name in ('max_length', '_log_history', '_count_history'))
-        self.__class__ = HistoryBuffer  # type: ignore[assignment]
+        self.__class__ = HistoryBuffer
 
 
 def _statistic(kind: Any, name: Any) -> None:
@@ -81,10 +81,13 @@ class UntrustedFileError(ValueError):
     """A file holds more than tensors and plain data, so that reading it could execute code."""
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+_InPython: Any = pickle._Unpickler
+
+
+class _Unpickler(_InPython):
     """An unpickler that finds nothing but what is on the list, for releases of torch whose own list is fixed."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch = dict(_InPython.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         module = {'__builtin__': 'builtins'}.get(module, module)
@@ -116,7 +119,7 @@ def _load_restricted(path: Path, map_location: Any) -> Any:
 
 
 def _load_weights(path: Path, map_location: Any) -> Any:
-    names = [(value, name) for name, value in _NAMES.items()]
+    names: list[Any] = [(value, name) for name, value in _NAMES.items()]
     with torch.serialization.safe_globals(names):
         return torch.load(path, map_location=map_location, weights_only=True)
 

@@ -98,6 +98,7 @@ class AdapterCheckpointHook(CheckpointHook):
     """
 
     file_backend: Any  # MMEngine's hook makes it before training
+    out_dir: Any
 
     def __init__(
         self, *args: Any, filename_tmpl: str | None = None, base: str | os.PathLike | None = None, **kwargs: Any
