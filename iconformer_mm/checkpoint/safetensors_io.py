@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -52,7 +53,7 @@ def shortened(value: Any, limit: int = 200) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON out of a file.
+    """Parse JSON out of a file. NaN and infinity, which JSON does not know and earlier releases wrote, are None.
 
     Args:
         text: The JSON.
@@ -61,9 +62,17 @@ def parse_json(text: str) -> Any:
         ValueError: It is none, is nested too deeply, or names a key twice: readers differ in which one they take.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
+        return json.loads(
+            text, object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=lambda name: None
+        )
     except RecursionError:
         raise ValueError('its JSON is nested too deeply') from None
+
+
+def _finite(text: str) -> float | None:
+    """A number; None for one that JSON cannot hold (1e999)."""
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
