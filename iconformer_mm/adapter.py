@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -29,8 +28,10 @@ from iconformer_mm.checkpoint import (
     save_adapter,
     write_adapter,
 )
-from iconformer_mm.checkpoint.safetensors_io import written_whole
-from iconformer_mm.checkpoint.training_checkpoint import decode_checkpoint, is_checkpoint
+from iconformer_mm.checkpoint.divergence import diverged_error, find_diverged
+from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
+from iconformer_mm.checkpoint.safetensors_io import expanded, written_whole
+from iconformer_mm.checkpoint.training_checkpoint import check_note, decode_checkpoint, is_checkpoint, raw_state
 from iconformer_mm.checkpoint.tuned_state import file_names
 from iconformer_mm.tuning import get_injection, inject
 from iconformer_mm.tuning.accounting import (
@@ -53,8 +54,13 @@ class UserError(Exception):
     """A file or argument is not as it must be; the message says how."""
 
 
-def read_any(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read an adapter file or a training checkpoint as if it were one."""
+def read_any(path: Path, raw: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read an adapter file or a training checkpoint as if it were one.
+
+    Args:
+        path: The file.
+        raw: Whether to take the weights themselves of a checkpoint whose validation measured their average.
+    """
     if not path.is_file():
         raise UserError(f'{path} does not exist')
     metadata, tensors = read_safetensors(path)
@@ -64,6 +70,8 @@ def read_any(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     note = checkpoint.get(NOTE)
     if note is None:
         raise UserError(f'{path} is a training checkpoint that AdapterCheckpointHook did not write')
+    check_note(note, path)
+    state, notes = _weights_of(checkpoint, raw or note.get('measured') == 'raw')
     classes = (checkpoint['meta'].get('dataset_meta') or {}).get('classes')
     content = describe_adapter(
         note['method'],
@@ -71,13 +79,23 @@ def read_any(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         {key: note[key] for key in BASE_KEYS if key in note},
         task=note['task'],
         classes=classes,
-        notes=dict(epoch=checkpoint['meta']['epoch'], iter=checkpoint['meta']['iter']),
+        notes={'epoch': checkpoint['meta'].get('epoch'), 'iter': checkpoint['meta'].get('iter'), **notes},
         selection=note.get('selection'),
         backbones=note.get('backbones'),
     )
-    state = checkpoint['state_dict']
-    names = file_names(state, content['backbones'], note.get('heads', ()))
+    if note.get('scores'):
+        content['notes']['scores'] = note['scores']
+    names = file_names(state, content['backbones'], note.get('heads') or ())
     return content, {names[name]: value for name, value in state.items()}
+
+
+def _weights_of(checkpoint: dict[str, Any], raw: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of a checkpoint, averaged ones where there are such, and a note of which they are."""
+    if 'ema_state_dict' not in checkpoint:
+        return checkpoint['state_dict'], {}
+    if raw:
+        return raw_state(checkpoint), dict(weights='raw')
+    return checkpoint['state_dict'], dict(weights='averaged')
 
 
 def prefix_of(content: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[str, ...]:
@@ -92,24 +110,9 @@ def read_whole(path: Path, trust: bool) -> dict[str, Any]:
     """Read a checkpoint, without executing anything in it unless it is trusted."""
     if not path.is_file():
         raise UserError(f'{path} does not exist')
-    if path.suffix == '.safetensors':
-        return dict(state_dict=read_safetensors(path)[1])
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f'{path} holds more than tensors and plain data, and reading it could execute code. If you trust its '
-            f'origin, add --trust-base. ({str(error).splitlines()[0]})'
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f'{path} is no intact checkpoint: {error}') from error
-    meta = content.get('meta') if isinstance(content, dict) else None
-    for key in ('state_dict', 'model'):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f'{path} is no checkpoint: it holds no `state_dict` of tensors')
-    return dict(state_dict=dict(content), meta=meta if isinstance(meta, dict) else {})
+    checkpoint = read_checkpoint(path, trust, advice='add --trust-base')
+    state = state_dict_of(checkpoint, path)
+    return {**checkpoint, 'state_dict': state} if 'state_dict' in checkpoint else dict(state_dict=state)
 
 
 def read_base(path: Path, trust: bool) -> dict[str, Tensor]:
@@ -179,7 +182,7 @@ def extract(args: argparse.Namespace) -> tuple[int, dict]:
     """Make an adapter file of a training checkpoint."""
     out = args.out or args.checkpoint.with_name(f'{args.checkpoint.stem}_adapter.safetensors')
     if args.checkpoint.suffix == '.safetensors':
-        content, tensors = read_any(args.checkpoint)
+        content, tensors = read_any(args.checkpoint, args.raw)
         if args.backbone_only:
             tensors = {n: v for n, v in tensors.items() if n.startswith(prefix_of(content, tensors))}
         write_adapter(out, content, tensors)
@@ -190,6 +193,8 @@ def extract(args: argparse.Namespace) -> tuple[int, dict]:
         from iconformer_mm.apis.inspection import method_of
 
         checkpoint = read_whole(args.checkpoint, args.trust_base)
+        state, notes = _weights_of(checkpoint, args.raw)
+        checkpoint['state_dict'] = {name.removeprefix('module.'): value for name, value in state.items()}
         cfg = load_config(args.config)
         init_default_scope(cfg.default_scope)
         model = MODELS.build(cfg.model)
@@ -197,7 +202,7 @@ def extract(args: argparse.Namespace) -> tuple[int, dict]:
         if method is not None:
             inject(model, **method)
         load_whole(model, checkpoint, str(args.checkpoint))
-        save_adapter(find_backbone(model) if args.backbone_only else model, out)
+        save_adapter(find_backbone(model) if args.backbone_only else model, out, metadata=notes)
     return FITS, dict(wrote=str(out), bytes=out.stat().st_size)
 
 
@@ -254,6 +259,9 @@ def diff(args: argparse.Namespace) -> tuple[int, dict]:
 def verify(args: argparse.Namespace) -> tuple[int, dict]:
     """Check that a file is intact and, with a base, that it belongs to it."""
     content, tensors = read_any(args.file)
+    diverged = find_diverged(tensors)
+    if diverged:
+        raise UserError(f'{args.file} is of a training that diverged: {diverged_error(diverged)}')
     result: dict[str, Any] = dict(file=str(args.file), intact=True, tensors=len(tensors))
     if args.base is None:
         return FITS, result
@@ -284,30 +292,33 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest='command', required=True)
 
     command = commands.add_parser('info', parents=[shared], help='show what a file holds')
-    command.add_argument('file', type=Path)
+    command.add_argument('file', type=expanded)
     command.set_defaults(act=info)
 
     command = commands.add_parser('extract', parents=[shared, trusting], help='make an adapter file of a checkpoint')
-    command.add_argument('checkpoint', type=Path)
-    command.add_argument('out', type=Path, nargs='?', help='file to write (<checkpoint>_adapter.safetensors)')
+    command.add_argument('checkpoint', type=expanded)
+    command.add_argument('out', type=expanded, nargs='?', help='file to write (<checkpoint>_adapter.safetensors)')
     command.add_argument('--config', help='the config it was trained by; needed for a checkpoint of the whole model')
     command.add_argument('--backbone-only', action='store_true', help='leave neck and head out')
+    command.add_argument(
+        '--raw', action='store_true', help='of a run with EMAHook take the weights themselves, not their average'
+    )
     command.set_defaults(act=extract)
 
     command = commands.add_parser('apply', parents=[shared, trusting], help='base and adapter make a whole checkpoint')
-    command.add_argument('base', type=Path, help='checkpoint of a model, or of its backbone')
-    command.add_argument('adapter', type=Path)
-    command.add_argument('out', type=Path, help='.pth file to write')
+    command.add_argument('base', type=expanded, help='checkpoint of a model, or of its backbone')
+    command.add_argument('adapter', type=expanded)
+    command.add_argument('out', type=expanded, help='.pth file to write')
     command.set_defaults(act=apply)
 
     command = commands.add_parser('diff', parents=[shared], help='compare two files')
-    command.add_argument('a', type=Path)
-    command.add_argument('b', type=Path)
+    command.add_argument('a', type=expanded)
+    command.add_argument('b', type=expanded)
     command.set_defaults(act=diff)
 
     command = commands.add_parser('verify', parents=[shared, trusting], help='check a file, and whether it fits a base')
-    command.add_argument('file', type=Path)
-    command.add_argument('--base', type=Path, help='checkpoint of the base')
+    command.add_argument('file', type=expanded)
+    command.add_argument('--base', type=expanded, help='checkpoint of the base')
     command.set_defaults(act=verify)
     return parser.parse_args(arguments)
 

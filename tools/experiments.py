@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from safetensors.torch import load_file
 
+from iconformer_mm.checkpoint.reading import read_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / 'tools' / 'train.py'
 
@@ -134,7 +136,7 @@ def check_frozen(runs: Iterable[Run], base: Path) -> None:
     weights = load_base(base)
     for run in runs:
         path = run.checkpoint()
-        state = torch.load(path, map_location='cpu', weights_only=False)['state_dict']
+        state = read_checkpoint(path)['state_dict']
         prefix = 'backbone.'
         check_tensors(weights, {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}, path)
 

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis import build_runner, leave_process_group, load_config, make_parser
+from iconformer_mm.apis import build_runner, guard, leave_process_group, load_config, make_parser
 from iconformer_mm.apis.inspection import method_of
+from iconformer_mm.checkpoint import DamagedFileError
 from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.engine.lr_range_test import LRRangeTest, LRRangeTestHook, prepare_config
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--min-lr', type=float, default=1e-6, help='learning rate of the first step (1e-6)')
     parser.add_argument('--max-lr', type=float, default=1.0, help='learning rate of the last step (1)')
     parser.add_argument('--iters', type=int, default=100, help='steps of the sweep (100)')
-    parser.set_defaults(no_validate=True, auto_scale_lr=False, resume=None)
+    parser.set_defaults(no_validate=True, auto_scale_lr=False, resume=None, base=None)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
@@ -88,12 +89,13 @@ def report(test: LRRangeTest, settings: dict[str, Any], folder: Path, console: C
 def main() -> None:
     """Run the tool."""
     args = parse_args()
+    guard(args)
     console = Console(soft_wrap=True)
     try:
         test, settings, folder = sweep(args, console)
     except DataError as error:
         raise SystemExit(f'error in the data: {error}') from None
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, DamagedFileError) as error:
         raise SystemExit(f'error: {error}') from None
     if is_main_process():
         report(test, settings, folder, console)

@@ -21,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis.inferencer import AdapterInferencer
-from iconformer_mm.checkpoint.safetensors_io import written_whole
+from iconformer_mm.apis.launch import TRUST, guard
+from iconformer_mm.checkpoint.safetensors_io import DamagedFileError, expanded, written_whole
 from iconformer_mm.visualization.drawing import SCORE_THRESHOLD, draw_prediction
 
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
@@ -104,7 +105,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--config', required=True, help='config of the model: path or library::path')
     parser.add_argument('--adapter', help='adapter file; without it the model is as --base has it')
     parser.add_argument('--base', help="checkpoint with the base weights (default: the config's pre-trained ones)")
-    parser.add_argument('--out', type=Path, required=True, help='folder for pictures and predictions.json')
+    parser.add_argument('--out', type=expanded, required=True, help='folder for pictures and predictions.json')
+    parser.add_argument(
+        TRUST, action='store_true', help='unpickle the base (.pth) even if that could execute code in it'
+    )
     parser.add_argument('--device', help='where to run (default: the best there is)')
     parser.add_argument(
         '--score', type=float, default=SCORE_THRESHOLD, help=f'smallest score of instances ({SCORE_THRESHOLD})'
@@ -122,10 +126,11 @@ def main() -> None:
     """Run the tool; the status is 1 if an image could not be read."""
     args = parse_args()
     console = Console(stderr=True)
+    guard(args)
     images = find_images(args.images)
     try:
-        inferencer = AdapterInferencer(args.config, args.adapter, args.base, args.device)
-    except (ValueError, FileNotFoundError) as error:
+        inferencer = AdapterInferencer(args.config, args.adapter, args.base, args.device, args.trust_checkpoints)
+    except (ValueError, FileNotFoundError, DamagedFileError) as error:
         raise SystemExit(f'error: {error}') from None
     args.out.mkdir(parents=True, exist_ok=True)
     results, skipped = {}, []

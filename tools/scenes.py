@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
 from rich.console import Console
 
 from experiments import (
@@ -28,6 +27,7 @@ from experiments import (
 )
 from iconformer_mm import inject
 from iconformer_mm.apis import load_config
+from iconformer_mm.checkpoint.reading import read_checkpoint
 from iconformer_mm.tuning import Summary
 from iconformer_mm.visualization import PredictionRow, draw_classes, draw_instances, plot_predictions
 
@@ -98,7 +98,7 @@ def build_model(run: Run) -> tuple[torch.nn.Module, Summary, dict]:
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
     summary = inject(model, cfg.custom_hooks[0].method)
-    load_checkpoint(model, str(run.checkpoint()), map_location='cpu', strict=True, logger='silent')
+    model.load_state_dict(read_checkpoint(run.checkpoint())['state_dict'])
     return model.eval(), summary, cfg
 
 

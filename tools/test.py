@@ -10,8 +10,17 @@ from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis import build_runner, leave_process_group, load_config, make_parser
-from iconformer_mm.checkpoint import AdapterFileError
+from iconformer_mm.apis import (
+    add_base,
+    build_runner,
+    guard,
+    leave_process_group,
+    load_by_command_line,
+    load_config,
+    make_parser,
+)
+from iconformer_mm.checkpoint import AdapterFileError, DamagedFileError
+from iconformer_mm.checkpoint.reading import UntrustedFileError
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.tuning.accounting import WeightsError
 
@@ -19,7 +28,8 @@ from iconformer_mm.tuning.accounting import WeightsError
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('checkpoint', type=os.path.expanduser, help='checkpoint file')
+    add_base(parser)
     parser.add_argument('--out', help='file (.pkl) for the predictions')
     parser.add_argument('--metrics', help='file (.json) for the metrics')
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
@@ -32,7 +42,7 @@ def parse_args() -> argparse.Namespace:
 def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     """Put the command line into the config."""
     cfg.launcher = args.launcher
-    cfg.load_from = args.checkpoint
+    load_by_command_line(cfg, args, args.checkpoint)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     if args.amp:
@@ -62,19 +72,20 @@ def main() -> None:
     args = parse_args()
     if not os.path.isfile(args.checkpoint) and '://' not in args.checkpoint:
         raise SystemExit(f'checkpoint {args.checkpoint} does not exist')
+    guard(args)
     try:
         cfg = load_config(args.config, args.peft)
+        merge_args(cfg, args)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f'error: {error}') from None
-    merge_args(cfg, args)
-    runner = build_runner(cfg)
-    if args.out:
-        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     try:
+        runner = build_runner(cfg)
+        if args.out:
+            runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
         metrics = runner.test()
     except DataError as error:
         raise SystemExit(f'error in the data: {error}') from None
-    except (WeightsError, AdapterFileError) as error:
+    except (WeightsError, AdapterFileError, DamagedFileError, UntrustedFileError) as error:
         raise SystemExit(f'error in the weights: {error}') from None
     if args.metrics:
         mmengine.dump(metrics, args.metrics)

@@ -9,9 +9,18 @@ from mmengine.config import Config
 from mmengine.device import is_cuda_available
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis import build_runner, leave_process_group, load_config, make_parser
+from iconformer_mm.apis import (
+    add_base,
+    build_runner,
+    guard,
+    leave_process_group,
+    load_by_command_line,
+    load_config,
+    make_parser,
+)
 from iconformer_mm.apis.inspection import find_mistakes
-from iconformer_mm.checkpoint import AdapterFileError
+from iconformer_mm.checkpoint import AdapterFileError, DamagedFileError
+from iconformer_mm.checkpoint.reading import UntrustedFileError
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.tuning.accounting import NO_WEIGHTS, WeightsError
 
@@ -23,12 +32,14 @@ def parse_args() -> argparse.Namespace:
         '--resume',
         nargs='?',
         const='auto',
+        type=os.path.expanduser,
         help='checkpoint to resume from; without a value, the latest in the work directory',
     )
     parser.add_argument('--no-validate', action='store_true', help='do not validate while training')
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help="scale the learning rate to the batch size by the config's rule"
     )
+    add_base(parser)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
@@ -53,7 +64,9 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        load_by_command_line(cfg, args, None if args.resume == 'auto' else args.resume)
+    elif args.base is not None:
+        raise SystemExit('--base is for --resume; to begin with the weights of a checkpoint give load_from')
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
 
@@ -61,11 +74,12 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
+    guard(args)
     try:
         cfg = load_config(args.config, args.peft)
+        merge_args(cfg, args)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f'error: {error}') from None
-    merge_args(cfg, args)
     try:
         runner = build_runner(cfg)
         for mistake in find_mistakes(cfg):
@@ -74,7 +88,7 @@ def main() -> None:
         runner.train()
     except DataError as error:
         raise SystemExit(f'error in the data: {error}') from None
-    except (WeightsError, AdapterFileError) as error:
+    except (WeightsError, AdapterFileError, DamagedFileError, UntrustedFileError) as error:
         raise SystemExit(f'error in the weights: {error}') from None
 
 

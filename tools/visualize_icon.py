@@ -26,6 +26,8 @@ from iconformer_mm.apis.kernel_probe import (
     stack_layers,
 )
 from iconformer_mm.apis.saliency import attention_map, find_block, grad_cam
+from iconformer_mm.checkpoint import DamagedFileError
+from iconformer_mm.checkpoint.reading import guard_loading
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.visualization import kernels as pictures
 from predict import find_images, output_names, read_image, write_json
@@ -169,6 +171,7 @@ def main() -> None:
     """Run the tool; the status is 1 if an image could not be read."""
     args = parse_args()
     console = Console(stderr=True, soft_wrap=True)
+    guard_loading()
     if find_spec('sklearn') is None:
         raise SystemExit('error: this tool needs scikit-learn: pip install scikit-learn')
     paths = find_images(args.images)
@@ -177,7 +180,7 @@ def main() -> None:
         inferencer = AdapterInferencer(args.config, adapters, args.base, args.device)
         static = all(adapter.icon.kernel == 'static' for adapter in icon_adapters(inferencer.model).values())
         block = find_block(inferencer.model, args.block).name
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, DamagedFileError) as error:
         raise SystemExit(f'error: {error}') from None
     args.out.mkdir(parents=True, exist_ok=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import mmcv
@@ -16,12 +15,13 @@ from mmengine.infer import BaseInferencer
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, init_default_scope
-from mmengine.runner import CheckpointLoader
-from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from mmengine.runner.checkpoint import load_state_dict
 from mmengine.structures import BaseDataElement
 from torch import nn
 
 from iconformer_mm.checkpoint import put_adapter, read_adapter
+from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
+from iconformer_mm.checkpoint.safetensors_io import expanded
 from iconformer_mm.tuning import active_adapter, get_injection, inject, list_adapters, set_adapter
 from iconformer_mm.tuning.accounting import LoadRecord, check_training, require_all
 from iconformer_mm.tuning.injection import DEFAULT_NAME, find_backbone
@@ -46,6 +46,8 @@ class AdapterInferencer:
         base: Checkpoint with the base weights. Defaults to None, which takes what the config
             names (``init_cfg``).
         device: Where to run. Defaults to None, the best there is.
+        trust: Whether to unpickle a base (``.pth``) that holds more than tensors and plain data, which can execute
+            code in it. Defaults to False.
 
     Attributes:
         model: The model.
@@ -54,7 +56,7 @@ class AdapterInferencer:
     Raises:
         AdapterFileError: An adapter file cannot be read or does not fit.
         FileNotFoundError: A file is missing.
-        ValueError: The library is unknown, or there are no weights.
+        ValueError: The library is unknown, there are no weights, or the base is not to be trusted.
         WeightsError: A part of the model is in none of the files, such as a head of other classes.
 
     Example:
@@ -69,7 +71,9 @@ class AdapterInferencer:
         adapter: AdapterSpec | Mapping[str, AdapterSpec] | None = None,
         base: str | os.PathLike | None = None,
         device: str | None = None,
+        trust: bool = False,
     ) -> None:
+        self._trust = trust
         self.cfg = copy.deepcopy(config) if isinstance(config, Config) else load_config(os.fspath(config))
         self.scope = self.cfg.get('default_scope')
         if self.scope not in _INFERENCERS:
@@ -95,7 +99,7 @@ class AdapterInferencer:
                 'there are no base weights: the config names none (init_cfg of the backbone), so give the checkpoint '
                 'that the adapter was trained on as `base`'
             )
-        if base is not None and not Path(base).is_file():
+        if base is not None and not expanded(base).is_file():
             raise FileNotFoundError(f'the base {base} does not exist')
         model = build_model(cfg)
         method = method_of(cfg)
@@ -113,12 +117,12 @@ class AdapterInferencer:
             finally:
                 logger.setLevel(level)
         else:
-            checkpoint = CheckpointLoader.load_checkpoint(str(base), map_location='cpu')
+            checkpoint = read_checkpoint(base, self._trust)
             if 'adapter_file' in checkpoint:
                 raise ValueError(f'{base} is an adapter file, no base: give it as `adapter`')
             if as_config:
                 check_training(checkpoint, model, get_injection(model), str(base), whole=True)
-            _load_checkpoint_to_model(model, checkpoint)
+            load_state_dict(model, state_dict_of(checkpoint, base), strict=False)
         return model
 
     def _load(self, name: str, spec: AdapterSpec) -> dict:

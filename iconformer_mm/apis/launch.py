@@ -12,20 +12,27 @@ from typing import Any
 import torch
 import torch.distributed
 from mmengine.config import Config, DictAction
+from mmengine.dist import init_dist
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 
-from iconformer_mm.checkpoint import load_safetensors
+from iconformer_mm.checkpoint import DamagedFileError, load_safetensors
+from iconformer_mm.checkpoint.filename_template import FilenameTemplate
+from iconformer_mm.checkpoint.reading import guard_loading
+from iconformer_mm.checkpoint.safetensors_io import expanded
+from iconformer_mm.checkpoint.training_checkpoint import is_seed
 from iconformer_mm.compat import config_folder
 from iconformer_mm.engine import CheckedRunner, WeightsHook
-from iconformer_mm.engine.hooks.adapter_checkpoint_hook import newest_intact
+from iconformer_mm.engine.hooks.adapter_checkpoint_hook import newest_intact, on_main_process
+
+TRUST = '--trust-checkpoints'
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """The command line that all tools have in common."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file, or library::path such as mmpretrain::vision_transformer/...')
-    parser.add_argument('--work-dir', help='folder for logs, checkpoints and metrics')
+    parser.add_argument('--work-dir', type=os.path.expanduser, help='folder for logs, checkpoints and metrics')
     parser.add_argument(
         '--peft',
         metavar='METHOD',
@@ -38,9 +45,56 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         action=DictAction,
         help='override settings of the config: key=value, nested keys with dots, lists as key="[a,b]"',
     )
+    parser.add_argument(
+        TRUST, action='store_true', help='unpickle checkpoints (.pth) even if that could execute code in them'
+    )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The option of the tools that resume or test: the base of an adapter checkpoint."""
+    parser.add_argument(
+        '--base',
+        type=os.path.expanduser,
+        help='checkpoint of the base weights, where an adapter checkpoint is resumed or tested whose run began with '
+        "load_from (default: the config's load_from)",
+    )
+
+
+def load_by_command_line(cfg: Config, args: argparse.Namespace, checkpoint: str | None) -> None:
+    """Have a checkpoint loaded in place of the config's ``load_from``, which remains the base.
+
+    A base that only a checkpoint names is not opened. So what the config or ``--base`` names is handed to the
+    AdapterCheckpointHook.
+
+    Args:
+        cfg: The config.
+        args: The command line, with the options of :func:`add_base`.
+        checkpoint: The checkpoint; None for the newest of the run.
+
+    Raises:
+        ValueError: There is a ``--base``, and the config has no AdapterCheckpointHook to take it.
+    """
+    options = args.cfg_options or {}
+    base = args.base or options.pop('load_from', None) or cfg.get('load_from')
+    cfg.load_from = checkpoint
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    hook_type = options.get('default_hooks.checkpoint.type', hook.get('type'))
+    if getattr(hook_type, '__name__', hook_type) == 'AdapterCheckpointHook':
+        if base is not None and (args.base or hook.get('base') is None):
+            cfg.merge_from_dict({'default_hooks.checkpoint.base': base})
+    elif args.base is not None:
+        raise ValueError(
+            '--base is for checkpoints of the AdapterCheckpointHook, which the config does not have '
+            "(default_hooks.checkpoint.type); a checkpoint of MMEngine's CheckpointHook holds the base"
+        )
+
+
+def guard(args: argparse.Namespace) -> None:
+    """Read no checkpoint in this process that could execute code, unless ``--trust-checkpoints`` says so."""
+    guard_loading(args.trust_checkpoints, f'add {TRUST}')
 
 
 def find_config(name: str) -> Path:
@@ -162,14 +216,37 @@ def _take_seed_of_resumed(cfg: Config) -> None:
     """A run whose seed was drawn by lot goes on with it; MMEngine would read it after the data loaders are built."""
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     randomness = cfg.get('randomness') or {}
-    if not cfg.get('resume') or hook.get('type') != 'AdapterCheckpointHook' or randomness.get('seed') is not None:
+    name = getattr(hook.get('type'), '__name__', hook.get('type'))
+    if not cfg.get('resume') or name != 'AdapterCheckpointHook' or randomness.get('seed') is not None:
         return
-    path = cfg.get('load_from')
-    if path is None:
-        folder = Path(hook['out_dir']) / Path(cfg.work_dir).name if hook.get('out_dir') else Path(cfg.work_dir)
-        path, _ = newest_intact(folder, HOOKS.build(hook).filename_tmpl)
-    if path is not None and str(path).endswith('.safetensors'):
-        cfg.randomness = dict(randomness, seed=load_safetensors(str(path))['meta'].get('seed'))
+    _join_process_group(cfg)
+    folder = expanded(hook['out_dir']) / Path(cfg.work_dir).name if hook.get('out_dir') else Path(cfg.work_dir)
+    template = FilenameTemplate(HOOKS.build(hook).filename_tmpl)
+    seed = on_main_process(lambda: _seed_of(cfg.get('load_from') or newest_intact(folder, template)[0]))
+    if seed is not None:
+        cfg.randomness = dict(randomness, seed=seed)
+
+
+def _seed_of(path: str | os.PathLike | None) -> int | None:
+    """The seed of an adapter checkpoint; None where there is none."""
+    if path is None or not str(path).endswith('.safetensors'):
+        return None
+    seed = load_safetensors(str(path)).get('meta', {}).get('seed')
+    if seed is not None and not is_seed(seed):
+        raise DamagedFileError(f'{path} is no intact training checkpoint: its `seed` is none')
+    return seed
+
+
+def _join_process_group(cfg: Config) -> None:
+    """Meet the other processes of a distributed run, as MMEngine's runner would later."""
+    launcher = cfg.get('launcher', 'none')
+    if launcher == 'none' or torch.distributed.is_initialized():
+        return
+    if launcher == 'pytorch' and not torch.cuda.is_available():
+        # MMEngine would select a CUDA device, whatever the backend.
+        torch.distributed.init_process_group('gloo')
+    else:
+        init_dist(launcher, **((cfg.get('env_cfg') or {}).get('dist_cfg') or {}))
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -184,10 +261,7 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_mmpretrain_dataloaders(cfg)
     if cfg.get('launcher', 'none') == 'pytorch' and not torch.cuda.is_available():
-        # MMEngine selects a CUDA device, whatever the backend, unless the
-        # process group is there already.
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group('gloo')
+        _join_process_group(cfg)
         _replace_sync_bn(cfg.model)
         if cfg.get('model_wrapper_cfg') is None:
             cfg.model_wrapper_cfg = dict(

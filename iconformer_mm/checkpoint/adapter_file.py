@@ -12,9 +12,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +37,8 @@ from iconformer_mm.tuning.selection import Selection, matches
 from iconformer_mm.tuning.switching import active_adapter, add_selected, delete_adapter, set_adapter
 from iconformer_mm.version import __version__
 
-from .safetensors_io import DamagedFileError, read_safetensors, save_safetensors
+from .divergence import diverged_error, find_diverged
+from .safetensors_io import DamagedFileError, expanded, parse_json, read_safetensors, save_safetensors, shortened
 from .training_checkpoint import is_checkpoint
 from .tuned_state import base_state, file_names, heads_of, tuned_state
 
@@ -177,14 +177,15 @@ def save_adapter(
     Args:
         model: An adapted model, or an adapted backbone alone (then without
             neck and head). Of several adapters the active one is written.
-        path: Where to write; ``.safetensors`` by custom.
+        path: Where to write, ``~`` allowed; ``.safetensors`` by custom.
         metadata: Notes of your own to keep with it (JSON).
         task: What it was trained for, in a word or two.
         classes: Names of the classes that its head tells apart.
 
     Raises:
         ValueError: The model is not adapted, or by a method that changes the
-            backbone itself, or drops tensors of adapters from its state dict.
+            backbone itself, or drops tensors of adapters from its state dict; or its training
+            diverged, and tensors hold NaN or infinite values. A file that is there stays then.
     """
     injection = get_injection(model)
     if injection is None:
@@ -244,8 +245,19 @@ def describe_adapter(
 
 
 def write_adapter(path: str | os.PathLike, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write an adapter file of its metadata and its tensors."""
-    save_safetensors(tensors, path, metadata={_KEY: json.dumps(content)})
+    """Write an adapter file of its metadata and its tensors.
+
+    Raises:
+        ValueError: The metadata is no JSON, or tensors hold NaN or infinite values.
+    """
+    diverged = find_diverged(tensors)
+    if diverged:
+        raise ValueError(f'{path} is not written: its training diverged, {diverged_error(diverged)}')
+    try:
+        text = json.dumps(content, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f'what an adapter file keeps as metadata must be JSON: {error}') from error
+    save_safetensors(tensors, path, metadata={_KEY: text})
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -261,7 +273,8 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
         AdapterFileError: It is damaged, of another format or too new.
         FileNotFoundError: There is none.
     """
-    if not Path(path).is_file():
+    path = expanded(path)
+    if not path.is_file():
         raise FileNotFoundError(f'adapter file {path} does not exist')
     try:
         metadata, tensors = read_safetensors(path)
@@ -289,26 +302,55 @@ def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str
         raise AdapterFileError(
             f'{path} is a training checkpoint, no adapter file; make one of it with `tools/adapter.py extract {path}`'
         )
-    try:
-        content = json.loads(metadata[_KEY])
-        version = content['format_version']
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    if _KEY not in metadata:
         raise AdapterFileError(
             f'{path} is a safetensors file, but no adapter file of iconformer_mm: its metadata lacks the key '
             f"'{_KEY}' with a method and a base"
-        ) from error
-    if version not in READABLE_VERSIONS:
-        raise AdapterFileError(
-            f'{path} has format version {version}, this iconformer_mm {__version__} reads version {FORMAT_VERSION}; '
-            'install the release that wrote it or a newer one'
         )
-    kinds: dict[str, type] = {'method': dict, 'sites': list, 'base_fingerprint': str, 'base_parameters': list}
-    if 'base_buffers_fingerprint' in content or 'base_buffers' in content:
-        kinds.update(base_buffers_fingerprint=str, base_buffers=list)
-    for key, kind in kinds.items():
-        if not isinstance(content.get(key), kind):
-            raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{key}`')
+    try:
+        content = parse_json(metadata[_KEY])
+        version = content['format_version']
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterFileError(
+            f"{path} is no intact adapter file: its metadata '{_KEY}' cannot be read: {type(error).__name__}: "
+            f'{shortened(str(error))}'
+        ) from error
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        raise AdapterFileError(
+            f'{path} has format version {shortened(version, 20)}, this iconformer_mm {__version__} reads version '
+            f'{FORMAT_VERSION}; install the release that wrote it or a newer one'
+        )
+    if ('base_buffers' in content) != ('base_buffers_fingerprint' in content):
+        raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `base_buffers`')
+    fault = next((key for key, is_proper in _PROPER.items() if not is_proper(content.get(key))), None)
+    if fault is not None:
+        raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{fault}`')
     return content
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+# What the values of the metadata are.
+_PROPER: dict[str, Callable[[Any], bool]] = {
+    'method': lambda value: isinstance(value, dict) and isinstance(value.get('type'), str),
+    'sites': _are_texts,
+    'base_fingerprint': _is_text,
+    'base_parameters': _are_texts,
+    'base_buffers_fingerprint': lambda value: value is None or _is_text(value),
+    'base_buffers': lambda value: value is None or _are_texts(value),
+    'selection': lambda value: value is None or isinstance(value, dict),
+    'backbones': lambda value: value is None or (_are_texts(value) and bool(value)),
+    'package_version': lambda value: value is None or _is_text(value),
+    'task': lambda value: value is None or _is_text(value),
+    'classes': lambda value: value is None or _are_texts(value),
+    'notes': lambda value: value is None or isinstance(value, dict),
+}
 
 
 def _selection_of(content: dict[str, Any], model: nn.Module, path: str | os.PathLike) -> Selection:
@@ -343,8 +385,8 @@ def _check_adapters(
     """Compare a file's adapters with those its method would make, before memory is taken for them."""
     try:
         shapes = adapter_shapes(model, method, selection)
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise AdapterFileError(f'{path} does not fit: its method {method} cannot be carried out: {error}') from error
+    except _IMPOSSIBLE as error:
+        raise _impossible(path, method, error) from error
     backbones = list(_backbones_for(model, selection))
     full = {join(backbones[0], name) if len(backbones) == 1 else name: shape for name, shape in shapes.items()}
     names = file_names([*unwrap(model).state_dict(), *full], backbones, heads_of(model, selection))
@@ -357,8 +399,19 @@ def _check_adapters(
             f'of shape {tuple(shapes[name])}' if name in shapes else 'missing' for shapes in (found, expected)
         )
         raise AdapterFileError(
-            f'{path} does not fit: by its method {method}, {name} would be {want}, but in the file it is {have}'
+            f'{path} does not fit: by its method {shortened(method)}, {shortened(name)} would be {want}, but in the '
+            f'file it is {have}'
         )
+
+
+# What a method raises whose options make no sense.
+_IMPOSSIBLE = (ValueError, TypeError, RuntimeError, OverflowError, AttributeError, LookupError, MemoryError)
+
+
+def _impossible(path: str | os.PathLike, method: dict, error: Exception) -> AdapterFileError:
+    return AdapterFileError(
+        f'{path} does not fit: its method {shortened(method)} cannot be carried out: {shortened(str(error), 500)}'
+    )
 
 
 def load_adapter(
@@ -591,7 +644,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], problems: list[str], str
         'of another shape or kind': (tensors.keys() & own.keys()) - fitting.keys(),
     }.items():
         if names:
-            problems.append(f'{len(names)} tensors are {what}, such as {min(names)}')
+            problems.append(f'{len(names)} tensors are {what}, such as {shortened(min(names))}')
     if problems and strict:
         hint = '. A head of other classes can be given as `parts`' if 'of another shape' in problems[-1] else ''
         raise AdapterFileError(f'{path} does not fit: {"; ".join(problems)}{hint}')

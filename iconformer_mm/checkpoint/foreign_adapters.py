@@ -1,14 +1,14 @@
-"""Adapters that other programs trained: AdaptFormer's and Mona's checkpoints, LoRA files of Hugging Face's peft.
+"""Adapters that other programs trained: AdaptFormer's, Mona's, and LoRA of Hugging Face's peft and of MMPretrain.
 
 Only what is exactly the same function here is converted; all else is an error that says what differs.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from iconformer_mm.tuning.injection import find_backbone, get_injection, inject, remove
-from iconformer_mm.tuning.sites import find_sites
+from iconformer_mm.tuning.methods.weights import ROLES, find_targets
+from iconformer_mm.tuning.sites import Site, find_sites
+
+from .safetensors_io import parse_json, shortened
 
 State = dict[str, Tensor]
 
@@ -32,10 +35,12 @@ class ForeignAdapter:
     Attributes:
         method: Config of our method that computes the same.
         blocks: What each adapted block is given, in order, by our names within the block.
+        left: Names of the file's tensors that are not taken over.
     """
 
     method: dict[str, Any]
     blocks: list[State]
+    left: list[str] = field(default_factory=list)
 
 
 def _by_block(state: State, pattern: str) -> dict[tuple[int, ...], State]:
@@ -53,11 +58,30 @@ def _by_block(state: State, pattern: str) -> dict[tuple[int, ...], State]:
         match = re.search(pattern, name)
         if match:
             numbers = tuple(map(int, re.findall(r'\d+', match[1])))
-            blocks.setdefault(numbers, {})[match.groups()[-1]] = value
+            _put(blocks.setdefault(numbers, {}), match.groups()[-1], value, name)
     if not blocks:
         some = ', '.join(list(state)[:3]) or 'nothing'
         raise ForeignAdapterError(f'no name of a tensor is of the form {pattern}; the file has {some}, ...')
     return dict(sorted(blocks.items()))
+
+
+def _put(block: State, key: str, value: Tensor, name: str) -> None:
+    """Keep a tensor of a block.
+
+    Raises:
+        ForeignAdapterError: There is one in its place.
+    """
+    if key in block:
+        raise ForeignAdapterError(
+            f'{name} is the second tensor for {key} of one block. The file holds several adapters, or several towers '
+            'of blocks that are counted alike; save one of them alone'
+        )
+    block[key] = value
+
+
+def _left(state: State, pattern: str) -> list[str]:
+    """Names of the tensors that a pattern does not take."""
+    return [name for name in state if not re.search(pattern, name)]
 
 
 def _rename(block: State, names: dict[str, str], where: str) -> State:
@@ -88,7 +112,8 @@ def read_adaptformer(state: State, scale: float = 0.1) -> ForeignAdapter:
     Raises:
         ForeignAdapterError: It is another variant.
     """
-    blocks = _by_block(state, r'(?:^|\.)blocks\.(\d+)\.adaptmlp\.(.+)$')
+    pattern = r'(?:^|\.)blocks\.(\d+)\.adaptmlp\.(.+)$'
+    blocks = _by_block(state, pattern)
     learned = all('scale' in block for block in blocks.values())
     names = {f'{a}_proj.{b}': f'adapter.{a}.{b}' for a in ('down', 'up') for b in ('weight', 'bias')}
     if learned:
@@ -98,7 +123,7 @@ def read_adaptformer(state: State, scale: float = 0.1) -> ForeignAdapter:
         renamed = [{**block, 'adapter.scale': block['adapter.scale'].reshape(())} for block in renamed]
     bottleneck = len(renamed[0]['adapter.down.weight'])
     method = dict(type='adaptformer', bottleneck=bottleneck, scale=float(scale), learnable_scale=learned)
-    return ForeignAdapter(method, renamed)
+    return ForeignAdapter(method, renamed, _left(state, pattern))
 
 
 _MONA = {
@@ -125,7 +150,8 @@ def read_mona(state: State) -> ForeignAdapter:
     Raises:
         ForeignAdapterError: It is another variant.
     """
-    blocks = _by_block(state, r'(?:^|\.)((?:layers|stages)\.\d+\.blocks\.\d+)\.(my_module_[12]\..+)$')
+    pattern = r'(?:^|\.)((?:layers|stages)\.\d+\.blocks\.\d+)\.(my_module_[12]\..+)$'
+    blocks = _by_block(state, pattern)
     names = {
         f'{module}.{name}{kind}': f'{ours}.{own}{kind}'
         for module, ours in (('my_module_1', 'adapter_attention'), ('my_module_2', 'adapter'))
@@ -133,7 +159,8 @@ def read_mona(state: State) -> ForeignAdapter:
         for kind in (('',) if name.startswith('gamma') else ('.weight', '.bias'))
     }
     renamed = [_rename(block, names, f'layers.{n[0]}.blocks.{n[1]}') for n, block in blocks.items()]
-    return ForeignAdapter(dict(type='mona', bottleneck=len(renamed[0]['adapter.down.weight'])), renamed)
+    method = dict(type='mona', bottleneck=len(renamed[0]['adapter.down.weight']))
+    return ForeignAdapter(method, renamed, _left(state, pattern))
 
 
 # The last words of a layer's name, in transformers' and timm's models, and the map it is. The longer ones first.
@@ -153,8 +180,47 @@ _ROLES = {
     'fc1': 'fc1',
     'fc2': 'fc2',
 }
-# What would make peft compute something else than W + alpha / r * B A.
-_OTHER_LORA = ('use_dora', 'use_rslora', 'fan_in_fan_out', 'rank_pattern', 'alpha_pattern', 'layers_to_transform')
+# Options of peft that do not change what is computed: names, what was trained by which rule, what the tensors say.
+_NOTES = {
+    'auto_mapping',
+    'base_model_name_or_path',
+    'ensure_weight_tying',
+    'eva_config',
+    'exclude_modules',
+    'inference_mode',
+    'lora_alpha',
+    'lora_dropout',
+    'megatron_core',
+    'modules_to_save',
+    'peft_type',
+    'peft_version',
+    'qalora_group_size',
+    'r',
+    'revision',
+    'runtime_config',
+    'target_modules',
+    'task_type',
+}
+# Values of an option with which it computes W + alpha / r * B A on an unchanged base. All other options must be off.
+_PLAIN: dict[str, tuple] = {
+    'bias': ('none',),
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take something out of the base; EVA and the others only begin elsewhere.
+    'init_lora_weights': (True, False, None, 'gaussian', 'eva', 'orthogonal'),
+}
+_OFF: tuple = (None, False, [], {}, '')
+# Modules beside the backbone, which peft keeps whole (`modules_to_save`).
+_HEADS = {
+    'auxiliary_head',
+    'classifier',
+    'cls_classifier',
+    'decode_head',
+    'distillation_classifier',
+    'fc',
+    'head',
+    'head_dist',
+    'heads',
+    'score',
+}
 
 
 def _role(layer: str) -> str:
@@ -175,35 +241,156 @@ def read_hf_lora(state: State, config: dict[str, Any]) -> ForeignAdapter:
         config: Content of ``adapter_config.json``.
 
     Raises:
-        ForeignAdapterError: It is another variant than plain LoRA, the same maps in all blocks.
+        ForeignAdapterError: It is another variant than plain LoRA, the same maps in all blocks, or changes the base.
     """
-    if config.get('peft_type') != 'LORA':
-        raise ForeignAdapterError(f"peft_type is {config.get('peft_type')!r}; 'LORA' is what can be taken over")
-    other = [key for key in _OTHER_LORA if config.get(key)]
-    if config.get('bias', 'none') != 'none':
-        other.append('bias')
-    if other:
-        raise ForeignAdapterError(
-            f'this LoRA is not the plain one (W + alpha / r * B A in every block): its config has '
-            f'{", ".join(f"{key}={config[key]!r}" for key in other)}'
-        )
-    found = _by_block(state, r'(?:layer|layers|blocks)\.(\d+)\.(.+\.lora_\w+(?:\.\w+)*)$')
+    _check_hf_config(config)
+    pattern = r'(?:layer|layers|blocks)\.(\d+)\.(.+\.lora_\w+(?:\.\w+)*)$'
+    left = _left(state, pattern)
+    outside = [name for name in left if 'lora_' in name]
+    if outside:
+        raise ForeignAdapterError(f'{outside[0]} is a LoRA outside of the blocks, which there is no place for here')
+    trained = [name for name in left if not _HEADS & set(name.split('.'))]
+    if trained:
+        some = ', '.join(trained[:3]) + (', ...' if len(trained) > 3 else '')
+        raise ForeignAdapterError(f'the file changes the base: it has {some}, which is no head')
     blocks = []
-    for tensors in found.values():
+    for tensors in _by_block(state, pattern).values():
         block: State = {}
         for name, value in tensors.items():
             match = re.fullmatch(r'(.+)\.lora_([AB])(?:\.\w+)?\.weight', name)
             if match is None:
                 raise ForeignAdapterError(f"the tensor '{name}' is neither lora_A nor lora_B of a linear layer")
-            role, factor = _role(match[1]), match[2].lower()
-            if role == 'qkv':
-                parts = value.chunk(3) if factor == 'b' else [value] * 3
-                block.update({f'adapter.{factor}.{one}': part for one, part in zip('qkv', parts)})
-            else:
-                block[f'adapter.{factor}.{role}'] = value
+            for role, part in _parts(_role(match[1]), match[2].lower(), value):
+                _put(block, f'adapter.{match[2].lower()}.{role}', part, name)
         blocks.append(block)
-    targets = [role for role in ('q', 'k', 'v', 'o', 'fc1', 'fc2') if f'adapter.a.{role}' in blocks[0]]
-    return ForeignAdapter(dict(type='lora', rank=config['r'], alpha=config['lora_alpha'], targets=targets), blocks)
+    method = dict(type='lora', rank=config['r'], alpha=config['lora_alpha'], targets=_targets(blocks))
+    return ForeignAdapter(method, blocks, left)
+
+
+def _check_hf_config(config: Any) -> None:
+    """Refuse a config of peft that computes something else than plain LoRA, or that is not known to."""
+    if not isinstance(config, dict):
+        raise ForeignAdapterError(f'adapter_config.json holds a {type(config).__name__}, no options')
+    if config.get('peft_type') != 'LORA':
+        raise ForeignAdapterError(
+            f"peft_type is {shortened(config.get('peft_type'))!r}; 'LORA' is what can be taken over"
+        )
+    other = [
+        f'{key}={value!r}'
+        for key, value in config.items()
+        if key not in _NOTES
+        and not any(type(value) is type(plain) and value == plain for plain in _PLAIN.get(key, _OFF))
+    ]
+    if other:
+        raise ForeignAdapterError(
+            'this LoRA is not known to be the plain one (W + alpha / r * B A in every block, on the base as it is): '
+            f'its config has {shortened(", ".join(sorted(other)), 500)}'
+        )
+    rank, alpha = config.get('r'), config.get('lora_alpha')
+    if type(rank) is not int or rank < 1:
+        raise ForeignAdapterError(f'the rank r must be a positive integer, the config has {shortened(rank)}')
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ForeignAdapterError(f'lora_alpha must be a number, the config has {shortened(alpha)}')
+
+
+def _parts(role: str, factor: str, value: Tensor) -> list[tuple[str, Tensor]]:
+    """A factor by our roles: that of a joint qkv is one of each, with the same A and its rows of B."""
+    if role != 'qkv':
+        return [(role, value)]
+    return list(zip('qkv', value.chunk(3) if factor == 'b' else [value] * 3))
+
+
+def _targets(blocks: list[State]) -> list[str]:
+    """The maps that are adapted, the same in every block."""
+    found = [[role for role in ROLES if f'adapter.a.{role}' in block] for block in blocks]
+    for index, roles in enumerate(found):
+        if roles != found[0]:
+            here, there = (', '.join(maps) or 'nothing' for maps in (roles, found[0]))
+            raise ForeignAdapterError(
+                f'block {index} has {here} adapted, and block 0 {there}; here the maps are the same in all blocks'
+            )
+    return found[0]
+
+
+def read_mmpretrain_lora(state: State, model: nn.Module, config: Mapping[str, Any]) -> ForeignAdapter:
+    """Take over the checkpoint of MMPretrain's own ``LoRAModel``.
+
+    ``backbone.module. ... .lora_down.weight`` is A and ``lora_up`` is B, for linear layers by their names.
+
+    Args:
+        state: Tensors of the checkpoint; a head in it is left.
+        model: The unadapted model, whose layers the names are of.
+        config: What the ``LoRAModel`` was made with: ``alpha``, ``rank`` and ``targets``; ``alpha`` alone is enough.
+
+    Raises:
+        ForeignAdapterError: Layers differ in rank or factor, or are none of q, k, v, o, fc1, fc2 of a block.
+    """
+    pattern = r'^(?:.*\.)?module\.(.+)\.lora_(down|up)\.weight$'
+    sites = find_sites(find_backbone(model))
+    layers = {
+        f'{site.name}.{target.weight}'.removesuffix('.weight'): (index, target.role)
+        for index, site in enumerate(sites)
+        for target in _maps(site)
+    }
+    joint = {name for name, (index, role) in layers.items() if name.endswith('qkv')}
+    blocks: list[State] = [{} for _ in sites]
+    scales: dict[tuple[float, int], str] = {}
+    for name, value in state.items():
+        match = re.match(pattern, name)
+        if match is None:
+            if '.lora_' in name:
+                raise ForeignAdapterError(f"the tensor '{name}' is neither lora_down nor lora_up of a LoRAModel")
+            continue
+        layer, factor = match[1].removeprefix('backbone.'), 'a' if match[2] == 'down' else 'b'
+        if layer not in layers:
+            raise ForeignAdapterError(
+                f'{name}: {layer} is none of the maps {", ".join(ROLES)} of a block of '
+                f'{type(find_backbone(model)).__name__}'
+            )
+        index, role = layers[layer]
+        for one, part in _parts('qkv' if layer in joint else role, factor, value):
+            _put(blocks[index], f'adapter.{factor}.{one}', part, name)
+        if factor == 'a':
+            scales.setdefault(_alpha_and_rank(config, match[1], len(value)), name)
+    if not scales:
+        some = ', '.join(list(state)[:3]) or 'nothing'
+        raise ForeignAdapterError(
+            f'no name of a tensor is that of a LoRAModel (module. ... .lora_down); there is {some}'
+        )
+    if len(scales) > 1:
+        raise ForeignAdapterError(
+            'layers differ in alpha and rank, which are one for all here: '
+            + ', '.join(f'{alpha:g} and {rank} in {name}' for (alpha, rank), name in scales.items())
+        )
+    ((alpha, rank),) = scales
+    method = dict(type='lora', rank=rank, alpha=alpha, targets=_targets(blocks))
+    return ForeignAdapter(method, blocks, _left(state, pattern))
+
+
+def _maps(site: Site) -> list[Any]:
+    """The linear maps of a block, as far as it has them."""
+    found = []
+    for role in ROLES:
+        try:
+            found += find_targets(site, [role])
+        except ValueError:
+            continue  # a block without this map
+    return found
+
+
+def _alpha_and_rank(config: Mapping[str, Any], layer: str, rank: int) -> tuple[float, int]:
+    """The factor and the rank that a LoRAModel gives a layer: those of the first target that matches."""
+    matching = [
+        target
+        for target in config.get('targets', ())
+        if re.fullmatch(target['type'], layer) or layer.endswith(target['type'])
+    ]
+    if config.get('targets') and not matching:
+        raise ForeignAdapterError(f'{layer} is none of the targets that the config has for the LoRAModel')
+    options = {**config, **(matching[0] if matching else {})}
+    if options.get('rank', rank) != rank:
+        raise ForeignAdapterError(f'{layer} has rank {rank} in the file, and {options["rank"]} in the config')
+    return float(options.get('alpha', 1)), rank
 
 
 def read_foreign(kind: str, path: Path, load: Callable[[Path], State], scale: float = 0.1) -> ForeignAdapter:
@@ -225,7 +412,22 @@ def read_foreign(kind: str, path: Path, load: Callable[[Path], State], scale: fl
     config = path.with_name('adapter_config.json')
     if not config.is_file():
         raise ForeignAdapterError(f'{config} is missing, which says what rank and factor {path.name} has')
-    return read_hf_lora(load(path), json.loads(config.read_text(encoding='utf-8')))
+    try:
+        options = parse_json(config.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ForeignAdapterError(f'{config} cannot be read: {shortened(str(error))}') from error
+    return read_hf_lora(load(path), options)
+
+
+def lora_model_of(model_cfg: Any) -> tuple[Any, Mapping[str, Any] | None]:
+    """A model's config without MMPretrain's ``LoRAModel``, and the options of that; None if it has none."""
+    if str(model_cfg.get('type', '')).rpartition('.')[2] == 'LoRAModel':
+        return model_cfg['module'], model_cfg
+    backbone = model_cfg.get('backbone')
+    if isinstance(backbone, Mapping) and str(backbone.get('type', '')).rpartition('.')[2] == 'LoRAModel':
+        model_cfg['backbone'] = backbone['module']
+        return model_cfg, backbone
+    return model_cfg, None
 
 
 def inject_foreign(model: nn.Module, foreign: ForeignAdapter) -> None:

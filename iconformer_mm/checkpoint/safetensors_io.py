@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import torch
@@ -16,14 +19,69 @@ from mmengine.runner import CheckpointLoader
 from safetensors.torch import save_file
 from torch import Tensor
 
+from iconformer_mm.version import __version__
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 CHECKSUM = 'checksum'
 OURS = 'iconformer_mm'  # begins the keys of our metadata
 # Begins the names of folders in which files are written; what a killed process leaves can be told by it.
 TEMPORARY = '.writing-'
+_LOCK = '.lock'  # held by the process that writes in such a folder
 
 
 class DamagedFileError(RuntimeError):
     """A file is truncated, altered or of another format."""
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """A path whose ``~`` is the home folder, in reading as in writing."""
+    return Path(os.path.expanduser(path))
+
+
+def shortened(value: Any, limit: int = 200) -> str:
+    """A value out of a file as text for a message, on one line and of bounded length."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except RecursionError:
+        text = f'a deeply nested {type(value).__name__}'
+    text = ''.join(c if c.isprintable() else '?' for c in text[: limit + 1])
+    return text if len(text) <= limit else f'{text[:limit]}...'
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON out of a file. NaN and infinity, which JSON does not know and earlier releases wrote, are None.
+
+    Args:
+        text: The JSON.
+
+    Raises:
+        ValueError: It is none, is nested too deeply, or names a key twice: readers differ in which one they take.
+    """
+    try:
+        return json.loads(
+            text, object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=lambda name: None
+        )
+    except RecursionError:
+        raise ValueError('its JSON is nested too deeply') from None
+
+
+def _finite(text: str) -> float | None:
+    """A number; None for one that JSON cannot hold (1e999)."""
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"its JSON has the key '{shortened(twice, 50)}' twice")
+    return content
 
 
 def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -51,7 +109,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str,
         DamagedFileError: It is truncated, altered or of another format.
         FileNotFoundError: There is none.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise FileNotFoundError(f'{path} cannot be found')
     try:
@@ -59,10 +117,10 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str,
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DamagedFileError(f'{path} is no intact safetensors file: {error}') from error
-    # Files of others have no checksum; ours always do.
-    ours = any(key.startswith(OURS) for key in metadata)
-    if (ours or CHECKSUM in metadata) and checksum(tensors, metadata) != metadata.get(CHECKSUM):
+        raise DamagedFileError(f'{path} is no intact safetensors file: {shortened(str(error))}') from error
+    # A key `checksum` in a file of others is theirs. Ours is known by more than the key, which may be what is damaged.
+    ours = any(key.startswith(OURS) or '"package_version"' in text for key, text in metadata.items())
+    if ours and checksum(tensors, metadata) != metadata.get(CHECKSUM):
         raise DamagedFileError(
             f'{path} is no intact safetensors file: its content does not match its checksum, so it was altered or '
             'damaged after it was written. Take another copy of it'
@@ -94,7 +152,7 @@ def save_safetensors(
     Args:
         tensors: What to write, by name; on any device. Tensors that share
             memory are written one by one.
-        path: The file. Missing folders are made.
+        path: The file, ``~`` allowed. Missing folders are made.
         metadata: Text to keep in the file's header; a checksum joins it.
     """
     seen: set[int] = set()
@@ -105,21 +163,90 @@ def save_safetensors(
         content[name] = value.clone() if storage in seen else value
         seen.add(storage)
     metadata = dict(metadata or {})
+    if not any(key.startswith(OURS) for key in metadata):
+        metadata[f'{OURS}.version'] = __version__  # so that the checksum is known to be ours
     metadata[CHECKSUM] = checksum(content, metadata)
-    with written_whole(Path(path)) as temporary:
+    with written_whole(expanded(path)) as temporary:
         save_file(content, temporary, metadata=metadata)
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary file to write, which takes the path's place when it is complete, or vanishes."""
+    """Gives a temporary file to write, which takes the path's place when it is complete, or vanishes.
+
+    The file's content and its entry in the folder are on the disk when it ends.
+
+    Args:
+        path: The file to write, ``~`` allowed. Missing folders are made.
+    """
+    path = expanded(path)
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'{TEMPORARY}{path.name}.') as folder:
-        temporary = Path(folder) / path.name
+    with _temporary_folder(path) as folder:
+        temporary = folder / path.name
         yield temporary
         with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    for changed in [path.parent, *(new.parent for new in made)]:
+        _sync_folder(changed)
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder to write a file in, which others know to be in use by a lock; that of a killed process is free."""
+    lock = None
+    while lock is None:
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'{TEMPORARY}{path.name}.'))
+        lock = _lock(folder)
+    try:
+        with lock:
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: Path) -> IO | None:
+    """Lock a folder; None if it was taken for an abandoned one and removed before that."""
+    try:
+        lock = open(folder / _LOCK, 'w')  # noqa: SIM115 (closed by who asked for it)
+    except FileNotFoundError:
+        return None
+    if fcntl is not None:
+        with suppress(OSError):  # on some network file systems
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    if (folder / _LOCK).exists():
+        return lock
+    lock.close()
+    return None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk, where the system can."""
+    if os.name == 'nt':
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no such call
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the temporary folders that killed processes left; those in which another process writes stay.
+
+    A writer holds a lock in its folder. Where there are no locks (Windows), nothing is removed.
+
+    Args:
+        folder: Where to look.
+    """
+    for path in folder.glob(f'{TEMPORARY}*') if fcntl is not None else ():
+        with suppress(OSError):  # in use
+            with suppress(FileNotFoundError), open(path / _LOCK, 'r+') as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            path.rmdir()  # the writer of an empty one that lives makes another
 
 
 def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:

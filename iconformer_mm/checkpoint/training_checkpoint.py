@@ -2,7 +2,8 @@
 
 A checkpoint as MMEngine's Runner makes it is a nest of dictionaries. Here its
 tensors become the file's tensors, named by their place (``state_dict/head.fc.weight``,
-``optimizer/state/0/exp_avg``), and the nest itself becomes JSON in the metadata.
+``optimizer/state/0/exp_avg``), and the nest itself becomes JSON in the metadata. Of two
+tensors whose places read alike, the second has a number behind its name.
 """
 
 from __future__ import annotations
@@ -10,23 +11,40 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
 from torch import Tensor
 
 from iconformer_mm.version import __version__
 
-from .safetensors_io import DamagedFileError, save_safetensors
+from .safetensors_io import DamagedFileError, parse_json, save_safetensors, shortened
 
 CHECKPOINT_VERSION = 1
 _KEY = 'iconformer_mm.checkpoint'
 _TAG = '$'
 # Dtypes that NumPy and safetensors share in every supported version of torch.
 _ARRAY_TYPES = ('float64', 'float32', 'float16', 'int64', 'int32', 'int16', 'int8', 'uint8', 'bool')
+_LIST_ARRAY_BYTES = 2**26  # the most that an array of other dtypes may take in memory
+_SEQUENCES = {'tuple': tuple, 'set': set, 'frozenset': frozenset}
+# What reading a nest raises that is not as it must be.
+_MALFORMED = (
+    KeyError,
+    IndexError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RecursionError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+)
 
 
 class _Encoder:
@@ -34,6 +52,15 @@ class _Encoder:
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
+
+    def _keep(self, tensor: Tensor, place: str) -> str:
+        """Take a tensor under a name of its own: {'a/b': x, 'a': {'b': y}} has two of the same place."""
+        name, number = place, 1
+        while name in self.tensors or name in ('', '__metadata__'):
+            number += 1
+            name = f'{place}#{number}'
+        self.tensors[name] = tensor
+        return name
 
     def encode(self, value: Any, place: str) -> Any:
         if isinstance(value, np.generic):
@@ -43,12 +70,12 @@ class _Encoder:
         if isinstance(value, float):
             return value if np.isfinite(value) else self._tagged('float', value=str(value))
         if isinstance(value, Tensor):
-            self.tensors[place] = value
-            return self._tagged('tensor', place=place)
+            return self._tagged('tensor', place=self._keep(value, place))
         if isinstance(value, np.ndarray):
             if value.dtype.name in _ARRAY_TYPES:
-                self.tensors[place] = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape).copy())
-                return self._tagged('array', place=place)
+                native = value.astype(value.dtype.newbyteorder('='))
+                tensor = torch.from_numpy(np.ascontiguousarray(native).reshape(value.shape).copy())
+                return self._tagged('array', place=self._keep(tensor, place))
             return self._tagged('list_array', dtype=value.dtype.str, items=self.encode(value.tolist(), place))
         if isinstance(value, HistoryBuffer):
             values, counts = value.data
@@ -63,9 +90,11 @@ class _Encoder:
                 return {key: self.encode(item, f'{place}/{key}' if place else key) for key, item in value.items()}
             items = [[self.encode(key, place), self.encode(item, f'{place}/{key}')] for key, item in value.items()]
             return self._tagged('dict', items=items)
-        if isinstance(value, (list, tuple, set, frozenset)):
-            items = [self.encode(item, f'{place}/{index}') for index, item in enumerate(value)]
-            return items if isinstance(value, list) else self._tagged(type(value).__name__, items=items)
+        for kind in (list, tuple, set, frozenset):
+            # Not a named tuple, which would come back as another type.
+            if isinstance(value, kind) and not hasattr(value, '_fields'):
+                items = [self.encode(item, f'{place}/{index}') for index, item in enumerate(value)]
+                return items if kind is list else self._tagged(kind.__name__, items=items)
         raise TypeError(f'{place}: a {type(value).__name__} cannot be kept')
 
     @staticmethod
@@ -93,10 +122,16 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         )
     items = _decode(value['items'], tensors)
     if kind == 'list_array':
-        return np.array(items, dtype=np.dtype(value['dtype']))
+        dtype = np.dtype(value['dtype'])
+        if dtype.itemsize * np.array(items, dtype=object).size > _LIST_ARRAY_BYTES:
+            raise ValueError(f'an array of dtype {dtype.str} would take more than {_LIST_ARRAY_BYTES} bytes')
+        return np.array(items, dtype=dtype)
     if kind == 'dict':
-        return dict(items)
-    return {'tuple': tuple, 'set': set, 'frozenset': frozenset}[kind](items)
+        content = dict(items)
+        if len(content) < len(items):
+            raise ValueError('a dictionary has a key twice')
+        return content
+    return _SEQUENCES[kind](items)
 
 
 def _keepable(mapping: Mapping, place: str) -> dict:
@@ -153,17 +188,170 @@ def decode_checkpoint(metadata: dict[str, str], tensors: dict[str, Tensor], path
         DamagedFileError: The content makes no checkpoint.
     """
     try:
-        content = json.loads(metadata[_KEY])
+        content = parse_json(metadata[_KEY])
         version = content['version']
-        if version == CHECKPOINT_VERSION:
+        if type(version) is int and version == CHECKPOINT_VERSION:
             checkpoint = _decode(content['tree'], tensors)
-            if isinstance(checkpoint['meta'], dict) and isinstance(checkpoint['state_dict'], dict):
+            if isinstance(checkpoint['meta'], dict) and _is_state_dict(checkpoint['state_dict']):
+                # MMEngine would run it as Python code in resuming; its own releases do not write it any more.
+                checkpoint['meta'].pop('config', None)
                 return checkpoint
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, AssertionError) as error:
-        raise DamagedFileError(f'{path} is no intact training checkpoint: {type(error).__name__}: {error}') from error
-    if version != CHECKPOINT_VERSION:
+    except _MALFORMED as error:
         raise DamagedFileError(
-            f'{path} has checkpoint version {version}, this iconformer_mm {__version__} reads version '
+            f'{path} is no intact training checkpoint: {type(error).__name__}: {shortened(str(error))}'
+        ) from error
+    if type(version) is not int or version != CHECKPOINT_VERSION:
+        raise DamagedFileError(
+            f'{path} has checkpoint version {shortened(version, 20)}, this iconformer_mm {__version__} reads version '
             f'{CHECKPOINT_VERSION}; install the release that wrote it or a newer one'
         )
     raise DamagedFileError(f'{path} is no intact training checkpoint: it lacks `meta` or `state_dict`')
+
+
+def raw_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint that were trained, where its ``state_dict`` holds their average.
+
+    MMEngine keeps them in ``ema_state_dict``, under names that begin with ``module.``.
+    """
+    slots = checkpoint['ema_state_dict']
+    return {name: slots.get(f'module.{name}', value) for name, value in checkpoint['state_dict'].items()}
+
+
+def check_note(note: Any, path: Any) -> None:
+    """Check what AdapterCheckpointHook keeps in a checkpoint beside MMEngine's own content.
+
+    Args:
+        note: What the checkpoint has there.
+        path: The file's name, for errors.
+
+    Raises:
+        DamagedFileError: It is not as the hook writes it.
+    """
+    if not isinstance(note, dict):
+        raise DamagedFileError(f'{path} is no intact training checkpoint: its note is a {type(note).__name__}')
+    for key, is_proper in _NOTE.items():
+        if key not in note or not is_proper(note[key]):
+            raise DamagedFileError(f'{path} is no intact training checkpoint: its note has no proper `{key}`')
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(n, str) and (isinstance(v, Tensor) or n.endswith('_extra_state')) for n, v in value.items()
+    )
+
+
+def _is_rank_state(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_state_dict(value.get('gradients')):
+        return False
+    state = value.get('random')
+    return isinstance(state, dict) and _restores(state)
+
+
+def _restores(state: dict[str, Any]) -> bool:
+    """Whether a random state is one, tried out on generators of its own."""
+    try:
+        random.Random().setstate(state['python'])
+        np.random.RandomState().set_state(state['numpy'])
+        torch.Generator().set_state(state['torch'].cpu())
+        return state.get('cuda') is None or isinstance(state['cuda'], Tensor)
+    except (*_MALFORMED, RuntimeError):
+        return False
+
+
+_NOTE: dict[str, Callable[[Any], bool]] = {
+    'method': lambda value: isinstance(value, dict) and isinstance(value.get('type'), str),
+    'task': lambda value: isinstance(value, str),
+    'sites': _are_texts,
+    'base_fingerprint': lambda value: isinstance(value, str),
+    'base_parameters': _are_texts,
+    'load_from': lambda value: value is None or isinstance(value, str),
+    'rank_states': lambda value: isinstance(value, list) and all(map(_is_rank_state, value)),
+}
+
+
+def check_resumable(checkpoint: dict[str, Any], runner: Runner) -> None:
+    """Check that a run can go on from a checkpoint, before anything of it is taken over.
+
+    Args:
+        checkpoint: The checkpoint.
+        runner: The run, with its optimizer built.
+
+    Raises:
+        DamagedFileError: The checkpoint is not one to resume from.
+    """
+    meta, hub = checkpoint['meta'], checkpoint.get('message_hub')
+    fault = None
+    if any(type(meta.get(key)) is not int or meta[key] < 0 for key in ('epoch', 'iter')):
+        fault = 'it has no proper `epoch` and `iter`'
+    elif meta.get('seed') is not None and not is_seed(meta['seed']):
+        fault = 'its `seed` is none'
+    elif (
+        not isinstance(hub, dict)
+        or any(
+            not isinstance(hub.get(part), dict) or not all(isinstance(key, str) for key in hub[part])
+            for part in ('log_scalars', 'runtime_info', 'resumed_keys')
+        )
+        or not all(value is True for value in hub['resumed_keys'].values())
+    ):
+        fault = 'it has no proper `message_hub`'
+    elif 'ema_state_dict' in checkpoint and not _is_state_dict(checkpoint['ema_state_dict']):
+        fault = 'it has no proper `ema_state_dict`'
+    elif 'optimizer' not in checkpoint:
+        fault = 'it holds no optimizer, like those that scored best (best_*). Resume from one of an epoch or iteration'
+    else:
+        fault = _optimizer_fault(checkpoint['optimizer'], runner.optim_wrapper)
+        schedulers, own = checkpoint.get('param_schedulers', []), runner.param_schedulers
+        built = isinstance(own, list) and all(hasattr(scheduler, 'state_dict') for scheduler in own)
+        if fault is None and built and not _alike(schedulers, [scheduler.state_dict() for scheduler in own]):
+            fault = 'its `param_schedulers` are not those of this run'
+    if fault is not None:
+        raise DamagedFileError(f'{runner._load_from} is no checkpoint to resume from: {fault}')
+
+
+def is_seed(value: Any) -> bool:
+    """Whether a value out of a file can seed all random generators."""
+    return type(value) is int and 0 <= value < 2**32
+
+
+def _optimizer_fault(state: Any, optim_wrapper: Any) -> str | None:
+    """What is wrong with an optimizer's state for the optimizer of a run, if anything."""
+    if not isinstance(optim_wrapper, OptimWrapper):
+        return None  # several of them, which MMEngine tells apart
+    own = optim_wrapper.state_dict()
+    if not isinstance(state, dict) or not _alike(state.get('param_groups'), own['param_groups']):
+        return (
+            'its optimizer has other groups of parameters than that of this run. Resume with the method and the '
+            '`optim_wrapper` that it was trained with'
+        )
+    parameters = [p for group in optim_wrapper.param_groups for p in group['params']]
+    slots = state.get('state')
+    if not isinstance(slots, dict) or not all(
+        type(index) is int and 0 <= index < len(parameters) and isinstance(slot, dict) for index, slot in slots.items()
+    ):
+        return 'the state of its optimizer is not that of its parameters'
+    for index, slot in slots.items():
+        for name, value in slot.items():
+            if isinstance(value, (dict, str)):
+                return f'{shortened(name, 50)} of its optimizer is a {type(value).__name__}'
+            # Factored states have fewer values than their parameter; none has its size and another shape.
+            if isinstance(value, Tensor) and value.dim() > 0 and value.numel() > parameters[index].numel():
+                return f'{shortened(name, 50)} of its optimizer has shape {tuple(value.shape)} for a parameter of '
+                f'{tuple(parameters[index].shape)}'
+    return None
+
+
+def _alike(loaded: Any, own: Any) -> bool:
+    """Whether data out of a file is of the kind of one's own: numbers for numbers, lists of the same length."""
+    if isinstance(own, dict):
+        return isinstance(loaded, dict) and all(
+            _alike(loaded[key], value) for key, value in own.items() if key in loaded
+        )
+    if isinstance(own, (list, tuple)):
+        return isinstance(loaded, (list, tuple)) and len(loaded) == len(own) and all(map(_alike, loaded, own))
+    if isinstance(own, (int, float)):
+        return isinstance(loaded, (int, float, Tensor))
+    return not isinstance(own, str) or isinstance(loaded, str)

@@ -24,6 +24,7 @@ from iconformer_mm.checkpoint.foreign_adapters import (
     inject_foreign,
     read_adaptformer,
     read_hf_lora,
+    read_mmpretrain_lora,
     read_mona,
 )
 
@@ -207,6 +208,28 @@ LORA_STATE = {TRANSFORMERS.format(0, 'attention.attention.query', f): torch.zero
         (lambda: read_mona(adaptformer_state()), 'no name of a tensor is of the form'),
         (lambda: read_hf_lora(LORA_STATE, {**LORA, 'use_dora': True}), 'use_dora=True'),
         (lambda: read_hf_lora(LORA_STATE, {**LORA, 'bias': 'all'}), "bias='all'"),
+        *(
+            (lambda value=value: read_hf_lora(LORA_STATE, {**LORA, 'init_lora_weights': value}), f"weights='{value}'")
+            for value in ('pissa', 'pissa_niter_16', 'olora', 'loftq', 'corda', 'lora_ga')
+        ),
+        (lambda: read_hf_lora(LORA_STATE, {**LORA, 'use_rslora': True}), 'use_rslora=True'),
+        (lambda: read_hf_lora(LORA_STATE, {**LORA, 'rank_pattern': {'query': 2}}), 'rank_pattern='),
+        (lambda: read_hf_lora(LORA_STATE, {**LORA, 'alpha_pattern': {'query': 2}}), 'alpha_pattern='),
+        (lambda: read_hf_lora(LORA_STATE, {**LORA, 'of_next_year': 0.5}), 'of_next_year=0.5'),
+        (lambda: read_hf_lora(LORA_STATE, {**LORA, 'r': True}), 'the rank r must be'),
+        (lambda: read_hf_lora(LORA_STATE, {**LORA, 'lora_alpha': None}), 'lora_alpha must be'),
+        (
+            lambda: read_hf_lora({**LORA_STATE, 'base_model.model.vit.layernorm.weight': torch.ones(4)}, LORA),
+            'the file changes the base: it has base_model.model.vit.layernorm.weight',
+        ),
+        (
+            lambda: read_hf_lora({**LORA_STATE, 'base_model.model.classifier.lora_A.weight': torch.ones(4)}, LORA),
+            'is a LoRA outside of the blocks',
+        ),
+        (
+            lambda: read_hf_lora({f'text.{n}': v for n, v in LORA_STATE.items()} | LORA_STATE, LORA),
+            'is the second tensor for',
+        ),
         (lambda: read_hf_lora(LORA_STATE, {**LORA, 'peft_type': 'IA3'}), "peft_type is 'IA3'"),
         (
             lambda: read_hf_lora({TRANSFORMERS.format(0, 'strange', 'A'): torch.zeros(1)}, LORA),
@@ -219,6 +242,80 @@ LORA_STATE = {TRANSFORMERS.format(0, 'attention.attention.query', f): torch.zero
 def test_what_differs_is_refused(read, message):
     with pytest.raises(ForeignAdapterError, match=message):
         read()
+
+
+HARMLESS = dict(
+    init_lora_weights='gaussian',
+    lora_dropout=0.1,
+    inference_mode=True,
+    modules_to_save=['classifier'],
+    loftq_config={},
+    rank_pattern={},
+    use_rslora=False,
+    qalora_group_size=16,
+    corda_config=None,
+)
+
+
+def test_what_changes_nothing_is_taken_and_what_is_left_is_named():
+    state = {**LORA_STATE, 'base_model.model.classifier.weight': torch.ones(2, 4)}
+    foreign = read_hf_lora(state, {**LORA, **HARMLESS})
+    assert foreign.left == ['base_model.model.classifier.weight'] and foreign.method['targets'] == ['q']
+    assert read_adaptformer(adaptformer_state(**{'head.weight': torch.ones(1)})).left == ['head.weight']
+
+
+LORA_MODELS = {
+    'ViT': (
+        dict(type='VisionTransformer', arch=VIT, img_size=64),
+        [dict(type='qkv'), dict(type='.*proj'), dict(type='.*ffn.layers.0.0')],
+    ),
+    'Swin': (
+        dict(type='SwinTransformer', arch=SWIN, img_size=64, pad_small_map=True),
+        [dict(type='.*w_msa.qkv'), dict(type='.*blocks.*ffn.layers.1')],
+    ),
+}
+
+
+@pytest.mark.parametrize('name', LORA_MODELS)
+def test_mmpretrain_lora(name):
+    module, targets = LORA_MODELS[name]
+    options = dict(module=module, alpha=6, rank=4, targets=targets)
+    reference = build(type='LoRAModel', **options)
+    with torch.no_grad():
+        for parameter_name, parameter in reference.named_parameters():
+            if 'lora_' in parameter_name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    state = {f'backbone.{n}': v.clone() for n, v in reference.named_parameters() if '.lora_' in n}
+    state['head.fc.weight'] = torch.ones(2, 32)
+    model = build(**module)
+    base = {n.replace('.original_layer', '').removeprefix('module.'): v for n, v in reference.named_parameters()}
+    model.load_state_dict({n: v for n, v in base.items() if '.lora_' not in n}, strict=False)
+    foreign = read_mmpretrain_lora(state, model, options)
+    assert foreign.left == ['head.fc.weight'] and foreign.method['alpha'] == 6
+    torch.testing.assert_close(adapt(model, foreign), reference(image((64, 64)))[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(alpha=6, rank=8), 'has rank 4 in the file, and 8 in the config'),
+        (dict(alpha=6, targets=[dict(type='proj')]), 'is none of the targets'),
+        (
+            dict(alpha=6, targets=[dict(type='0.attn.qkv', alpha=1), dict(type='qkv')]),
+            'layers differ in alpha and rank',
+        ),
+    ],
+)
+def test_another_config_of_a_lora_model_is_refused(options, message):
+    state = {
+        f'backbone.module.layers.{block}.attn.qkv.lora_{word}.weight': torch.ones(shape)
+        for block in range(2)
+        for word, shape in (('down', (4, 32)), ('up', (96, 4)))
+    }
+    with pytest.raises(ForeignAdapterError, match=message):
+        read_mmpretrain_lora(state, vit(), options)
+    with pytest.raises(ForeignAdapterError, match='is none of the maps'):
+        read_mmpretrain_lora({'module.patch_embed.projection.lora_up.weight': torch.ones(1)}, vit(), dict(alpha=1))
 
 
 def run_tool(monkeypatch, *arguments):

@@ -1,6 +1,7 @@
 """What a training checkpoint refuses to hold or to read."""
 
 import json
+from collections import namedtuple
 
 import pytest
 import torch
@@ -33,3 +34,48 @@ def test_a_later_version_is_refused(tmp_path):
     save_safetensors(load_file(path), path, later)
     with pytest.raises(DamagedFileError, match='has checkpoint version 99, this iconformer_mm .* reads version'):
         load_safetensors(str(path))
+
+
+def same(first, second):
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
+        return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return type(first) is type(second) and len(first) == len(second) and all(map(same, first, second))
+    return type(first) is type(second) and first == second
+
+
+@pytest.mark.parametrize(
+    'tree',
+    [
+        lambda t: {'a/b': t(1), 'a': {'b': t(2)}},
+        lambda t: {0: t(1), '0': t(2)},
+        lambda t: {'a': {0: t(1), '0': t(2), (0, 1): t(3)}, 'a/0': t(4)},
+        lambda t: {'a': [t(1), t(2)], 'a/1': t(3), 'a/1#2': t(4)},
+        lambda t: {'': t(1), '/': t(2), '__metadata__': t(3)},
+        lambda t: {None: t(1), 'None': t(2), True: t(3), 'True': t(4), 1.5: t(5), '1.5': t(6)},
+        lambda t: {'$': t(1), 'x': {'$': 'tensor', 'place': 'x'}},
+    ],
+)
+def test_keys_that_read_alike_stay_apart(tree, tmp_path):
+    path = str(tmp_path / 'a.safetensors')
+    content = tree(lambda number: torch.full((2,), float(number)))
+    save_checkpoint(checkpoint(tree=content), path)
+    assert same(load_safetensors(path)['tree'], content)
+
+
+def test_what_would_come_back_as_another_type_is_refused(tmp_path):
+    point = namedtuple('Point', 'x y')
+    with pytest.raises(TypeError, match='a Point cannot be kept'):
+        save_checkpoint(checkpoint(optimizer=point(1, 2)), str(tmp_path / 'a.safetensors'))
+    save_checkpoint(checkpoint(size=torch.ones(2, 3).shape), str(tmp_path / 'a.safetensors'))
+    assert load_safetensors(str(tmp_path / 'a.safetensors'))['size'] == (2, 3)
+
+
+def test_code_that_mmengine_would_run_in_resuming_is_dropped(tmp_path):
+    path = str(tmp_path / 'a.safetensors')
+    content = checkpoint()
+    content['meta']['config'] = 'raise SystemExit'
+    save_checkpoint(content, path)
+    assert load_safetensors(path)['meta'] == dict(epoch=1)

@@ -8,8 +8,10 @@ from mmengine.registry import HOOKS
 from safetensors.torch import load_file
 from test_peft_hook import config
 
+from iconformer_mm.adapter import main as adapter_tool
 from iconformer_mm.apis import build_runner
-from iconformer_mm.checkpoint import DamagedFileError, load_safetensors
+from iconformer_mm.checkpoint import AdapterFileError, DamagedFileError, load_safetensors, read_adapter
+from iconformer_mm.checkpoint.training_checkpoint import save_checkpoint
 from iconformer_mm.engine import AdapterCheckpointHook
 
 
@@ -200,19 +202,22 @@ def test_another_base_is_refused(tmp_path):
 
 
 def test_the_base_of_load_from_is_found_again(tmp_path):
-    """``--resume`` takes the place of ``load_from``, where the base came from."""
+    """``--resume`` takes the place of ``load_from``, where the base came from; the user names it, not the file."""
     base = make(tmp_path / 'base', **{'randomness.seed': 3})
     base.train()
     weights = {n: v for n, v in base.model.state_dict().items() if 'adapter' not in n}
     torch.save(dict(state_dict=weights), tmp_path / 'base.pth')
     given = dict(load_from=str(tmp_path / 'base.pth'))
+    named = {'default_hooks.checkpoint.base': str(tmp_path / 'base.pth')}
     whole = make(tmp_path / 'whole', **given)
     whole.train()
     with pytest.raises(Interrupted):
         make(tmp_path / 'cut', interrupt=6, **given).train()
     with pytest.raises(Interrupted):
-        make(tmp_path / 'cut', interrupt=10, resume=True).train()
-    resumed = make(tmp_path / 'cut', resume=True)
+        make(tmp_path / 'cut', interrupt=10, resume=True, **named).train()
+    with pytest.raises(AdapterFileError, match=r"load_from='.*base.pth', which is not opened.*--base FILE"):
+        make(tmp_path / 'cut', resume=True).train()
+    resumed = make(tmp_path / 'cut', resume=True, **named)
     resumed.train()
     assert equal(state(whole), state(resumed))
     assert torch.equal(resumed.model.backbone.cls_token, base.model.backbone.cls_token)
@@ -253,6 +258,8 @@ def test_the_hook_needs_a_frozen_backbone(tmp_path):
     ('options', 'message'),
     [
         (dict(filename_tmpl='x_{}.pth'), "must end in '.safetensors'"),
+        (dict(filename_tmpl='{epoch}.safetensors'), 'cannot be filled in'),
+        (dict(filename_tmpl='{:.2e}.safetensors'), 'cannot be read back'),
         (dict(out_dir='s3://bucket'), 'local folders only'),
         (dict(published_keys=['meta']), 'extract CHECKPOINT'),
     ],
@@ -260,3 +267,162 @@ def test_the_hook_needs_a_frozen_backbone(tmp_path):
 def test_options_that_cannot_work_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         AdapterCheckpointHook(**options)
+
+
+@pytest.mark.parametrize('template', ['epoch_{:03d}.safetensors', 'run/{0}.safetensors'])
+def test_resume_honours_the_template_of_the_names(template, tmp_path):
+    named = {'default_hooks.checkpoint.filename_tmpl': template}
+    whole = make(tmp_path / 'whole', **named)
+    whole.train()
+    with pytest.raises(Interrupted):
+        make(tmp_path / 'cut', interrupt=11, **named).train()
+    assert (tmp_path / 'cut' / template.format(2)).is_file()
+    resumed = make(tmp_path / 'cut', resume=True, **named)
+    resumed.train()
+    assert equal(state(whole), state(resumed))
+
+
+def test_resume_does_not_begin_anew_beside_checkpoints_of_other_names(tmp_path):
+    with pytest.raises(Interrupted):
+        make(tmp_path, interrupt=6).train()
+    with pytest.raises(ValueError, match=r"by filename_tmpl 'e\{\}.safetensors', and yet .* epoch_1.safetensors"):
+        make(tmp_path, resume=True, **{'default_hooks.checkpoint.filename_tmpl': 'e{}.safetensors'}).train()
+
+
+def rewrite(path, change):
+    """Change a checkpoint as whoever passes it on can."""
+    checkpoint = load_safetensors(str(path))
+    change(checkpoint)
+    save_checkpoint(checkpoint, str(path))
+
+
+def test_a_checkpoint_has_no_file_opened_executed_or_removed(tmp_path):
+    """Its note names a base, its message hub what was best and what is outdated."""
+    mark, bait = tmp_path / 'executed', tmp_path / 'bait'
+    bait.mkdir()
+    torch.save(dict(state_dict=dict(w=Evil(mark))), bait / 'base.pth')
+    for name in ('best_x.safetensors', 'epoch_1.safetensors'):
+        (bait / name).write_text('mine')
+    with pytest.raises(Interrupted):
+        make(tmp_path / 'run', interrupt=6).train()
+
+    def change(checkpoint):
+        checkpoint['meta']['config'] = f'open({str(mark)!r}, "w")'
+        checkpoint['iconformer_mm'].update(load_from=str(bait / 'base.pth'))
+        info = checkpoint['message_hub']['runtime_info']
+        info.update(best_ckpt=str(bait / 'best_x.safetensors'), best_score=-1.0)
+        info.update(keep_ckpt_ids=['../bait/epoch_1', '../bait/epoch_1', '../bait/epoch_1'])
+
+    path = tmp_path / 'run' / 'epoch_1.safetensors'
+    rewrite(path, change)
+    make(tmp_path / 'run', resume=True).train()
+    assert (tmp_path / 'run' / 'epoch_4.safetensors').is_file()
+    other = {'randomness.seed': 5, 'load_from': str(tmp_path / 'run' / 'epoch_4.safetensors')}
+    with pytest.raises(AdapterFileError, match='base.pth.*which is not opened'):
+        make(tmp_path / 'test', **other).test()
+    assert not mark.exists() and sorted(p.name for p in bait.iterdir()) == [
+        'base.pth',
+        'best_x.safetensors',
+        'epoch_1.safetensors',
+    ]
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return open, (self.mark, 'w')
+
+
+EMA = dict(type='EMAHook', momentum=0.1)
+
+
+@pytest.mark.parametrize(
+    ('ema', 'weights'),
+    [(EMA, 'averaged'), (dict(EMA, evaluate_on_ema=False, evaluate_on_origin=True), 'raw'), (None, 'raw')],
+)
+def test_files_hold_what_validation_measured_and_say_so(ema, weights, tmp_path):
+    measured = {}
+
+    class Measure(Hook):
+        priority = 'LOWEST'
+
+        def after_val_iter(self, runner, *args, **kwargs):
+            measured.update(state(runner))
+
+    runner = make(tmp_path, custom_hooks=[ema] if ema else [])
+    runner.register_hook(Measure())
+    runner.train()
+    content, tensors = read_adapter(tmp_path / 'adapter.safetensors')
+    assert content['notes']['weights'] == weights
+    assert tensors and equal(tensors, {name: measured[name] for name in tensors})
+    changed = not equal(tensors, {name: runner.model.state_dict()[name] for name in tensors})
+    assert changed == (weights == 'averaged')
+    # What is made of a checkpoint is the same, and the weights themselves are to be had.
+    last = str(tmp_path / 'epoch_4.safetensors')
+    assert adapter_tool(['extract', last, str(tmp_path / 'a.safetensors')]) == 0
+    assert equal(read_adapter(tmp_path / 'a.safetensors')[1], tensors)
+    assert adapter_tool(['extract', last, str(tmp_path / 'raw.safetensors'), '--raw']) == 0
+    raw = read_adapter(tmp_path / 'raw.safetensors')[1]
+    assert equal(raw, {name: runner.model.state_dict()[name] for name in raw})
+    # The best one says its score; without the hook it is what was measured that is tested.
+    (best,) = tmp_path.glob('best_*')
+    score = load_safetensors(str(best))['iconformer_mm']['scores']['accuracy/top1']
+    plain = {'val_dataloader.dataset.pipeline': [dict(type='PackInputs')]}
+    again = make(tmp_path / 'again', load_from=last, **plain)
+    again.test()
+    assert equal(tensors, {name: again.model.state_dict()[name] for name in tensors})
+    assert score == pytest.approx(runner.message_hub.get_info('best_score'))
+
+
+def test_the_raw_weights_are_written_by_option(tmp_path):
+    runner = make(tmp_path, custom_hooks=[EMA], **{'custom_hooks.0.save_adapter': 'raw'})
+    runner.train()
+    content, tensors = read_adapter(tmp_path / 'adapter.safetensors')
+    assert content['notes']['weights'] == 'raw'
+    assert equal(tensors, {name: runner.model.state_dict()[name] for name in tensors})
+
+
+@HOOKS.register_module()
+class DivergeHook(Hook):
+    """Makes a weight NaN in an iteration, as a step that is too large does."""
+
+    priority = 'HIGHEST'
+
+    def __init__(self, at):
+        self.at = at
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.iter + 1 == self.at:
+            runner.model.backbone.layers[0].adapter_attention.up.weight.data[0, 0] = torch.nan
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_diverged_run_overwrites_no_good_file(tmp_path):
+    make(tmp_path).train()
+    before = {path.name: path.read_bytes() for path in tmp_path.glob('*.safetensors')}
+    assert {'adapter.safetensors', 'epoch_3.safetensors', 'epoch_4.safetensors'} < before.keys()
+    make(tmp_path, custom_hooks=[dict(type='DivergeHook', at=1)]).train()
+    assert {path.name: path.read_bytes() for path in tmp_path.glob('*.safetensors')} == before
+    text = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert 'no checkpoint is written: by iteration' in text and 'the training diverged: by iteration' in text
+    assert 'adapter.safetensors is not written: the training diverged' in text
+    # What it wrote before stays, too.
+    late = tmp_path / 'late'
+    make(late, custom_hooks=[dict(type='DivergeHook', at=9)]).train()
+    assert sorted(path.name for path in late.glob('epoch_*')) == ['epoch_1.safetensors', 'epoch_2.safetensors']
+
+
+def test_best_checkpoints_are_none_to_resume_from(tmp_path):
+    make(tmp_path).train()
+    (best,) = tmp_path.glob('best_*')
+    with pytest.raises(DamagedFileError, match='it holds no optimizer, like those that scored best'):
+        make(tmp_path / 'again', resume=True, load_from=str(best)).train()
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        make(tmp_path, interrupt=6).train()
+    with pytest.raises(DamagedFileError, match='epoch_1.safetensors is no checkpoint to resume from'):
+        make(tmp_path, resume=True, param_scheduler=[]).train()

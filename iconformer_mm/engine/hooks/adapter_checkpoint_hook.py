@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import random
-import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.dist import all_gather_object, broadcast_object_list, get_rank, get_world_size, is_main_process
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner, load_checkpoint
 from mmengine.runner import runner as runner_module
+from mmengine.runner.checkpoint import load_state_dict
+from torch import nn
 
 from iconformer_mm.checkpoint import (
     DamagedFileError,
@@ -26,8 +27,17 @@ from iconformer_mm.checkpoint import (
     initialise_base,
     load_safetensors,
 )
-from iconformer_mm.checkpoint.safetensors_io import TEMPORARY
-from iconformer_mm.checkpoint.training_checkpoint import save_checkpoint
+from iconformer_mm.checkpoint.divergence import diverged_error, find_diverged
+from iconformer_mm.checkpoint.filename_template import FilenameTemplate
+from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
+from iconformer_mm.checkpoint.safetensors_io import expanded, read_safetensors, remove_abandoned, shortened
+from iconformer_mm.checkpoint.training_checkpoint import (
+    check_note,
+    check_resumable,
+    is_checkpoint,
+    raw_state,
+    save_checkpoint,
+)
 from iconformer_mm.checkpoint.tuned_state import frozen_state, heads_of
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import (
@@ -38,6 +48,10 @@ from iconformer_mm.tuning.accounting import (
     describe_training,
 )
 from iconformer_mm.tuning.injection import backbones_of, unwrap
+
+BEST = 'best_'  # begins MMEngine's names of the checkpoints that scored best
+
+Outcome = TypeVar('Outcome')
 
 
 @HOOKS.register_module()
@@ -58,38 +72,57 @@ class AdapterCheckpointHook(CheckpointHook):
     this holds, validation leaves the random state of training as it was.
 
     With ``resume=True`` and no file named, the newest intact checkpoint is
-    taken; damaged ones are passed over with a warning.
+    taken; damaged ones are passed over with a warning. The first process
+    decides for all.
+
+    A checkpoint notes where the base came from, for people only: nothing that
+    a file names is opened or removed. With ``EMAHook`` its ``state_dict`` holds
+    the averaged weights, which validation measured, as MMEngine's do.
+
+    A diverged run, with NaN or infinite values in what is trained, writes no
+    checkpoint any more, and removes none. A warning says so.
 
     Args:
         *args: Arguments of MMEngine's hook (``interval``, ``by_epoch``,
             ``max_keep_ckpts``, ``save_best``, ``rule``, ...).
-        filename_tmpl: Name with a place for the epoch or iteration. Defaults
-            to ``'epoch_{}.safetensors'`` or ``'iter_{}.safetensors'``.
+        filename_tmpl: Name with a place for the epoch or iteration, such as
+            ``'epoch_{:03d}.safetensors'``. Defaults to
+            ``'epoch_{}.safetensors'`` or ``'iter_{}.safetensors'``.
+        base: Checkpoint of the base weights, for resuming or testing a run whose base came by
+            ``load_from``, where the checkpoint's name is then. The tools set it to the config's
+            ``load_from``, or to ``--base``. Defaults to None, what ``init_cfg`` says.
         **kwargs: Arguments of MMEngine's hook.
 
     Raises:
-        ValueError: The file name does not end in ``.safetensors``, the folder
-            is not local, or ``published_keys`` are given (make an adapter file
-            instead).
+        ValueError: The file name does not end in ``.safetensors`` or its
+            number cannot be read back, the folder is not local, or
+            ``published_keys`` are given (make an adapter file instead).
 
     Example:
         >>> default_hooks = dict(checkpoint=dict(type='AdapterCheckpointHook', interval=1, max_keep_ckpts=2))
     """
 
     file_backend: Any  # MMEngine's hook makes it before training
+    out_dir: Any
 
-    def __init__(self, *args: Any, filename_tmpl: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, filename_tmpl: str | None = None, base: str | os.PathLike | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, filename_tmpl=filename_tmpl, **kwargs)
         if filename_tmpl is None:
             self.filename_tmpl = 'epoch_{}.safetensors' if self.by_epoch else 'iter_{}.safetensors'
         if not self.filename_tmpl.endswith('.safetensors'):
             raise ValueError(f"filename_tmpl must end in '.safetensors', got '{self.filename_tmpl}'")
+        self._template = FilenameTemplate(self.filename_tmpl)
         if '://' in str(self.out_dir or ''):
             raise ValueError(f'AdapterCheckpointHook writes to local folders only, got out_dir={self.out_dir}')
+        if self.out_dir is not None:
+            self.out_dir = str(expanded(self.out_dir))
         if self.published_keys is not None:
             raise ValueError(
                 'published_keys: a checkpoint is published as an adapter file, `tools/adapter.py extract CHECKPOINT`'
             )
+        self.base = None if base is None else os.fspath(base)
         self._loader: _BaseFiller | None = None
         self._resumed: dict | None = None
         self._source: str | None = None  # of base weights that `load_from` gave
@@ -97,6 +130,8 @@ class AdapterCheckpointHook(CheckpointHook):
         self._before_val: dict | None = None
         self._rank_states: list[dict] = []
         self._written: list[Path] = []
+        self._scores: dict[str, float] | None = None  # of the weights that are being written
+        self._diverged: str | None = None
 
     # Loading
 
@@ -126,18 +161,13 @@ class AdapterCheckpointHook(CheckpointHook):
     def _choose(self, runner: Runner) -> None:
         """Take the newest intact checkpoint to resume from; without any, the run begins at its beginning."""
         folder = self._folder(runner)
-        path, damaged = newest_intact(folder, self.filename_tmpl)
+        path, damaged = on_main_process(lambda: find_newest(folder, self._template))
         for error in damaged:
             runner.logger.warning(f'passed over in resuming: {error}')
         if path is not None:
             if damaged:
                 runner.logger.warning(f'resuming from {path.name}, the newest intact checkpoint')
             runner._load_from = str(path)
-        elif damaged:
-            raise DamagedFileError(
-                f'none of the checkpoints in {folder} is intact; take other copies of them, or remove them to begin '
-                f'anew. The newest: {damaged[0]}'
-            )
         else:
             runner.logger.info(f'no checkpoint to resume from in {folder}: training begins at its beginning')
             runner._resume = False
@@ -146,33 +176,64 @@ class AdapterCheckpointHook(CheckpointHook):
         """Put the base's weights, which the model has, beside those of an adapter checkpoint.
 
         Raises:
+            DamagedFileError: The checkpoint is not as this hook writes it.
             WeightsError: The checkpoint is of another PEFT method, or the model's base is not the one that it was
                 trained on.
         """
         note = checkpoint.get(NOTE)
         if note is None:
             return  # an ordinary checkpoint
+        check_note(note, runner._load_from)
         model = unwrap(runner.model)
         injection = get_injection(model)
         check_training(checkpoint, model, injection, str(runner._load_from), whole=True)
         adopt_output_norms(injection, note.get('trained') or ())
         difference = initialise_base(model, note)
-        if difference is not None and note['load_from']:
-            runner.logger.info(f'loading the base that the run began with, {note["load_from"]}')
-            load_checkpoint(model, note['load_from'], map_location='cpu')
+        if difference is not None and self.base is not None:
+            runner.logger.info(f'loading the base, {self.base}')
+            self._load_base(model)
             difference = base_difference(note, base_of(model))
         if difference is not None:
-            raise WeightsError(
-                f'the checkpoint was trained on another base: {difference}. Give the pre-trained weights of its run in '
-                '`init_cfg` (or, for a backbone that was not pre-trained, the same `randomness.seed`)'
-            )
+            raise WeightsError(f'{runner._load_from} does not fit: {self._misfit(note, difference)}')
+        if runner._resume:
+            check_resumable(checkpoint, runner)
+            keep_names_only(checkpoint['message_hub']['runtime_info'], self._folder(runner))
+        elif note.get('measured') == 'raw' and averaged_model(runner) is None and 'ema_state_dict' in checkpoint:
+            checkpoint['state_dict'] = raw_state(checkpoint)
         frozen = frozen_state(model)
         checkpoint['state_dict'].update(frozen)
         if 'ema_state_dict' in checkpoint:
             checkpoint['ema_state_dict'].update({f'module.{name}': value.clone() for name, value in frozen.items()})
         if runner._resume:
             self._resumed = note
-            self._source = note['load_from']
+            self._source = self.base or note['load_from']
+
+    def _load_base(self, model: nn.Module) -> None:
+        """Load the base that the user named."""
+        assert self.base is not None
+        if '://' in self.base:
+            load_checkpoint(model, self.base, map_location='cpu')
+        else:
+            state = state_dict_of(read_checkpoint(self.base), self.base)
+            load_state_dict(model, {n.removeprefix('module.'): v for n, v in state.items()}, strict=False)
+
+    def _misfit(self, note: dict, difference: str) -> str:
+        """What to say when the base is another one."""
+        text = f'the checkpoint was trained on another base: {difference}. '
+        if self.base is not None:
+            text += f'The base given, {self.base}, is not the one. '
+        if note['load_from'] is not None:
+            text += (
+                f"Its run began with load_from='{shortened(note['load_from'])}', which is not opened because a file "
+                'says so. If you trust it, name it yourself: --base FILE of tools/train.py and tools/test.py, '
+                '`load_from` of the config, or `base` of the AdapterCheckpointHook'
+            )
+        else:
+            text += (
+                'Give the pre-trained weights of its run in `init_cfg` (or, for a backbone that was not pre-trained, '
+                'the same `randomness.seed`)'
+            )
+        return text
 
     # Going on exactly
 
@@ -190,6 +251,8 @@ class AdapterCheckpointHook(CheckpointHook):
         state = note['rank_states'][get_rank()]
         for name, parameter in unwrap(runner.model).named_parameters():
             if name in state['gradients']:
+                if state['gradients'][name].shape != parameter.shape:
+                    raise DamagedFileError(f'{runner._load_from}: the gradient of {name} has another shape than it')
                 parameter.grad = state['gradients'][name].to(parameter)
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             # The loop first draws the batches that it has trained on.
@@ -216,16 +279,37 @@ class AdapterCheckpointHook(CheckpointHook):
         if not runner._resume:
             self._source = runner._load_from
         if is_main_process():
-            for path in Path(self.out_dir).glob(f'{TEMPORARY}*'):
-                shutil.rmtree(path, ignore_errors=True)
+            remove_abandoned(Path(self.out_dir))
+
+    def after_train(self, runner: Runner) -> None:
+        """Say that the run diverged, if it did."""
+        super().after_train(runner)
+        if self._diverged is not None:
+            runner.logger.warning(
+                f'the training diverged: {self._diverged}. The files written before that are as they were; go on '
+                'from them with a lower learning rate, or with clipped gradients'
+            )
 
     def _save_checkpoint(self, runner: Runner) -> None:
+        if self._has_diverged(runner):
+            return
         with self._writing_adapters(runner):
             super()._save_checkpoint(runner)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if self.save_best and self._has_diverged(runner):
+            return
+        self._scores = {n: float(v) for n, v in metrics.items() if isinstance(v, (int, float)) and np.isfinite(v)}
         with self._writing_adapters(runner):
             super()._save_best_checkpoint(runner, metrics)
+        self._scores = None
+
+    def _has_diverged(self, runner: Runner) -> bool:
+        """Whether what would be written holds NaN or infinite values; the first process decides, and says so."""
+        self._diverged = on_main_process(lambda: diverged_in(runner))
+        if self._diverged is not None:
+            runner.logger.warning(f'no checkpoint is written: {self._diverged}')
+        return self._diverged is not None
 
     @contextmanager
     def _writing_adapters(self, runner: Runner) -> Iterator[None]:
@@ -233,7 +317,7 @@ class AdapterCheckpointHook(CheckpointHook):
         state = dict(random=self._before_val or random_state(), gradients=waiting_gradients(runner))
         self._rank_states = all_gather_object(state)
         self._written = []
-        removal = _LateRemoval(self.file_backend)
+        removal = _LateRemoval(self.file_backend, Path(self.out_dir))
         original, backend = runner_module.save_checkpoint, self.file_backend
         runner_module.save_checkpoint = lambda checkpoint, path, *args, **kwargs: self._write(runner, checkpoint, path)
         self.file_backend = removal
@@ -265,6 +349,9 @@ class AdapterCheckpointHook(CheckpointHook):
             heads=heads_of(model),
             load_from=self._source,
             rank_states=self._rank_states,
+            weights='averaged' if 'ema_state_dict' in checkpoint else 'raw',
+            measured='averaged' if averaged_model(runner) is not None else 'raw',
+            scores=self._scores,
         )
         save_checkpoint(checkpoint, path)
         self._written.append(Path(path))
@@ -281,14 +368,19 @@ class _BaseFiller(Hook):
 
 
 class _LateRemoval:
-    """A file backend that notes what is to be removed."""
+    """A file backend that notes which files of a folder are to be removed."""
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, folder: Path) -> None:
         self.backend = backend
+        self.folder = folder
         self.late: list[str] = []
 
     def remove(self, path: str) -> None:
-        self.late.append(path)
+        if Path(path).is_relative_to(self.folder) and '..' not in Path(path).parts:
+            self.late.append(path)
+
+    def rmtree(self, path: str) -> None:
+        """Leave folders alone: none of them is a checkpoint."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
@@ -323,7 +415,21 @@ class _AfterSkipping:
         return getattr(self.iterator, name)
 
 
-def newest_intact(folder: Path, filename_tmpl: str) -> tuple[Path | None, list[DamagedFileError]]:
+def on_main_process(decide: Callable[[], Outcome]) -> Outcome:
+    """What a function returns or raises on the first process, on all of them."""
+    outcome: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = decide()
+        except (ValueError, RuntimeError, OSError) as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def newest_intact(folder: Path, template: FilenameTemplate) -> tuple[Path | None, list[DamagedFileError]]:
     """Find the checkpoint written last of those that can be read.
 
     An earlier run in the same folder may have left some of later steps, so
@@ -331,15 +437,14 @@ def newest_intact(folder: Path, filename_tmpl: str) -> tuple[Path | None, list[D
 
     Args:
         folder: Where to look.
-        filename_tmpl: Name of the checkpoints with a place for the step.
+        template: The names of the checkpoints.
 
     Returns:
         Its path, if there is one, and what is wrong with newer ones.
     """
-    pattern = '\\d+'.join(re.escape(part) for part in filename_tmpl.split('{}'))
-    found = [path for path in folder.glob('*') if re.fullmatch(pattern, path.name)]
+    found = template.find(folder)
     damaged = []
-    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, found[path]), reverse=True):
         try:
             load_safetensors(str(path))
         except DamagedFileError as error:
@@ -347,6 +452,84 @@ def newest_intact(folder: Path, filename_tmpl: str) -> tuple[Path | None, list[D
         else:
             return path, damaged
     return None, damaged
+
+
+def find_newest(folder: Path, template: FilenameTemplate) -> tuple[Path | None, list[DamagedFileError]]:
+    """:func:`newest_intact`, with an error where a run would begin anew beside checkpoints that it cannot use.
+
+    Raises:
+        DamagedFileError: There are checkpoints, and none is intact.
+        ValueError: There are none by the template, and some by other names.
+    """
+    path, damaged = newest_intact(folder, template)
+    if path is None and damaged:
+        raise DamagedFileError(
+            f'none of the checkpoints in {folder} is intact; take other copies of them, or remove them to begin '
+            f'anew. The newest: {damaged[0]}'
+        )
+    others = sorted(other.name for other in folder.glob('*') if path is None and _is_other_checkpoint(other))
+    if others:
+        raise ValueError(
+            f"there is nothing to resume from in {folder} by filename_tmpl '{template.template}', and yet there are "
+            f'checkpoints of other names: {", ".join(others[:3])}{", ..." if len(others) > 3 else ""}. Name the one to '
+            'resume from (--resume FILE), set filename_tmpl as it was, or remove them to begin anew'
+        )
+    return path, damaged
+
+
+def _is_other_checkpoint(path: Path) -> bool:
+    """Whether a file is a training checkpoint from which a run could go on; the best ones hold no optimizer."""
+    if not path.is_file() or path.name.startswith(BEST):
+        return False
+    if path.suffix == '.pth':
+        return path.stem.startswith(('epoch_', 'iter_'))
+    if path.suffix != '.safetensors':
+        return False
+    try:
+        return is_checkpoint(read_safetensors(path)[0])
+    except DamagedFileError:
+        return path.name.startswith(('epoch_', 'iter_'))
+
+
+def keep_names_only(runtime_info: dict[str, Any], folder: Path) -> None:
+    """Let MMEngine find and remove files of this run only, whatever paths and numbers a checkpoint has for them.
+
+    Args:
+        runtime_info: What the message hub is to resume; changed in place.
+        folder: Where the checkpoints of this run are.
+    """
+    for key in [key for key in runtime_info if key.startswith(('best_ckpt', 'best_score', 'last_ckpt', 'keep_ckpt'))]:
+        value = runtime_info.pop(key)
+        if key.startswith('best_score'):
+            proper = isinstance(value, (int, float)) and not isinstance(value, bool)
+        elif key == 'keep_ckpt_ids':
+            proper = isinstance(value, list) and all(type(step) is int for step in value)
+        else:
+            name = Path(value).name if isinstance(value, str) and '\0' not in value else ''
+            proper = name.endswith('.safetensors') and (name.startswith(BEST) or key == 'last_ckpt')
+            value = str(folder / name)
+        if proper:
+            runtime_info[key] = value
+
+
+def averaged_model(runner: Runner) -> nn.Module | None:
+    """The copy of the model with averaged weights (EMA and the like) that validation measures, if there is one."""
+    for hook in runner.hooks:
+        # MMPretrain's EMAHook can be told to evaluate the model itself.
+        if isinstance(hook, EMAHook) and getattr(hook, 'evaluate_on_ema', True) and hasattr(hook, 'ema_model'):
+            return hook.ema_model.module
+    return None
+
+
+def diverged_in(runner: Runner) -> str | None:
+    """What a run's trained tensors and their average hold that a diverged run leaves; None if all is well."""
+    for model in (unwrap(runner.model), averaged_model(runner)):
+        if model is not None:
+            frozen = frozen_state(model).keys()
+            names = find_diverged({n: v for n, v in model.state_dict().items() if n not in frozen})
+            if names:
+                return f'by iteration {runner.iter} {diverged_error(names)}'
+    return None
 
 
 def waiting_gradients(runner: Runner) -> dict[str, torch.Tensor]:

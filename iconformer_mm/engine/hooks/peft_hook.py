@@ -15,6 +15,7 @@ from iconformer_mm.checkpoint import save_adapter
 from iconformer_mm.tuning import get_injection, inject
 from iconformer_mm.tuning.injection import Injection, unwrap
 
+from .adapter_checkpoint_hook import averaged_model, diverged_in
 from .weights_hook import WeightsHook
 
 
@@ -27,7 +28,9 @@ class PEFTHook(WeightsHook):
     for the old parameters: the distributed wrapper, the optimizer wrapper
     (over trainable parameters only) and the schedulers. It logs the summary,
     and writes what was trained to ``adapter.safetensors`` in the work
-    directory when training ends.
+    directory when training ends: with ``EMAHook`` the averaged weights, which
+    validation measured. A diverged run, with NaN or infinite values in them,
+    leaves the file that is there, and a warning.
 
     It also does what :class:`WeightsHook` does: no tensor is trained or tested that is
     in none of the files and should be. Output norms that the weights lack, as those of ImageNet lack a detector's,
@@ -36,8 +39,8 @@ class PEFTHook(WeightsHook):
     Args:
         method: Name or config of the PEFT method. Defaults to
             ``dict(type='icon')``.
-        save_adapter: Whether to write the adapter file after training.
-            Defaults to True.
+        save_adapter: Whether to write the adapter file after training; ``'raw'`` for one of the
+            weights themselves where validation measured their average. Defaults to True.
         frozen_dtype: ``'bfloat16'`` holds the frozen matrices in half the memory, see
             :func:`iconformer_mm.inject`. Defaults to None, as they are.
         with_cp: Whether adapted blocks are recomputed in the backward pass (gradient
@@ -49,7 +52,7 @@ class PEFTHook(WeightsHook):
 
     Raises:
         ValueError: The model is adapted already or does not have what was selected, the runner has no config to
-            rebuild its parts from, or is a FlexibleRunner.
+            rebuild its parts from, or is a FlexibleRunner; or an option is unknown.
         WeightsError: A tensor is not accounted for, or a checkpoint is of another method.
 
     Example:
@@ -60,7 +63,7 @@ class PEFTHook(WeightsHook):
     def __init__(
         self,
         method: str | dict = 'icon',
-        save_adapter: bool = True,
+        save_adapter: bool | str = True,
         frozen_dtype: str | None = None,
         with_cp: bool = False,
         blocks: str | Sequence[int | str] = 'all',
@@ -69,6 +72,8 @@ class PEFTHook(WeightsHook):
         backbones: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        if save_adapter not in (True, False, 'raw'):
+            raise ValueError(f"save_adapter must be True, False or 'raw', got {save_adapter!r}")
         self.method = method
         self.save_adapter = save_adapter
         self.frozen_dtype = frozen_dtype
@@ -102,6 +107,13 @@ class PEFTHook(WeightsHook):
         """Write the adapter file."""
         if self.save_adapter and self._injection is not None and self._injection.method.freezes:
             path = Path(runner.work_dir) / 'adapter.safetensors'
+            fault = diverged_in(runner)
+            if fault is not None:
+                runner.logger.warning(f'{path} is not written: the training diverged, and {fault}')
+                return
+            averaged = None if self.save_adapter == 'raw' else averaged_model(runner)
+            model = unwrap(runner.model) if averaged is None else averaged
             classes = (getattr(runner.train_dataloader.dataset, 'metainfo', None) or {}).get('classes')
-            save_adapter(runner.model, path, task=type(unwrap(runner.model)).__name__, classes=classes)
+            notes = dict(epoch=runner.epoch, iter=runner.iter, weights='raw' if averaged is None else 'averaged')
+            save_adapter(model, path, metadata=notes, task=type(model).__name__, classes=classes)
             runner.logger.info(f'Adapter file ({path.stat().st_size / 2**20:.2f} MiB) saved to {path}')
