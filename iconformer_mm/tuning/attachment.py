@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iconformer_mm.adapters import TokenGrid
+from iconformer_mm.compat import device_of, dtype_of
 
 from .sites import Argument, BlockFamily, FromPatchEmbed, FromShape, Site, Size
 
@@ -181,9 +182,9 @@ class Attachment(Replacement):
     def attach(self, dtype: torch.dtype | None = None) -> None:
         """Put the adapters into the module, on its device and in its dtype, unless another is given."""
         module = self.module
-        parameter = next(module.parameters())
+        device, dtype = device_of(module), dtype or dtype_of(module)
         for name, adapter in self.adapters.items():
-            setattr(module, name, adapter.to(device=parameter.device, dtype=dtype or parameter.dtype))
+            setattr(module, name, adapter.to(device=device, dtype=dtype))
         self._taps = self._make_taps()
         for tap in self._taps:
             tap.replace()

@@ -11,11 +11,14 @@ import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
 
+from iconformer_mm.compat import dtype_of
+
 from .attachment import Attachment, BlockAttachment, GridTracker
 from .freezing import ADAPTER, Freezing, is_adapter
 from .frozen_precision import FrozenPrecision, check_frozen_dtype
 from .methods import PEFTMethod, build_method
 from .pretrained import PretrainedCheck
+from .quantised import check_gradients_pass
 from .sites import FromPatchEmbed, Site, find_sites, no_site_error
 from .summary import Summary
 from .weight_attachment import WeightAttachment
@@ -70,6 +73,8 @@ class Injection:
                 f"parameters of {type(backbone).__name__} have '{ADAPTER}' in their names ('{taken[0]}'), which "
                 'marks the parameters that iconformer_mm adds; rename them'
             )
+        if method.adapts or not method.freezes:
+            check_gradients_pass(backbone, method.name)
         self.backbone = backbone
         self.trackers: dict[nn.Module, GridTracker] = {}
         self.adapters: dict[str, NamedAdapter] = {}
@@ -78,7 +83,7 @@ class Injection:
         self.with_cp = with_cp
         self.precision = FrozenPrecision(backbone, frozen_dtype) if frozen_dtype is not None else None
         # With the matrices in another one, adapters keep the dtype that the backbone had.
-        self.adapter_dtype = None if frozen_dtype is None else next(backbone.parameters()).dtype
+        self.adapter_dtype = None if frozen_dtype is None else dtype_of(backbone)
         sites = find_sites(backbone) if method.freezes else []
         first = self._make(method, sites)
         self.check = PretrainedCheck(backbone, [site.name for site in sites]) if sites else None
@@ -346,12 +351,13 @@ def summarize(model: nn.Module) -> Summary:
     backbone = find_backbone(model)
     injection = get_injection(model)
     own = {id(p) for n, p in backbone.named_parameters() if not is_adapter(n)}
+    added = {id(p) for p in backbone.parameters()} - own  # a head may have 'adapter' in its names, too
 
     parts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) in own:
             part = 'backbone'
-        elif is_adapter(name):
+        elif id(parameter) in added:
             part = 'adapters'
         else:
             part = name.partition('.')[0]

@@ -11,6 +11,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS
 from torch import nn
 
+from iconformer_mm.compat import device_of
+
 from .injection import Injection, find_backbone, get_injection, inject, unwrap
 from .methods import build_method
 
@@ -101,8 +103,8 @@ def add_adapter(
     if injection.current is not None and injection.current.parts is None:
         injection.current.parts = present
     new = {n: own[n] if n in own else copy.deepcopy(m) for n, m in present.items()}
-    reference = next(find_backbone(model).parameters())
-    injection.adapters[name].parts = {n: m.to(reference.device) for n, m in new.items()}
+    device = device_of(find_backbone(model))
+    injection.adapters[name].parts = {n: m.to(device) for n, m in new.items()}
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
