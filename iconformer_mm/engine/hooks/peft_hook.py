@@ -13,8 +13,12 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint import save_adapter
+from iconformer_mm.datasets.checks import check_dataset
+from iconformer_mm.registry import is_type
 from iconformer_mm.tuning import get_injection, inject
 from iconformer_mm.tuning.injection import Injection, unwrap
+
+from ..runner import CheckedRunner, check_loop
 
 
 @HOOKS.register_module()
@@ -41,6 +45,7 @@ class PEFTHook(Hook):
     Raises:
         ValueError: The model is adapted already, the runner has no config to
             rebuild its parts from, or is a FlexibleRunner.
+        DataError: The data does not fit the model.
 
     Example:
         >>> custom_imports = dict(imports=['iconformer_mm'])
@@ -71,6 +76,8 @@ class PEFTHook(Hook):
                 'PEFTHook works with mmengine.Runner; with FlexibleRunner use a backbone that is born adapted, such as '
                 'ICoNSwinTransformer'
             )
+        if not isinstance(runner, CheckedRunner):  # which has looked at its data already
+            self._check_data(runner)
         wrapped = is_model_wrapper(runner.model)
         model = runner.model.module if wrapped else runner.model
         summary = inject(model, self.method, self.frozen_dtype, self.with_cp)
@@ -82,6 +89,14 @@ class PEFTHook(Hook):
         if isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             self._rebuild_optimization(runner)
 
+    @staticmethod
+    def _check_data(runner: Runner) -> None:
+        for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
+            dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+            if dataset is not None:
+                check_dataset(dataset)
+                check_loop(runner, loop, training=loop is runner._train_loop)
+
     def _rebuild_optimization(self, runner: Runner) -> None:
         optim_wrapper = copy.deepcopy(runner.cfg.get('optim_wrapper'))
         if not isinstance(optim_wrapper, dict) or 'optimizer' not in optim_wrapper:
@@ -90,7 +105,7 @@ class PEFTHook(Hook):
                 '`optim_wrapper` config. Call iconformer_mm.inject(model) before making the optimizer instead.'
             )
         constructor = optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
-        if constructor != 'PEFTOptimWrapperConstructor':
+        if not is_type(dict(type=constructor), 'PEFTOptimWrapperConstructor'):
             optim_wrapper['constructor'] = 'PEFTOptimWrapperConstructor'
             optim_wrapper['paramwise_cfg'] = {**(optim_wrapper.get('paramwise_cfg') or {}), 'constructor': constructor}
         schedulers, runner.param_schedulers = runner.param_schedulers, None
