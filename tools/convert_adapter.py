@@ -18,12 +18,13 @@ from iconformer_mm.apis import load_config
 from iconformer_mm.apis.inspection import build_model, names_weights
 from iconformer_mm.checkpoint import DamagedFileError
 from iconformer_mm.checkpoint.foreign_adapters import inject_foreign, read_foreign
+from iconformer_mm.command_line import Parser, one_line, user_errors
 from iconformer_mm.tuning.injection import find_backbone
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser = Parser(description=__doc__.partition('\n')[0])
     parser.add_argument('checkpoint', type=Path, help='the file; of peft adapter_model.safetensors')
     parser.add_argument('--from', dest='kind', required=True, choices=['adaptformer', 'mona', 'hf-lora'])
     parser.add_argument('--config', required=True, help='config of the model that it is for: path or library::path')
@@ -34,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@user_errors
 def main() -> None:
     """Run the tool."""
     args = parse_args()
@@ -49,7 +51,7 @@ def main() -> None:
             load_checkpoint(model, args.base, map_location='cpu', logger='silent')
         inject_foreign(model, foreign)
     except (UserError, DamagedFileError, FileNotFoundError, ValueError) as error:
-        raise SystemExit(f'error: {str(error).replace("--trust-base", "--trust")}') from None
+        raise SystemExit(f'error: {one_line(error).replace("--trust-base", "--trust")}') from None
     save_adapter(find_backbone(model), args.out, metadata=dict(converted_from=f'{args.kind}: {args.checkpoint.name}'))
     print(f'{args.out}: {foreign.method}, {summarize(model).adapters:,} parameters in {len(foreign.blocks)} blocks')
 

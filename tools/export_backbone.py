@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from mmengine.runner.checkpoint import _load_checkpoint_with_prefix
 
 from iconformer_mm.checkpoint import save_safetensors
+from iconformer_mm.command_line import Parser
 
 
 def main() -> None:
     """Run the tool."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument('checkpoint', help='checkpoint of a whole model, as mmengine writes it')
     parser.add_argument('out', type=Path, help='safetensors file to write')
     parser.add_argument(

@@ -21,7 +21,7 @@ import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis import build_runner, leave_process_group, load_config, make_parser
 from iconformer_mm.apis.inspection import method_of
 from iconformer_mm.checkpoint.safetensors_io import written_whole
-from iconformer_mm.datasets.checks import DataError
+from iconformer_mm.command_line import user_errors
 from iconformer_mm.engine.lr_range_test import LRRangeTest, LRRangeTestHook, prepare_config
 from iconformer_mm.visualization.training import plot_lr_range_test
 from train import merge_args
@@ -85,16 +85,12 @@ def report(test: LRRangeTest, settings: dict[str, Any], folder: Path, console: C
     console.print(f'the config has {settings["optimizer"]["lr"]:g}; wrote find_lr.json and find_lr.png to {folder}')
 
 
+@user_errors
 def main() -> None:
     """Run the tool."""
     args = parse_args()
     console = Console(soft_wrap=True)
-    try:
-        test, settings, folder = sweep(args, console)
-    except DataError as error:
-        raise SystemExit(f'error in the data: {error}') from None
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f'error: {error}') from None
+    test, settings, folder = sweep(args, console)
     if is_main_process():
         report(test, settings, folder, console)
 

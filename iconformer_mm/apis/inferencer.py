@@ -122,8 +122,14 @@ class AdapterInferencer:
             file = spec['file']
         else:
             file = spec
-        # Without a name an adapter file fits a model that was born adapted, too.
-        content = load_adapter(self.model, file, name=None if name == DEFAULT_NAME else name, parts=parts)
+        # A model that was born adapted has an adapter of this name already, which takes the file.
+        born = name == DEFAULT_NAME and name in self.adapters
+        if born and parts:
+            raise ValueError(
+                f"adapter '{name}' of a model that is born adapted has the neck and head of its config; give the one "
+                'with a config of its own another name'
+            )
+        content = load_adapter(self.model, file, name=None if born else name, parts=parts)
         if content.get('classes'):
             meta = {**meta, 'classes': tuple(content['classes'])}
         return meta

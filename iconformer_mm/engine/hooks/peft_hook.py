@@ -14,9 +14,13 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint import save_adapter
+from iconformer_mm.datasets.checks import check_dataset
 from iconformer_mm.engine.optim_wrapper_constructor import describe_groups
+from iconformer_mm.registry import is_type
 from iconformer_mm.tuning import get_injection, inject
 from iconformer_mm.tuning.injection import Injection, unwrap
+
+from ..runner import CheckedRunner, check_loop
 
 
 @HOOKS.register_module()
@@ -47,6 +51,7 @@ class PEFTHook(Hook):
     Raises:
         ValueError: The model is adapted already or does not have what was selected, the runner has no config to
             rebuild its parts from, or is a FlexibleRunner.
+        DataError: The data does not fit the model.
 
     Example:
         >>> custom_imports = dict(imports=['iconformer_mm'])
@@ -70,7 +75,10 @@ class PEFTHook(Hook):
         self.save_adapter = save_adapter
         self.frozen_dtype = frozen_dtype
         self.with_cp = with_cp
-        self.selected = dict(blocks=blocks, unfreeze=unfreeze, freeze=freeze, backbones=backbones)
+        self.blocks = blocks
+        self.unfreeze = unfreeze
+        self.freeze = freeze
+        self.backbones = backbones
         self._injection: Injection | None = None
 
     def before_run(self, runner: Runner) -> None:
@@ -82,9 +90,20 @@ class PEFTHook(Hook):
                 'PEFTHook works with mmengine.Runner; with FlexibleRunner use a backbone that is born adapted, such as '
                 'ICoNSwinTransformer'
             )
+        if not isinstance(runner, CheckedRunner):  # which has looked at its data already
+            self._check_data(runner)
         wrapped = is_model_wrapper(runner.model)
         model = runner.model.module if wrapped else runner.model
-        summary = inject(model, self.method, self.frozen_dtype, self.with_cp, **self.selected)  # type: ignore[arg-type]
+        summary = inject(
+            model,
+            self.method,
+            self.frozen_dtype,
+            self.with_cp,
+            blocks=self.blocks,
+            unfreeze=self.unfreeze,
+            freeze=self.freeze,
+            backbones=self.backbones,
+        )
         self._injection = get_injection(model)
         runner.logger.info(f'\n{summary}')
 
@@ -92,6 +111,14 @@ class PEFTHook(Hook):
             runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
         if isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             self._rebuild_optimization(runner)
+
+    @staticmethod
+    def _check_data(runner: Runner) -> None:
+        for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
+            dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+            if dataset is not None:
+                check_dataset(dataset)
+                check_loop(runner, loop, training=loop is runner._train_loop)
 
     def _rebuild_optimization(self, runner: Runner) -> None:
         optim_wrapper = copy.deepcopy(runner.cfg.get('optim_wrapper'))
@@ -101,7 +128,7 @@ class PEFTHook(Hook):
                 '`optim_wrapper` config. Call iconformer_mm.inject(model) before making the optimizer instead.'
             )
         constructor = optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
-        if constructor != 'PEFTOptimWrapperConstructor':
+        if not is_type(dict(type=constructor), 'PEFTOptimWrapperConstructor'):
             optim_wrapper['constructor'] = 'PEFTOptimWrapperConstructor'
             optim_wrapper['paramwise_cfg'] = {**(optim_wrapper.get('paramwise_cfg') or {}), 'constructor': constructor}
         schedulers, runner.param_schedulers = runner.param_schedulers, None
