@@ -62,6 +62,20 @@ def names_weights(node: Any) -> bool:
     return isinstance(node, (list, tuple)) and any(map(names_weights, node))
 
 
+def parts_of_model(node: Any) -> Iterator[dict[str, Any]]:
+    """The configs of a model and of all that is in it, wherever its backbones are."""
+    if isinstance(node, Mapping):
+        yield node  # type: ignore[misc]
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from parts_of_model(child)
+
+
+def _born_adapted(cfg: Config) -> list[dict[str, Any]]:
+    return [part for part in parts_of_model(cfg.model) if type_name(part).startswith('ICoN')]
+
+
 def build_model(cfg: Config) -> BaseModel:
     """The model of a config, on one process, without its pre-trained weights."""
     init_default_scope(cfg.default_scope)
@@ -86,10 +100,8 @@ def find_mistakes(cfg: Config, data: bool = True) -> list[str]:
 
 
 def _tuning_mistakes(cfg: Config) -> list[str]:
-    backbone = cfg.model.get('backbone') or {}
     method = method_of(cfg)
-    born_adapted = type_name(backbone).startswith('ICoN')
-    if method is None and not born_adapted:
+    if method is None and not _born_adapted(cfg):
         return []  # stock fine-tuning
     name = (method or {}).get('method', 'icon')
     name = name if isinstance(name, str) else type_name(name)
@@ -101,10 +113,11 @@ def _tuning_mistakes(cfg: Config) -> list[str]:
             "no pre-trained weights are named (init_cfg of the backbone with type='Pretrained', or load_from): the "
             'frozen backbone would stay random'
         )
-    if backbone.get('frozen_stages', -1) >= 0:
+    stages = [part['frozen_stages'] for part in parts_of_model(cfg.model) if part.get('frozen_stages', -1) >= 0]
+    if stages:
         found.append(
-            f'frozen_stages={backbone["frozen_stages"]} has no effect: the whole backbone is frozen, and adapters are '
-            'trained in every stage'
+            f'frozen_stages={stages[0]} has no effect: every stage of the backbone is frozen, but for what `unfreeze` '
+            'names, and adapters are trained in all that `blocks` chooses'
         )
     wrapper = cfg.get('model_wrapper_cfg') or {}
     if cfg.get('find_unused_parameters') or wrapper.get('find_unused_parameters'):
@@ -316,7 +329,8 @@ def inspect_model(cfg: Config, shape: tuple[int, int] = (224, 224)) -> Inspectio
         inject(model, **(dict(method='full') if method is None else method))
     else:
         plain = copy.deepcopy(cfg)
-        plain.model.backbone.peft = dict(type='full')
+        for part in _born_adapted(plain):
+            part['peft'] = dict(type='full')
         full = cost_of(build_model(plain), shape)
     injection = get_injection(model)
     sites = [

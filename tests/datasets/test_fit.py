@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from iconformer_mm import add_adapter, set_adapter
 from iconformer_mm.apis import build_runner, load_config
 from iconformer_mm.apis.inspection import find_mistakes, unseen_data
 from iconformer_mm.datasets.checks import DataError
@@ -161,6 +162,20 @@ def test_heads_that_fit_by_other_counts():
     assert class_fault(Model((Head('bbox_head', 4),)), dict(type='D'), panoptic) is not None
     sigmoid = dict(decode_head=dict(type='FCNHead', num_classes=1, loss_decode=dict(type='L', use_sigmoid=True)))
     assert look_at_model(sigmoid).heads == (Head('decode_head', 1, one_channel=True),)
+
+
+SMALL = dict(arch=dict(embed_dims=32, num_layers=1, num_heads=2, feedforward_channels=64), img_size=32)
+
+
+def test_heads_of_inactive_adapters_are_for_other_data():
+    init_default_scope('mmpretrain')
+    head = dict(type='LinearClsHead', in_channels=32, num_classes=4)
+    model = MODELS.build(dict(type='ImageClassifier', backbone=dict(type='VisionTransformer', **SMALL), head=head))
+    add_adapter(model, 'birds', 'adaptformer')
+    add_adapter(model, 'cars', 'adaptformer', parts=dict(head={**head, 'num_classes': 9}))
+    assert [each.num_classes for each in look_at_model(model).heads] == [4]
+    set_adapter(model, 'cars')
+    assert [each.num_classes for each in look_at_model(model).heads] == [9]
 
 
 def test_prompts_and_tracks_have_no_classes_of_the_data():

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, flatten, image
 from torch import nn
 
-from iconformer_mm import inject, summarize
+from iconformer_mm import add_adapter, inject, list_adapters, summarize
 from iconformer_mm.compat import device_of, dtype_of
 
 METHODS = ['icon', 'adaptformer', 'adapter', 'lora', 'ssf', 'vpt', 'bitfit', 'norm', 'partial', 'full']
@@ -42,6 +42,16 @@ def test_a_head_is_trained_on_it():
     inject(backbone, 'frozen')
     assert summarize(backbone).trainable == 0
     assert all(torch.equal(a, b) for a, b in zip(flatten(backbone(image((64, 64)))), expected))
+
+
+def test_what_would_be_trained_in_it_later_is_refused():
+    backbone = quantised()
+    with pytest.raises(ValueError, match='8 layers of VisionTransformer are quantised'):
+        inject(backbone, 'frozen', unfreeze=['patch_embed.*'])
+    inject(backbone, 'frozen')
+    with pytest.raises(ValueError, match='8 layers of VisionTransformer are quantised'):
+        add_adapter(backbone, 'another', 'adaptformer')
+    assert list_adapters(backbone) == ['default']
 
 
 def test_modules_without_parameters_have_a_device_and_a_dtype():

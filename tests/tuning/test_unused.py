@@ -7,9 +7,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from families import SWIN, VIT, flatten, image
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmpretrain.models import build_backbone
+from torch import nn
 
-from iconformer_mm import inject
+from iconformer_mm import inject, remove
 from iconformer_mm.apis.inspection import inspect_model
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.unused import find_unused_blocks, unused_adapters
@@ -46,6 +48,17 @@ def test_they_are_those_without_a_gradient():
         assert bool(unused_adapters(backbone)) == bool(expected)
         counts.append(len(expected))
     assert counts == [2, 1, 0, 1, 0, 2, 3, 2]
+
+
+def test_of_several_backbones_all_are_looked_at():
+    init_default_scope('mmpretrain')
+    model = nn.ModuleDict({name: build_backbone(dict(HOSTS[i])) for name, i in (('rgb', 2), ('depth', 0))})
+    inject(model, 'adaptformer', backbones=['rgb', 'depth'])
+    assert '2 adapted blocks, depth.layers.2 to depth.layers.3, come' in unused_adapters(model)
+    remove(model)
+    assert unused_adapters(model) is None
+    inject(model, 'adaptformer', backbones=['rgb', 'depth'], blocks='first:2')
+    assert unused_adapters(model) is None
 
 
 def config(out_indices, **options):
