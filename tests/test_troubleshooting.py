@@ -17,7 +17,6 @@ from torch import nn
 
 from iconformer_mm import add_adapter, inject, load_adapter, merge, save_adapter
 from iconformer_mm.apis import load_config
-from iconformer_mm.apis.inspection import unused_adapters
 from iconformer_mm.apis.launch import check_precision
 from iconformer_mm.checkpoint import read_adapter, save_safetensors
 from iconformer_mm.command_line import merge_options
@@ -25,6 +24,7 @@ from iconformer_mm.datasets.checks import CheckedPipeline
 from iconformer_mm.datasets.fit import DepthRange, Head, Model, check_fit
 from iconformer_mm.engine import CheckedRunner, PEFTOptimWrapperConstructor
 from iconformer_mm.tuning.methods import build_method
+from iconformer_mm.tuning.unused import unused_adapters
 
 PAGE = (ROOT / 'docs' / 'troubleshooting.md').read_text(encoding='utf-8')
 
@@ -172,8 +172,7 @@ def unused():
         dict(type='VisionTransformer', arch={**VIT, 'num_layers': 4}, img_size=64, out_type='raw', out_indices=1)
     )
     inject(backbone)
-    (sentence,) = unused_adapters(backbone)
-    return sentence
+    return unused_adapters(backbone)
 
 
 CASES = {
