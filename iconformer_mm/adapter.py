@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from mmengine.registry import MODELS, init_default_scope
@@ -16,10 +18,10 @@ from mmengine.runner.checkpoint import load_state_dict
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from iconformer_mm.checkpoint import (
-    AdapterFileError,
     DamagedFileError,
     base_difference,
     describe_adapter,
@@ -33,6 +35,7 @@ from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
 from iconformer_mm.checkpoint.safetensors_io import expanded, written_whole
 from iconformer_mm.checkpoint.training_checkpoint import check_note, decode_checkpoint, is_checkpoint, raw_state
 from iconformer_mm.checkpoint.tuned_state import file_names
+from iconformer_mm.command_line import Parser, one_line
 from iconformer_mm.tuning import get_injection, inject
 from iconformer_mm.tuning.accounting import (
     LoadRecord,
@@ -47,11 +50,21 @@ from iconformer_mm.tuning.injection import find_backbone
 BACKBONE = 'backbone.'
 BASE_KEYS = ('base_fingerprint', 'base_parameters', 'base_buffers_fingerprint', 'base_buffers')
 NOTE = 'iconformer_mm'  # where AdapterCheckpointHook keeps its own
-FITS, DIFFERS, UNREADABLE = 0, 1, 2
+FITS, DIFFERS, FAILED = 0, 1, 3
 
 
 class UserError(Exception):
     """A file or argument is not as it must be; the message says how."""
+
+
+class AdapterParser(Parser):
+    """Raises what is wrong on the command line, so that it ends as all errors do."""
+
+    status = FAILED
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End, with a message in the error itself."""
+        raise SystemExit(message or status)
 
 
 def read_any(path: Path, raw: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -238,22 +251,30 @@ def diff(args: argparse.Namespace) -> tuple[int, dict]:
         for key in content_a.keys() | content_b.keys()
         if key not in skipped and content_a.get(key) != content_b.get(key)
     }
-    changed, reshaped = {}, []
+    changed, reshaped, retyped = {}, [], []
     for name in sorted(a.keys() & b.keys()):
         if a[name].shape != b[name].shape:
             reshaped.append(name)
-        elif not torch.equal(a[name], b[name]):
+        elif a[name].dtype != b[name].dtype:
+            retyped.append(name)
+        elif not _same_bits(a[name], b[name]):
             changed[name] = float((a[name].double() - b[name].double()).abs().max())
     result = dict(
         metadata=metadata,
         only_in_a=sorted(a.keys() - b.keys()),
         only_in_b=sorted(b.keys() - a.keys()),
         other_shape=reshaped,
+        other_type=retyped,
         largest_difference=changed,
-        equal_tensors=len(a.keys() & b.keys()) - len(changed) - len(reshaped),
+        equal_tensors=len(a.keys() & b.keys()) - len(changed) - len(reshaped) - len(retyped),
     )
-    same = not (metadata or result['only_in_a'] or result['only_in_b'] or reshaped or changed)
+    same = not (metadata or result['only_in_a'] or result['only_in_b'] or reshaped or retyped or changed)
     return (FITS if same else DIFFERS), dict(same=same, **result)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype are the same, NaN being the same as itself."""
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
 
 
 def verify(args: argparse.Namespace) -> tuple[int, dict]:
@@ -278,16 +299,17 @@ def _misfit(base: Path, difference: str) -> str:
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = AdapterParser(add_help=False)
     shared.add_argument('--json', action='store_true', help='print JSON')
-    trusting = argparse.ArgumentParser(add_help=False)
+    trusting = AdapterParser(add_help=False)
     trusting.add_argument(
         '--trust-base', action='store_true', help='unpickle a .pth file even if that could execute code in it'
     )
-    parser = argparse.ArgumentParser(
+    parser = AdapterParser(
         prog='adapter',
         description='Look at, extract, apply, compare and check adapter files and adapter checkpoints.',
-        epilog='Exit status: 0 if all is well, 1 if files differ or do not belong together, 2 if one cannot be read.',
+        epilog='Exit status: 0 if all is well, 1 if files differ or do not belong together, 3 for whatever else went '
+        'wrong: a file that is missing or cannot be read, or a mistake on the command line.',
     )
     commands = parser.add_subparsers(dest='command', required=True)
 
@@ -335,8 +357,33 @@ def show(result: dict[str, Any], console: Console) -> None:
             value = '\n'.join(f'{k}: {v}' for k, v in value.items()) or '-'
         elif isinstance(value, list):
             value = ', '.join(map(str, value)) or '-'
-        table.add_row(key.replace('_', ' '), '-' if value is None else str(value))
+        # As text: what a file says may look like markup.
+        text = '-' if value is None else str(value).encode('utf-8', 'backslashreplace').decode('utf-8')
+        table.add_row(key.replace('_', ' '), Text(text))
     console.print(table)
+
+
+class PipedConsole(Console):
+    """A console whose reader may go away, which is an error of its own."""
+
+    def on_broken_pipe(self) -> None:
+        """Let the error be, which Rich would end the process by with status 1."""
+        raise BrokenPipeError
+
+
+def as_json(value: Any) -> str:
+    """JSON of a result. It knows no numbers that are not finite; they become their names."""
+
+    def finite(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {str(key): finite(child) for key, child in node.items()}
+        if isinstance(node, (list, tuple)):
+            return [finite(child) for child in node]
+        if isinstance(node, float) and not math.isfinite(node):
+            return 'NaN' if math.isnan(node) else 'Infinity' if node > 0 else '-Infinity'
+        return node
+
+    return json.dumps(finite(value), allow_nan=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -346,23 +393,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line. Defaults to the process's.
 
     Returns:
-        The exit status.
+        The exit status: 0 if all is well, 1 if files differ or do not belong together, 3 for whatever else went
+        wrong, which is then said in one line.
     """
-    args = parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        args = parse_args(given)
+    except SystemExit as end:
+        return FITS if end.code in (None, 0) else _report(end, given)  # --help, or a mistake
     try:
         with redirect_stdout(sys.stderr):  # what the mm libraries print
             status, result = args.act(args)
-    except (UserError, AdapterFileError, DamagedFileError, FileNotFoundError, ValueError) as error:
         if args.json:
-            print(json.dumps(dict(error=str(error))))
+            print(as_json(result))
         else:
-            print(f'error: {error}', file=sys.stderr)
-        return UNREADABLE
-    if args.json:
-        print(json.dumps(result))
-    else:
-        show(result, Console())
-    return status
+            show(result, PipedConsole())
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read the output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        return _report(error, given)
+
+
+def _report(error: BaseException, given: Sequence[str]) -> int:
+    """Say what went wrong, in one line, and as JSON where that was asked for."""
+    message = one_line(error).removeprefix('error: ')
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        message = f'the program was ended with status {error.code}'
+    elif not isinstance(error, (UserError, ValueError, OSError, SystemExit, DamagedFileError)):
+        message = f'{type(error).__name__}: {message}'
+    print(f'error: {message}', file=sys.stderr)
+    if any(word.startswith('--j') for word in given):  # argparse takes what is shorter, too
+        print(as_json(dict(error=message)))
+    return FAILED
 
 
 if __name__ == '__main__':

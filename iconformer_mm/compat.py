@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -67,6 +68,25 @@ def map_config_packages() -> None:
                 metadata.distribution(distribution)
             except metadata.PackageNotFoundError:
                 MODULE2PACKAGE[module] = module
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter, else of its first buffer, else the CPU.
+
+    A quantised module has no parameters: its weights are packed, and on the CPU.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device('cpu'))
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype that a module computes in: of its first floating-point parameter or buffer, else the default one.
+
+    Floats of eight bits are for keeping weights, not for computing.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    computing = (t.dtype for t in tensors if t.is_floating_point() and t.element_size() > 1)
+    return next(computing, torch.get_default_dtype())
 
 
 def is_autocast_enabled(device: str) -> bool:

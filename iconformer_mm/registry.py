@@ -5,8 +5,12 @@ say which adapter goes where and what else is trained. MMEngine gives a scope
 one child of ``MODELS``; methods are no modules, so theirs stands alone.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from mmengine.registry import MODELS, Registry
 
@@ -33,3 +37,33 @@ def register_with(library: str, registry: str, module: str) -> None:
         import_module(module)
     elif module not in target._locations:
         target._locations.append(module)
+
+
+def type_name(part: Any) -> str:
+    """Name of the class that a part of a config asks for.
+
+    A ``type`` is a name (``'PEFTHook'``), a name with a scope or a package before it, a class, or, in MMEngine's
+    pure-Python configs, an object that is imported later.
+
+    Args:
+        part: A config with a ``type``, or what is already built.
+
+    Returns:
+        The bare name, empty for a config without a ``type``.
+    """
+    kind = part.get('type') if isinstance(part, Mapping) else type(part)
+    if kind is None:
+        return ''
+    return getattr(kind, '__name__', None) or str(kind).rpartition('.')[2]
+
+
+def is_type(part: Any, *names: str) -> bool:
+    """Whether a part of a config asks for one of some classes; a class that is derived from one counts, too.
+
+    Args:
+        part: A config with a ``type``, or what is already built; see :func:`type_name`.
+        *names: Bare names of classes.
+    """
+    kind = part.get('type') if isinstance(part, Mapping) else type(part)
+    found = {base.__name__ for base in kind.__mro__} if isinstance(kind, type) else {type_name(part)}
+    return not found.isdisjoint(names)

@@ -19,6 +19,7 @@ from iconformer_mm import load_adapter  # noqa: E402
 from iconformer_mm.adapter import main  # noqa: E402
 from iconformer_mm.apis import build_runner  # noqa: E402
 from iconformer_mm.checkpoint import read_adapter  # noqa: E402
+from iconformer_mm.checkpoint.adapter_file import write_adapter  # noqa: E402
 
 
 def call(capsys, *arguments):
@@ -155,7 +156,7 @@ class Evil:
         return (os.system, (f'touch {os.environ.get("EVIL_MARK", "/tmp/none")}',))
 
 
-def test_what_cannot_be_read_is_status_2(files, capsys, tmp_path, monkeypatch):
+def test_what_cannot_be_read_is_status_3(files, capsys, tmp_path, monkeypatch):
     file = files / 'run' / 'adapter.safetensors'
     monkeypatch.setenv('EVIL_MARK', str(tmp_path / 'executed'))
     torch.save(dict(state_dict=dict(x=Evil())), tmp_path / 'evil.pth')
@@ -174,9 +175,123 @@ def test_what_cannot_be_read_is_status_2(files, capsys, tmp_path, monkeypatch):
         (('verify', file, '--base', tmp_path / 'foreign.pth'), 'lacks .* tensors of the base'),
     ):
         status, result = call(capsys, *arguments)
-        assert status == 2
+        assert status == 3
         assert re.search(message, result['error'])
+        assert main([*map(str, arguments)]) == 3
+        out, err = capsys.readouterr()
+        assert not out and re.search(message, err.splitlines()[-1]) and err.splitlines()[-1].startswith('error: ')
     assert not (tmp_path / 'executed').exists()
+
+
+def run_tool(*arguments, **kwargs):
+    command = [sys.executable, str(ROOT / 'tools' / 'adapter.py'), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ((), 'arguments are required: command'),
+        (('inf', 'x'), "invalid choice: 'inf'"),
+        (('verify', 'x', '--bse', 'y'), r"unknown option '--bse' \(did you mean '--base'\?\)"),
+        (('diff', 'x'), 'arguments are required: b'),
+        (('info', '.'), 'does not exist'),
+    ],
+)
+@pytest.mark.parametrize('json_too', [False, True])
+def test_a_wrong_command_line_is_one_line_and_status_3(arguments, message, json_too, capsys):
+    assert main([*arguments, *(['--json'] if json_too else [])]) == 3
+    out, err = capsys.readouterr()
+    assert re.search(message, err) and err.count('\n') == 1
+    if json_too:
+        assert re.search(message, json.loads(out)['error'])
+    else:
+        assert not out
+
+
+def test_a_mistake_in_a_process_of_its_own():
+    result = run_tool('verify', 'x', '--bse', 'y')
+    assert result.returncode == 3 and not result.stdout
+    assert result.stderr == "error: unknown option '--bse' (did you mean '--base'?)\n"
+
+
+def test_help_is_no_error(capsys):
+    assert main(['diff', '--help']) == 0
+    out, err = capsys.readouterr()
+    assert 'usage' in out and not err
+
+
+def test_what_nobody_expected_is_status_3(files, capsys, monkeypatch):
+    def fail(*args):
+        raise ZeroDivisionError('two\nlines')
+
+    file = files / 'run' / 'adapter.safetensors'
+    monkeypatch.setattr('iconformer_mm.adapter.read_safetensors', fail)
+    assert main(['info', str(file)]) == 3
+    assert capsys.readouterr().err == 'error: ZeroDivisionError: two lines\n'
+    monkeypatch.setattr('iconformer_mm.adapter.read_safetensors', lambda *args: sys.exit(1))
+    assert call(capsys, 'info', file)[0] == 3
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
+def test_a_folder_that_cannot_be_written(files, capsys, tmp_path):
+    tmp_path.chmod(0o500)
+    out = tmp_path / 'a.safetensors'
+    status, result = call(capsys, 'extract', files / 'run' / 'epoch_2.safetensors', out)
+    assert status == 3 and 'Permission denied' in result['error']
+
+
+def test_a_file_where_a_folder_is_needed(files, capsys, tmp_path):
+    (tmp_path / 'file').write_text('')
+    status, result = call(capsys, 'extract', files / 'run' / 'epoch_2.safetensors', tmp_path / 'file' / 'a.safetensors')
+    assert status == 3 and str(tmp_path / 'file') in result['error']
+
+
+def strict_json(text):
+    def refuse(name):
+        raise ValueError(f'{name} is no JSON')
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_json_has_no_numbers_that_json_does_not_know(files, capsys, tmp_path):
+    content, tensors = read_adapter(files / 'run' / 'adapter.safetensors')
+    content['notes'] = dict(loss=float('nan'), rates=[float('inf'), 1.5], best=float('-inf'))
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    write_adapter(tmp_path / 'a.safetensors', content, tensors)
+    assert main(['info', str(tmp_path / 'a.safetensors'), '--json']) == 0
+    notes = strict_json(capsys.readouterr().out.splitlines()[-1])['notes']
+    assert notes == dict(loss='NaN', rates=['Infinity', 1.5], best='-Infinity')
+    tensors['head.fc.bias'][0] = float('nan')
+    write_adapter(tmp_path / 'b.safetensors', content, tensors)
+    assert main(['diff', str(tmp_path / 'a.safetensors'), str(tmp_path / 'b.safetensors'), '--json']) == 1
+    assert strict_json(capsys.readouterr().out.splitlines()[-1])['largest_difference'] == {'head.fc.bias': 'NaN'}
+    assert main(['diff', str(tmp_path / 'b.safetensors'), str(tmp_path / 'b.safetensors'), '--json']) == 0
+    assert strict_json(capsys.readouterr().out.splitlines()[-1])['same']
+
+
+def test_other_dtypes_differ(files, capsys, tmp_path):
+    content, tensors = read_adapter(files / 'run' / 'adapter.safetensors')
+    tensors['head.fc.bias'] = tensors['head.fc.bias'].half()
+    write_adapter(tmp_path / 'a.safetensors', content, tensors)
+    status, result = call(capsys, 'diff', files / 'run' / 'adapter.safetensors', tmp_path / 'a.safetensors')
+    assert status == 1 and result['other_type'] == ['head.fc.bias'] and not result['other_shape']
+
+
+def test_what_a_file_says_is_no_markup(files, capsys, tmp_path):
+    content, tensors = read_adapter(files / 'run' / 'adapter.safetensors')
+    content['notes'] = dict(a='[/red]', b='[red]x', c='\ud800')
+    write_adapter(tmp_path / 'a.safetensors', content, tensors)
+    assert main(['info', str(tmp_path / 'a.safetensors')]) == 0
+    out = capsys.readouterr().out
+    assert 'a: [/red]' in out and 'b: [red]x' in out and r'\ud800' in out
+
+
+def test_who_reads_the_output_may_go(files):
+    command = f'{sys.executable} {ROOT / "tools" / "adapter.py"} info {files / "run" / "adapter.safetensors"} | true'
+    command += '; echo ${PIPESTATUS[0]}'
+    result = subprocess.run(['bash', '-c', command], capture_output=True, text=True)
+    assert result.stdout.strip() == '3' and not result.stderr
 
 
 def test_as_a_module_and_as_a_tool(files):

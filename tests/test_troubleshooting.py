@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from families import SWIN, VIT, stir
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose
 from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import EpochBasedTrainLoop
@@ -20,13 +20,17 @@ from torch import nn
 
 from iconformer_mm import add_adapter, inject, load_adapter, merge, save_adapter
 from iconformer_mm.apis import load_config
+from iconformer_mm.apis.launch import check_precision
 from iconformer_mm.checkpoint import load_safetensors, read_adapter, save_safetensors
+from iconformer_mm.command_line import merge_options
 from iconformer_mm.datasets.checks import CheckedPipeline
+from iconformer_mm.datasets.fit import DepthRange, Head, Model, check_fit
 from iconformer_mm.engine import CheckedRunner, PEFTOptimWrapperConstructor, WeightsHook
 from iconformer_mm.ops import filter_norm
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import check_averages, describe_training
 from iconformer_mm.tuning.methods import build_method
+from iconformer_mm.tuning.unused import unused_adapters
 
 PAGE = (ROOT / 'docs' / 'troubleshooting.md').read_text(encoding='utf-8')
 
@@ -168,6 +172,55 @@ def check_labels(**data):
     CheckedPipeline(Compose([lambda sample: sample]), 150)(dict(img_path='a.jpg', **data))
 
 
+def raise_(sentence):
+    raise ValueError(sentence)
+
+
+def fit(model, dataset, trained=None):
+    known = None if trained is None else SimpleNamespace(metainfo=dict(classes=trained))
+    check_fit(model, dataset, known=known)
+
+
+class Strokes(SimpleNamespace):
+    """A data set as far as it is asked for its classes."""
+
+    def __len__(self):
+        return 4
+
+    def get_data_info(self, index):
+        return dict(img_path=f'{index}.jpg', ori_shape=(4, 4))
+
+
+def strokes(**metainfo):
+    return Strokes(metainfo=metainfo, split='train')
+
+
+def maps(what='', **content):
+    """One with maps, all alike."""
+    loader = type(f'Load{what}Annotation', (), {'__call__': lambda self, sample: {**sample, **content}})()
+    metainfo = {} if what else dict(classes=['background', 'shape'])
+    pipeline = CheckedPipeline(Compose([loader]), None)
+    return Strokes(metainfo=metainfo, split='train', reduce_zero_label=False, pipeline=pipeline)
+
+
+def mask():
+    return np.array([[0, 255]] * 2).repeat(2, axis=0).repeat(2, axis=1)
+
+
+def quantised():
+    backbone = vit()
+    backbone.eval()
+    return torch.ao.quantization.quantize_dynamic(backbone, {nn.Linear}, dtype=torch.qint8)
+
+
+def unused():
+    backbone = build_backbone(
+        dict(type='VisionTransformer', arch={**VIT, 'num_layers': 4}, img_size=64, out_type='raw', out_indices=1)
+    )
+    inject(backbone)
+    return unused_adapters(backbone)
+
+
 CASES = {
     'unknown PEFT method': lambda _: build_method('icn'),
     'unknown option': lambda _: build_method('icon', bottlneck=8),
@@ -243,6 +296,17 @@ CASES = {
     'Digits(': lambda _: load_data(dict(type='Digits', split='test', indices=[])),
     'CustomDataset(': lambda _: load_data(dict(type='CustomDataset', data_root='nowhere', data_prefix='train')),
     '...: the label map': lambda _: check_labels(gt_seg_map=np.full((4, 4), 150, np.uint8), ori_shape=(4, 4)),
+    'head is for 3': lambda _: fit(Model((Head('head', 3),)), strokes(classes=list('abcde'))),
+    'the classes of Strokes': lambda _: load_data(dict(type='Strokes', metainfo=dict(classes='disc'))),
+    "Strokes(...) has 'b'": lambda _: fit(Model((Head('head', 2),)), strokes(classes=['b', 'a']), ['a', 'b']),
+    '...: the 4 label maps': lambda _: fit(Model((Head('decode_head', 2),)), maps(gt_seg_map=mask())),
+    '...: 100% of': lambda _: fit(Model(max_depth=3.0), maps('Depth', gt_depth_map=np.full((4, 4), 8.0))),
+    'no depth in': lambda _: raise_(DepthRange(0, 10, False).find_fault(np.zeros((4, 4)))),
+    '--cfg-options optim': lambda _: merge_options(Config(dict(optim_wrapper=dict())), {'optim_wraper.lr': 1}),
+    'the config trains in mixed': lambda _: check_precision(Config(dict(optim_wrapper=dict(type='AmpOptimWrapper')))),
+    '8 layers of': lambda _: inject(quantised()),
+    '... adapted blocks': lambda _: raise_(unused()),
+    '`parts` (head)': lambda tmp_path: load_adapter(classifier(), tmp_path / 'a.safetensors', parts=dict(head={})),
     '...: the largest depth': lambda _: check_labels(gt_depth_map=np.full((4, 4), 5000.0), ori_shape=(4, 4)),
 }
 

@@ -28,6 +28,7 @@ from iconformer_mm.checkpoint.foreign_adapters import (
 )
 from iconformer_mm.checkpoint.reading import guard_loading
 from iconformer_mm.checkpoint.safetensors_io import expanded
+from iconformer_mm.command_line import Parser, one_line, user_errors
 from iconformer_mm.tuning.injection import find_backbone
 
 KINDS = ('adaptformer', 'mona', 'hf-lora', 'mmpretrain-lora')
@@ -35,7 +36,7 @@ KINDS = ('adaptformer', 'mona', 'hf-lora', 'mmpretrain-lora')
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser = Parser(description=__doc__.partition('\n')[0])
     parser.add_argument('checkpoint', type=expanded, help='the file; of peft adapter_model.safetensors')
     parser.add_argument('--from', dest='kind', required=True, choices=KINDS)
     parser.add_argument('--config', required=True, help='config of the model that it is for: path or library::path')
@@ -94,6 +95,7 @@ def name_left(names: list[str]) -> str:
     return ', '.join(f'{word} ({number} tensors)' for word, number in count.items())
 
 
+@user_errors
 def main() -> None:
     """Run the tool."""
     args = parse_args()
@@ -104,7 +106,7 @@ def main() -> None:
             find_backbone(model), args.out, metadata=dict(converted_from=f'{args.kind}: {args.checkpoint.name}')
         )
     except (UserError, DamagedFileError, FileNotFoundError, ValueError) as error:
-        raise SystemExit(f'error: {str(error).replace("--trust-base", "--trust")}') from None
+        raise SystemExit(f'error: {one_line(error).replace("--trust-base", "--trust")}') from None
     print(f'{args.out}: {foreign.method}, {summarize(model).adapters:,} parameters in {len(foreign.blocks)} blocks')
     if foreign.left:
         print(f'not taken over: {name_left(foreign.left)}')

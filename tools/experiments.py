@@ -21,6 +21,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from iconformer_mm.checkpoint.reading import read_checkpoint
+from iconformer_mm.command_line import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / 'tools' / 'train.py'
@@ -148,7 +149,7 @@ def make_parser(description: str, out: str) -> argparse.ArgumentParser:
         description: What the tool does.
         out: Default of its folder.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument('--jobs', type=int, default=min(4, os.cpu_count() or 1), help='runs at a time, one core each')
     parser.add_argument('--out', type=Path, default=Path(out), help='folder for all results')
     return parser

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-
 from iconformer_mm.checkpoint import DamagedFileError, save_safetensors
 from iconformer_mm.checkpoint.reading import UntrustedFileError, read_checkpoint, state_dict_of
 from iconformer_mm.checkpoint.safetensors_io import expanded
+from iconformer_mm.command_line import Parser
 
 
 def main() -> None:
     """Run the tool."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument('checkpoint', type=expanded, help='checkpoint of a whole model, as mmengine writes it')
     parser.add_argument('out', type=expanded, help='safetensors file to write')
     parser.add_argument(

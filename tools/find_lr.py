@@ -20,9 +20,8 @@ from rich.table import Table
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis import build_runner, guard, leave_process_group, load_config, make_parser
 from iconformer_mm.apis.inspection import method_of
-from iconformer_mm.checkpoint import DamagedFileError
 from iconformer_mm.checkpoint.safetensors_io import written_whole
-from iconformer_mm.datasets.checks import DataError
+from iconformer_mm.command_line import user_errors
 from iconformer_mm.engine.lr_range_test import LRRangeTest, LRRangeTestHook, prepare_config
 from iconformer_mm.visualization.training import plot_lr_range_test
 from train import merge_args
@@ -86,17 +85,13 @@ def report(test: LRRangeTest, settings: dict[str, Any], folder: Path, console: C
     console.print(f'the config has {settings["optimizer"]["lr"]:g}; wrote find_lr.json and find_lr.png to {folder}')
 
 
+@user_errors
 def main() -> None:
     """Run the tool."""
     args = parse_args()
     guard(args)
     console = Console(soft_wrap=True)
-    try:
-        test, settings, folder = sweep(args, console)
-    except DataError as error:
-        raise SystemExit(f'error in the data: {error}') from None
-    except (ValueError, FileNotFoundError, DamagedFileError) as error:
-        raise SystemExit(f'error: {error}') from None
+    test, settings, folder = sweep(args, console)
     if is_main_process():
         report(test, settings, folder, console)
 

@@ -15,6 +15,7 @@ from rich.tree import Tree
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis import load_config, make_parser
 from iconformer_mm.apis.inspection import Inspection, inspect_model
+from iconformer_mm.command_line import merge_options, user_errors
 
 ROWS = {
     'gflop': 'forward pass of the backbone (GFLOP an image)',
@@ -51,19 +52,18 @@ def table_of(inspection: Inspection) -> Table:
     return table
 
 
+@user_errors
 def main() -> None:
     """Run the tool."""
     parser = make_parser(__doc__.partition('\n')[0])
     parser.add_argument('--shape', nargs=2, type=int, default=(224, 224), help='height and width in pixels (224 224)')
     parser.add_argument('--json', action='store_true', help='print JSON')
     args = parser.parse_args()
-    try:
-        cfg = load_config(args.config, args.peft)
-        if args.cfg_options is not None:
-            cfg.merge_from_dict(args.cfg_options)
-        inspection = inspect_model(cfg, tuple(args.shape))
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f'error: {error}') from None
+    if min(args.shape) < 1:
+        parser.error(f'--shape takes a height and a width in pixels, got {args.shape[0]} {args.shape[1]}')
+    cfg = load_config(args.config, args.peft)
+    merge_options(cfg, args.cfg_options)
+    inspection = inspect_model(cfg, tuple(args.shape))
     if args.json:
         print(json.dumps(inspection.as_dict(), indent=1))
         return
@@ -72,7 +72,9 @@ def main() -> None:
     print(inspection.summary)
     console.print(table_of(inspection))
     for mistake in inspection.mistakes:
-        console.print(f'warning: {mistake}', style='yellow', highlight=False)
+        console.print(f'warning: {mistake}', style='yellow', highlight=False, markup=False)
+    for dataset in inspection.unseen:
+        console.print(f'not looked at, as it is not there: {dataset}', highlight=False, markup=False)
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import glob
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis.inferencer import AdapterInferencer
 from iconformer_mm.apis.launch import TRUST, guard
-from iconformer_mm.checkpoint.safetensors_io import DamagedFileError, expanded, written_whole
+from iconformer_mm.checkpoint.safetensors_io import expanded, written_whole
+from iconformer_mm.command_line import Parser, one_line, user_errors
 from iconformer_mm.visualization.drawing import SCORE_THRESHOLD, draw_prediction
 
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
@@ -60,11 +62,19 @@ def output_names(images: list[Path]) -> list[Path]:
 
 def read_image(path: Path, console: Console, skipped: list[str]) -> np.ndarray | None:
     """An image (H, W, 3), BGR; if it cannot be read, None, which is said and noted."""
-    image = cv2.imread(str(path))
+    try:
+        image = cv2.imread(str(path))
+    except cv2.error:  # more pixels than OpenCV takes
+        image = None
     if image is None:
-        skipped.append(str(path))
-        console.print(f'skipped: {path} is no image that can be read', style='yellow', soft_wrap=True)
+        skip(path, 'is no image that can be read', console, skipped)
     return image
+
+
+def skip(path: Path, reason: str, console: Console, skipped: list[str]) -> None:
+    """Note an image that is left out, and say why."""
+    skipped.append(str(path))
+    console.print(one_line(f'skipped: {path} {reason}'), style='yellow', soft_wrap=True, markup=False)
 
 
 def describe(prediction: BaseDataElement, classes: Any, score_threshold: float) -> dict[str, Any]:
@@ -89,6 +99,21 @@ def describe(prediction: BaseDataElement, classes: Any, score_threshold: float) 
     return dict(label=label, name=name(label), score=prediction.pred_score.max().item())
 
 
+def check_finite(content: Any) -> None:
+    """See that all numbers of a prediction are finite.
+
+    Raises:
+        ValueError: One is not.
+    """
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list):
+        for part in content:
+            check_finite(part)
+    elif isinstance(content, float) and not math.isfinite(content):
+        raise ValueError('the prediction holds numbers that are not finite')
+
+
 def write_maps(prediction: BaseDataElement, path: Path) -> None:
     """Beside the picture: class indices as PNG, depth in metres as .npy."""
     if 'pred_sem_seg' in prediction:
@@ -100,7 +125,7 @@ def write_maps(prediction: BaseDataElement, path: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser = Parser(description=__doc__.partition('\n')[0])
     parser.add_argument('images', nargs='+', help='image files, folders or patterns')
     parser.add_argument('--config', required=True, help='config of the model: path or library::path')
     parser.add_argument('--adapter', help='adapter file; without it the model is as --base has it')
@@ -119,19 +144,17 @@ def parse_args() -> argparse.Namespace:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n', encoding='utf-8')
 
 
+@user_errors
 def main() -> None:
-    """Run the tool; the status is 1 if an image could not be read."""
+    """Run the tool; the status is 1 if an image was skipped."""
     args = parse_args()
     console = Console(stderr=True)
     guard(args)
     images = find_images(args.images)
-    try:
-        inferencer = AdapterInferencer(args.config, args.adapter, args.base, args.device, args.trust_checkpoints)
-    except (ValueError, FileNotFoundError, DamagedFileError) as error:
-        raise SystemExit(f'error: {error}') from None
+    inferencer = AdapterInferencer(args.config, args.adapter, args.base, args.device, args.trust_checkpoints)
     args.out.mkdir(parents=True, exist_ok=True)
     results, skipped = {}, []
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -140,12 +163,22 @@ def main() -> None:
             image = read_image(path, console, skipped)
             if image is None:
                 continue
-            (prediction,) = inferencer([image])
-            prediction = prediction.cpu()
             target = args.out / name
-            draw_prediction(image[..., ::-1].copy(), prediction, f'{target}.png', inferencer.meta, args.score)
-            write_maps(prediction, target)
-            results[str(path)] = describe(prediction, inferencer.classes, args.score)
+            try:
+                (prediction,) = inferencer([image])
+                prediction = prediction.cpu()
+                described = describe(prediction, inferencer.classes, args.score)
+                check_finite(described)
+                draw_prediction(image[..., ::-1].copy(), prediction, f'{target}.png', inferencer.meta, args.score)
+                write_maps(prediction, target)
+            except Exception as error:  # of any library; the other images are not to suffer from it
+                height, width = image.shape[:2]
+                reason = f'({height} x {width}) cannot be taken by the model ({type(error).__name__}: {error})'
+                skip(path, reason, console, skipped)
+                for left in (f'{target}.png', f'{target}_labels.png', f'{target}_depth.npy'):
+                    Path(left).unlink(missing_ok=True)
+                continue
+            results[str(path)] = described
     write_json(args.out / 'predictions.json', dict(predictions=results, skipped=skipped))
     console.print(f'{len(results)} predictions in {args.out}, {len(skipped)} images skipped', soft_wrap=True)
     sys.exit(1 if skipped else 0)

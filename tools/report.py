@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from iconformer_mm.checkpoint.safetensors_io import written_whole
+from iconformer_mm.command_line import Parser
 from iconformer_mm.visualization.comparison_page import report_comparison
 from iconformer_mm.visualization.report_page import MIB, ReportError, render_page
 from iconformer_mm.visualization.run_report import report_run
@@ -16,7 +17,7 @@ from iconformer_mm.visualization.run_report import report_run
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser = Parser(description=__doc__.partition('\n')[0])
     parser.add_argument('work_dir', type=Path, help='work directory of tools/train.py, or --out of tools/compare.py')
     parser.add_argument('--out', type=Path, help='HTML file to write (WORK_DIR/report.html)')
     parser.add_argument('--max-mib', type=float, default=8.0, help='size of pictures of predictions in all (8)')

@@ -19,10 +19,8 @@ from iconformer_mm.apis import (
     load_config,
     make_parser,
 )
-from iconformer_mm.checkpoint import AdapterFileError, DamagedFileError
-from iconformer_mm.checkpoint.reading import UntrustedFileError
-from iconformer_mm.datasets.checks import DataError
-from iconformer_mm.tuning.accounting import WeightsError
+from iconformer_mm.command_line import merge_options, user_errors
+from iconformer_mm.registry import is_type
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,15 +43,18 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     load_by_command_line(cfg, args, args.checkpoint)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
+    for name in ('test_cfg', 'test_dataloader', 'test_evaluator'):
+        if cfg.get(name) is None:
+            raise SystemExit(f'error: the config has no `{name}` to test with')
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show_dir is not None:
-        if 'visualization' not in cfg.default_hooks:
+        if 'visualization' not in (cfg.get('default_hooks') or {}):
             raise SystemExit('--show-dir: the config has no `default_hooks.visualization` to draw with')
         hook = cfg.default_hooks.visualization
-        if hook.type == 'DetVisualizationHook':
+        if is_type(hook, 'DetVisualizationHook'):
             hook.update(draw=True, interval=1, test_out_dir=args.show_dir)
-        elif hook.type == 'SegVisualizationHook':
+        elif is_type(hook, 'SegVisualizationHook'):
             hook.update(draw=True, interval=1)
             cfg.visualizer.save_dir = args.show_dir
         else:
@@ -63,30 +64,22 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
             raise SystemExit('--tta: the config has no `tta_model` and `tta_pipeline`')
         cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    merge_options(cfg, args.cfg_options)
 
 
+@user_errors
 def main() -> None:
     """Run the tool."""
     args = parse_args()
     if not os.path.isfile(args.checkpoint) and '://' not in args.checkpoint:
         raise SystemExit(f'checkpoint {args.checkpoint} does not exist')
     guard(args)
-    try:
-        cfg = load_config(args.config, args.peft)
-        merge_args(cfg, args)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f'error: {error}') from None
-    try:
-        runner = build_runner(cfg)
-        if args.out:
-            runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-        metrics = runner.test()
-    except DataError as error:
-        raise SystemExit(f'error in the data: {error}') from None
-    except (WeightsError, AdapterFileError, DamagedFileError, UntrustedFileError) as error:
-        raise SystemExit(f'error in the weights: {error}') from None
+    cfg = load_config(args.config, args.peft)
+    merge_args(cfg, args)
+    runner = build_runner(cfg)
+    if args.out:
+        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+    metrics = runner.test()
     if args.metrics:
         mmengine.dump(metrics, args.metrics)
 

@@ -6,7 +6,6 @@ import argparse
 import os
 
 from mmengine.config import Config
-from mmengine.device import is_cuda_available
 
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis import (
@@ -19,10 +18,9 @@ from iconformer_mm.apis import (
     make_parser,
 )
 from iconformer_mm.apis.inspection import find_mistakes
-from iconformer_mm.checkpoint import AdapterFileError, DamagedFileError
-from iconformer_mm.checkpoint.reading import UntrustedFileError
-from iconformer_mm.datasets.checks import DataError
-from iconformer_mm.tuning.accounting import NO_WEIGHTS, WeightsError
+from iconformer_mm.apis.launch import check_precision, use_amp
+from iconformer_mm.command_line import merge_options, user_errors
+from iconformer_mm.tuning.accounting import NO_WEIGHTS
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,12 +50,6 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         cfg.work_dir = args.work_dir
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    if args.amp:
-        if is_cuda_available():
-            cfg.optim_wrapper.type = 'AmpOptimWrapper'
-            cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-        else:
-            cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise SystemExit('--auto-scale-lr: the config has no `auto_scale_lr.base_batch_size` to scale by')
@@ -67,29 +59,24 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         load_by_command_line(cfg, args, None if args.resume == 'auto' else args.resume)
     elif args.base is not None:
         raise SystemExit('--base is for --resume; to begin with the weights of a checkpoint give load_from')
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    merge_options(cfg, args.cfg_options)
+    if args.amp:
+        use_amp(cfg)
+    check_precision(cfg)
 
 
+@user_errors
 def main() -> None:
     """Run the tool."""
     args = parse_args()
     guard(args)
-    try:
-        cfg = load_config(args.config, args.peft)
-        merge_args(cfg, args)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f'error: {error}') from None
-    try:
-        runner = build_runner(cfg)
-        for mistake in find_mistakes(cfg):
-            if mistake != NO_WEIGHTS:  # the runner says that itself, once it has seen what is loaded
-                runner.logger.warning(mistake)
-        runner.train()
-    except DataError as error:
-        raise SystemExit(f'error in the data: {error}') from None
-    except (WeightsError, AdapterFileError, DamagedFileError, UntrustedFileError) as error:
-        raise SystemExit(f'error in the weights: {error}') from None
+    cfg = load_config(args.config, args.peft)
+    merge_args(cfg, args)
+    runner = build_runner(cfg)
+    for mistake in find_mistakes(cfg, data=False):  # the runner looks at its data
+        if mistake != NO_WEIGHTS:  # the runner says that itself, once it has seen what is loaded
+            runner.logger.warning(mistake)
+    runner.train()
 
 
 if __name__ == '__main__':

@@ -26,11 +26,11 @@ from iconformer_mm.apis.kernel_probe import (
     stack_layers,
 )
 from iconformer_mm.apis.saliency import attention_map, find_block, grad_cam
-from iconformer_mm.checkpoint import DamagedFileError
 from iconformer_mm.checkpoint.reading import guard_loading
+from iconformer_mm.command_line import Parser, user_errors
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.visualization import kernels as pictures
-from predict import find_images, output_names, read_image, write_json
+from predict import find_images, output_names, read_image, skip, write_json
 
 OTHER = 'compare'
 LAYERS_OF_FEATURES = 6
@@ -38,7 +38,7 @@ LAYERS_OF_FEATURES = 6
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser = Parser(description=__doc__.partition('\n')[0])
     parser.add_argument('images', nargs='+', help='image files, folders or patterns')
     parser.add_argument('--config', required=True, help='config of the model: path or library::path')
     parser.add_argument('--adapter', required=True, help='adapter file, of icon or icon-static')
@@ -167,8 +167,9 @@ def draw_saliency(
     pictures.plot_saliency(drawn, columns, args.out / 'saliency.png')
 
 
+@user_errors
 def main() -> None:
-    """Run the tool; the status is 1 if an image could not be read."""
+    """Run the tool; the status is 1 if an image was skipped."""
     args = parse_args()
     console = Console(stderr=True, soft_wrap=True)
     guard_loading()
@@ -176,21 +177,26 @@ def main() -> None:
         raise SystemExit('error: this tool needs scikit-learn: pip install scikit-learn')
     paths = find_images(args.images)
     adapters = {'default': args.adapter, **({OTHER: args.compare} if args.compare else {})}
-    try:
-        inferencer = AdapterInferencer(args.config, adapters, args.base, args.device)
-        static = all(adapter.icon.kernel == 'static' for adapter in icon_adapters(inferencer.model).values())
-        block = find_block(inferencer.model, args.block).name
-    except (ValueError, FileNotFoundError, DamagedFileError) as error:
-        raise SystemExit(f'error: {error}') from None
+    inferencer = AdapterInferencer(args.config, adapters, args.base, args.device)
+    static = all(adapter.icon.kernel == 'static' for adapter in icon_adapters(inferencer.model).values())
+    block = find_block(inferencer.model, args.block).name
     args.out.mkdir(parents=True, exist_ok=True)
 
     images, names, looks, skipped = [], [], [], []
     for path, name in zip(track(paths, description='looking at kernels', console=console), output_names(paths)):
         image = read_image(path, console, skipped)
-        if image is not None:
-            images.append(image[..., ::-1].copy())
-            names.append(str(name))
-            looks.append(look_at_adapters(inferencer, image))
+        if image is None:
+            continue
+        try:
+            look = look_at_adapters(inferencer, image)
+        except Exception as error:  # of any library; the other images are not to suffer from it
+            height, width = image.shape[:2]
+            reason = f'({height} x {width}) cannot be taken by the model ({type(error).__name__}: {error})'
+            skip(path, reason, console, skipped)
+            continue
+        images.append(image[..., ::-1].copy())
+        names.append(str(name))
+        looks.append(look)
     if not images:
         raise SystemExit('error: none of the images can be read')
     titles = short_names(list(looks[0]))

@@ -141,12 +141,17 @@ class AdapterInferencer:
             file = spec['file']
         else:
             file = spec
-        # Without a name an adapter file fits a model that was born adapted, too.
+        # A model that was born adapted has an adapter of this name already, which takes the file.
+        born = name == DEFAULT_NAME and name in self.adapters
+        if born and parts:
+            raise ValueError(
+                f"adapter '{name}' of a model that is born adapted has the neck and head of its config; give the one "
+                'with a config of its own another name'
+            )
         loaded = self._record.loaded()
         content, tensors = read_adapter(file)
-        put_adapter(self.model, content, tensors, file, name=None if name == DEFAULT_NAME else name, parts=parts)
-        if name != DEFAULT_NAME:
-            set_adapter(self.model, name)
+        put_adapter(self.model, content, tensors, file, name=None if born else name, parts=parts)
+        set_adapter(self.model, name)
         # The fingerprint has vouched for the base. Parts that were copied are what the copied ones were.
         own = [n for n in loaded if n.partition('.')[0] not in (parts or {})]
         self._record.note([*_names_of_backbone(self.model), *tensors, *own])

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
+from mmengine.device import get_device, is_cuda_available
 from mmengine.dist import init_dist
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
@@ -21,16 +22,20 @@ from iconformer_mm.checkpoint.filename_template import FilenameTemplate
 from iconformer_mm.checkpoint.reading import guard_loading
 from iconformer_mm.checkpoint.safetensors_io import expanded
 from iconformer_mm.checkpoint.training_checkpoint import is_seed
+from iconformer_mm.command_line import ConfigOptions, Parser, one_line
 from iconformer_mm.compat import config_folder
 from iconformer_mm.engine import CheckedRunner, WeightsHook
+from iconformer_mm.engine.bfloat16_optim_wrapper import AMP_OPTIONS, APEX_OPTIONS
 from iconformer_mm.engine.hooks.adapter_checkpoint_hook import newest_intact, on_main_process
+from iconformer_mm.registry import is_type
+from iconformer_mm.tuning.methods import build_method
 
 TRUST = '--trust-checkpoints'
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """The command line that all tools have in common."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument('config', help='config file, or library::path such as mmpretrain::vision_transformer/...')
     parser.add_argument('--work-dir', type=os.path.expanduser, help='folder for logs, checkpoints and metrics')
     parser.add_argument(
@@ -42,7 +47,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=ConfigOptions,
         help='override settings of the config: key=value, nested keys with dots, lists as key="[a,b]"',
     )
     parser.add_argument(
@@ -135,11 +140,16 @@ def load_config(name: str, peft: str | None = None) -> Config:
 
     Raises:
         FileNotFoundError: There is no such file or library, or none of a base.
-        ValueError: The method's file has no PEFTHook, or the library that the
-            config is for is not installed.
+        ValueError: The config cannot be read, the method is unknown or its file has no PEFTHook, or the library that
+            the config is for is not installed.
     """
     path = find_config(name)
-    cfg = Config.fromfile(path)
+    try:
+        cfg = Config.fromfile(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"config '{name}': {one_line(error)}") from error
+    except Exception as error:  # a config is a program, which may fail in any way
+        raise ValueError(f"config '{name}' cannot be read: {type(error).__name__}: {one_line(error)}") from error
     scope = cfg.get('default_scope')
     if scope is not None and find_spec(scope) is None:
         raise ValueError(
@@ -168,20 +178,21 @@ def add_peft(cfg: Config, method: str | dict) -> None:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file has no PEFTHook.
+        ValueError: The method or one of its options is unknown, or the file has no PEFTHook.
     """
     if isinstance(method, str) and method.endswith('.py'):
         hook = _read_method(method)
     else:
         hook = dict(type='PEFTHook', method=dict(type=method) if isinstance(method, str) else method)
-    cfg.custom_hooks = [other for other in cfg.get('custom_hooks') or [] if other['type'] != 'PEFTHook']
+    build_method(hook.get('method', 'icon'))
+    cfg.custom_hooks = [other for other in cfg.get('custom_hooks') or [] if not is_type(other, 'PEFTHook')]
     cfg.merge_from_dict({'default_hooks': {'peft': hook}})
 
 
 def _read_method(path: str) -> dict:
     """The PEFTHook of a method's file."""
     hooks = Config.fromfile(find_config(path)).get('custom_hooks') or []
-    found = [hook for hook in hooks if hook['type'] == 'PEFTHook']
+    found = [hook for hook in hooks if is_type(hook, 'PEFTHook')]
     if len(found) != 1:
         raise ValueError(
             f'{path} is no file of a PEFT method: it needs one PEFTHook in its `custom_hooks`, as '
@@ -189,6 +200,43 @@ def _read_method(path: str) -> dict:
             f'{len(found)}'
         )
     return found[0]
+
+
+def use_amp(cfg: Config) -> None:
+    """Have training run in mixed precision: float16 with loss scaling on a GPU, bfloat16 on a CPU.
+
+    Args:
+        cfg: The config. Of its optimizer wrapper all is kept that is not about another precision.
+
+    Raises:
+        ValueError: The config has no optimizer wrapper, or several.
+    """
+    optim_wrapper = cfg.get('optim_wrapper')
+    if not isinstance(optim_wrapper, dict) or 'optimizer' not in optim_wrapper:
+        raise ValueError('--amp: the config has no single `optim_wrapper` with an optimizer to run in mixed precision')
+    kept = AMP_OPTIONS if is_cuda_available() else ()
+    for name in set(AMP_OPTIONS + APEX_OPTIONS).difference(kept):
+        optim_wrapper.pop(name, None)
+    if not kept:
+        optim_wrapper['type'] = 'BFloat16OptimWrapper'
+        return
+    optim_wrapper['type'] = 'AmpOptimWrapper'
+    scale = optim_wrapper.get('loss_scale')
+    # MMEngine takes no integer.
+    optim_wrapper['loss_scale'] = 'dynamic' if scale is None else float(scale) if isinstance(scale, int) else scale
+
+
+def check_precision(cfg: Config) -> None:
+    """Refuse a training in mixed precision that needs a GPU where there is none.
+
+    Raises:
+        ValueError: MMEngine's wrapper for it would not run here.
+    """
+    if is_type(cfg.get('optim_wrapper') or {}, 'AmpOptimWrapper') and get_device() in ('cpu', 'mps'):
+        raise ValueError(
+            "the config trains in mixed precision on a GPU (optim_wrapper.type is 'AmpOptimWrapper'), and there is "
+            'none: add --amp, which takes bfloat16 on a CPU, or set optim_wrapper.type=BFloat16OptimWrapper'
+        )
 
 
 def _complete_mmpretrain_dataloaders(cfg: Config) -> None:
@@ -204,7 +252,7 @@ def _complete_mmpretrain_dataloaders(cfg: Config) -> None:
 def _replace_sync_bn(node: Any) -> None:
     """SyncBN runs on GPUs only; within one process MMEngine makes it BN, too."""
     if isinstance(node, dict):
-        if node.get('type') == 'SyncBN':
+        if is_type(node, 'SyncBN', 'MMSyncBN', 'SyncBatchNorm'):
             node['type'] = 'BN'
         node = list(node.values())
     if isinstance(node, (list, tuple)):
@@ -216,8 +264,7 @@ def _take_seed_of_resumed(cfg: Config) -> None:
     """A run whose seed was drawn by lot goes on with it; MMEngine would read it after the data loaders are built."""
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     randomness = cfg.get('randomness') or {}
-    name = getattr(hook.get('type'), '__name__', hook.get('type'))
-    if not cfg.get('resume') or name != 'AdapterCheckpointHook' or randomness.get('seed') is not None:
+    if not cfg.get('resume') or not is_type(hook, 'AdapterCheckpointHook') or randomness.get('seed') is not None:
         return
     _join_process_group(cfg)
     folder = expanded(hook['out_dir']) / Path(cfg.work_dir).name if hook.get('out_dir') else Path(cfg.work_dir)

@@ -7,11 +7,13 @@ set. What is checked here is cheap: nothing is read twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from mmengine.dataset import Compose
+
+from iconformer_mm.registry import type_name
 
 IGNORED_LABEL = 255
 # Depth in metres beyond which the unit must be wrong.
@@ -32,8 +34,7 @@ def describe(dataset: Any) -> str:
     """
     read: Callable[[str], Any]
     if isinstance(dataset, dict):
-        kind, read = dataset.get('type'), dataset.get
-        kind = kind if isinstance(kind, str) else getattr(kind, '__name__', str(kind))
+        kind, read = type_name(dataset), dataset.get
     else:
         kind, read = type(dataset).__name__, lambda key: getattr(dataset, key, None)
     inner = read('dataset') if read('dataset') is not None else read('datasets')
@@ -48,8 +49,12 @@ class CheckedPipeline(Compose):
     """A pipeline whose errors name the files, and that checks labels as they are loaded.
 
     - A label map has one channel, the image's size, and no label but those of
-      the classes and 255 (ignored).
+      the classes and what is ignored.
     - A depth map has one channel, the image's size, and plausible metres.
+
+    Attributes:
+        ignored: Labels that are ignored, 255 unless a head ignores another one.
+        depth_ranges: Where metrics measure depth, see :class:`iconformer_mm.datasets.fit.DepthRange`.
 
     Args:
         pipeline: The data set's pipeline. Its list of transforms is shared, so
@@ -60,6 +65,8 @@ class CheckedPipeline(Compose):
     def __init__(self, pipeline: Compose, num_classes: int | None) -> None:
         self.transforms = pipeline.transforms
         self.num_classes = num_classes
+        self.ignored = frozenset({IGNORED_LABEL})
+        self.depth_ranges: Sequence[Any] = ()
 
     def __call__(self, data: dict) -> dict | None:
         """Apply the transforms.
@@ -68,8 +75,27 @@ class CheckedPipeline(Compose):
             DataError: A transform failed or a label is wrong; the message names
                 the files of the sample.
         """
-        files = [str(data[key]) for key in FILE_KEYS if data.get(key)]
-        name = ', '.join(files) or f'sample {data.get("sample_idx", "without a file")}'
+        return self._run(data)
+
+    def load(self, data: dict, key: str) -> tuple[str, np.ndarray] | None:
+        """Apply the transforms until a label map is there.
+
+        Args:
+            data: What the data set knows of a sample.
+            key: ``'gt_seg_map'`` or ``'gt_depth_map'``.
+
+        Returns:
+            The sample's files, and the map; None if there is none.
+
+        Raises:
+            DataError: As in a call.
+        """
+        name = _name_of(data)
+        loaded = self._run(data, key)
+        return None if loaded is None or key not in loaded else (name, loaded[key])
+
+    def _run(self, data: dict, until: str | None = None) -> dict | None:
+        name = _name_of(data)
         checks: dict[str, Callable[[np.ndarray, tuple[int, int]], str | None]] = {
             'gt_seg_map': self._find_label_fault,
             'gt_depth_map': self._find_depth_fault,
@@ -87,6 +113,8 @@ class CheckedPipeline(Compose):
                 fault = check(data[key], tuple(data.get('ori_shape', data[key].shape))[:2])
                 if fault:
                     raise DataError(f'{name}: {fault}')
+            if until is not None and until in data:
+                break
         return data
 
     @staticmethod
@@ -101,12 +129,14 @@ class CheckedPipeline(Compose):
         fault = self._find_shape_fault(labels, size, 'label map')
         if fault or self.num_classes is None:
             return fault
-        wrong = np.unique(labels[(labels < 0) | ((labels >= self.num_classes) & (labels != IGNORED_LABEL))])
+        values = np.unique(labels)
+        wrong = values[((values < 0) | (values >= self.num_classes)) & ~np.isin(values, list(self.ignored))]
         if len(wrong) == 0:
             return None
+        ignored = ' or '.join(map(str, sorted(self.ignored)))
         return (
             f'the label map holds {", ".join(map(str, wrong[:5]))}, but the data set has {self.num_classes} classes, '
-            f'0 to {self.num_classes - 1}, and {IGNORED_LABEL} for what is ignored (counted after reduce_zero_label)'
+            f'0 to {self.num_classes - 1}, and {ignored} for what is ignored (counted after reduce_zero_label)'
         )
 
     def _find_depth_fault(self, depth: np.ndarray, size: tuple[int, int]) -> str | None:
@@ -118,21 +148,27 @@ class CheckedPipeline(Compose):
         deepest = depth.max()
         lowest, highest = PLAUSIBLE_DEPTH
         if deepest == 0 or lowest <= deepest <= highest:  # 0: nothing is known
-            return None
+            return next(filter(None, (each.find_fault(depth) for each in self.depth_ranges)), None)
         return (
             f'the largest depth is {deepest:g} after scaling, which cannot be metres: set depth_rescale_factor of '
             'LoadDepthAnnotation to the metres of one unit in the file (1e-3 for millimetres)'
         )
 
 
-def _innermost(dataset: Any) -> Iterator[Any]:
+def _name_of(data: dict) -> str:
+    """The files of a sample."""
+    files = [str(data[key]) for key in FILE_KEYS if data.get(key)]
+    return ', '.join(files) or f'sample {data.get("sample_idx", "without a file")}'
+
+
+def innermost(dataset: Any) -> Iterator[Any]:
     """The data sets inside wrappers such as ConcatDataset and RepeatDataset."""
     inner = getattr(dataset, 'dataset', getattr(dataset, 'datasets', None))
     if inner is None:
         yield dataset
         return
     for part in inner if isinstance(inner, (list, tuple)) else [inner]:
-        yield from _innermost(part)
+        yield from innermost(part)
 
 
 def empty_error(dataset: Any) -> DataError:
@@ -151,7 +187,8 @@ def check_dataset(dataset: Any) -> None:
     """
     if len(dataset) == 0:
         raise empty_error(dataset)
-    for part in _innermost(dataset):
-        if isinstance(getattr(part, 'pipeline', None), Compose):
+    for part in innermost(dataset):
+        pipeline = getattr(part, 'pipeline', None)
+        if isinstance(pipeline, Compose) and not isinstance(pipeline, CheckedPipeline):
             classes = (getattr(part, 'metainfo', None) or {}).get('classes')
-            part.pipeline = CheckedPipeline(part.pipeline, len(classes) if classes else None)
+            part.pipeline = CheckedPipeline(pipeline, len(classes) if classes else None)

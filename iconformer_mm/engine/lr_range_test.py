@@ -14,6 +14,8 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
+from iconformer_mm.registry import is_type
+
 SMOOTHING = 0.9
 DIVERGENCE = 4.0
 SHORTEST = 10  # steps, for a curve to be read
@@ -158,5 +160,5 @@ def prepare_config(cfg: Config, num_iters: int) -> None:
     cfg.log_level = 'WARNING'
     cfg.merge_from_dict({'default_hooks.checkpoint': None, 'log_processor.by_epoch': False})
     for hook in [*(cfg.get('custom_hooks') or []), *cfg.default_hooks.values()]:
-        if hook and hook['type'] == 'PEFTHook':
+        if hook and is_type(hook, 'PEFTHook'):
             hook['save_adapter'] = False

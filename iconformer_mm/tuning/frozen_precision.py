@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from iconformer_mm.compat import is_autocast_enabled
+from iconformer_mm.compat import device_of, is_autocast_enabled
 
 from .backbones import is_below
 from .freezing import is_adapter
@@ -68,7 +68,7 @@ class FrozenPrecision(Replacement):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's forward, under autocast."""
-        device = next(self.module.parameters()).device.type
+        device = device_of(self.module).type
         if is_autocast_enabled(device):
             return self.host_forward(*args, **kwargs)
         with torch.autocast(device, self.dtype):

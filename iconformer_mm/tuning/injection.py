@@ -11,9 +11,10 @@ import torch
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
+from iconformer_mm.compat import dtype_of
+
 from .accounting import BaseAccount
 from .attachments import Attachment, BlockAttachment, BranchAttachment, Joint, Switch, Tap, WeightMergingAttachment
-from .attachments.base import placement
 from .backbones import (
     averaged_models,
     check_host,
@@ -29,6 +30,7 @@ from .freezing import ADAPTER, Freezing, FrozenParts, is_adapter
 from .frozen_precision import FrozenPrecision, check_frozen_dtype
 from .grids import GridTracker, PatchEmbedTap
 from .methods import PEFTMethod, build_method
+from .quantised import check_gradients_pass
 from .recomputation import Recomputation
 from .selection import Selection
 from .sites import FromPatchEmbed, Site, find_sites, no_site_error
@@ -179,7 +181,7 @@ class Injection:
             if frozen_dtype is not None
         ]
         # With the matrices in another one, adapters keep the dtype that the backbone had.
-        self.adapter_dtype = None if frozen_dtype is None else placement(items[0][1])[1]
+        self.adapter_dtype = None if frozen_dtype is None else dtype_of(items[0][1])
         self.accounts = {
             path: BaseAccount(b, self, [site.name for site in find_sites(b)])
             for path, b in items
@@ -373,11 +375,12 @@ class Injection:
         """Make another adapter, which stays inactive.
 
         Raises:
-            ValueError: The base is trained in place, or would be.
+            ValueError: The base is trained in place, or would be; or no gradient passes it.
         """
         self.check_unchanged('another adapter')
         if selection.unfreeze:
             raise ValueError('unfreeze changes the base itself, so an adapter with it cannot share it with others')
+        check_trainable(self.backbones, method, selection)
         self._check(method, selection)
         self._install(name, method, selection)
         self.adapters[name].hold()
@@ -739,9 +742,11 @@ def adapt(
     if method.freezes:
         check_host(host)
         backbones = find_backbones(host, selection.backbones)
+        check_trainable(backbones, method, selection)
         _refuse_dropped_tokens(host, backbones, method, selection)
     else:
         backbones = search(host).learning or {'': host}
+        check_trainable(backbones, method, selection)
     copies = find_copies(host, backbones) if method.adapts else {}
     injection = Injection(backbones, method, frozen_dtype=frozen_dtype, with_cp=with_cp, selection=selection)
     try:
@@ -756,6 +761,17 @@ def adapt(
     if frozen:
         FrozenParts(host, frozen)
     return injection
+
+
+def check_trainable(backbones: Mapping[str, nn.Module], method: PEFTMethod, selection: Selection) -> None:
+    """Refuse backbones that no gradient passes, where something in them is trained.
+
+    Raises:
+        ValueError: Layers are quantised.
+    """
+    if method.adapts or not method.freezes or selection.unfreeze:
+        for backbone in backbones.values():
+            check_gradients_pass(backbone, method.name)
 
 
 def _follow(copy: nn.Module, original: nn.Module, method: PEFTMethod, selection: Selection) -> None:

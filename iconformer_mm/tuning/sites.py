@@ -317,7 +317,15 @@ def family_of(block: nn.Module) -> BlockFamily | None:
 def _width(block: nn.Module, family: BlockFamily) -> int:
     """Token width: what the FFN's first layer reads."""
     ffn = getattr(block, family.ffn)
-    return next(m.weight.shape[1] for m in ffn.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    for module in ffn.modules():
+        # By attributes, which layers with packed weights have, too.
+        width = getattr(module, 'in_features', getattr(module, 'in_channels', None))
+        if isinstance(width, int):
+            return width
+    raise ValueError(
+        f"'{family.ffn}' of the {family.name} block {type(block).__name__} has no linear layer or convolution with "
+        '`in_features` or `in_channels`, so the width of its tokens is unknown'
+    )
 
 
 def _owner_of_patch_embed(backbone: nn.Module, name: str) -> nn.Module | None:

@@ -11,7 +11,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS
 from torch import nn
 
-from .attachments.base import placement
+from iconformer_mm.compat import device_of
+
 from .backbones import find_backbones, find_classifiers, is_below, join, unwrap
 from .freezing import FrozenParts
 from .injection import (
@@ -166,7 +167,7 @@ def add_selected(
     injection.add(name, built, selection)
     if injection.current is not None and injection.current.parts is None:
         injection.current.parts = present
-    adapter, device = injection.adapters[name], placement(next(iter(injection.backbones.values())))[0]
+    adapter, device = injection.adapters[name], device_of(next(iter(injection.backbones.values())))
     adapter.release()
     adapter.parts = {n: m.to(device) for n, m in new.items()}
     adapter.hold()

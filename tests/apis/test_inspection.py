@@ -7,10 +7,11 @@ from importlib import import_module
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import HOOKS
 
 from iconformer_mm import inject, save_adapter
 from iconformer_mm.apis import load_config
-from iconformer_mm.apis.inspection import build_model, find_mistakes, inspect_model
+from iconformer_mm.apis.inspection import build_model, find_mistakes, inspect_model, method_of
 from iconformer_mm.checkpoint import save_safetensors
 from iconformer_mm.tuning.accounting import NO_WEIGHTS
 
@@ -132,6 +133,25 @@ def test_born_adapted_backbones():
     by_hook = inspect_model(config(), (64, 64))
     born = config(**{'custom_hooks': [], 'model.backbone.type': 'ICoNSwinTransformer'})
     assert inspect_model(born, (64, 64)).as_dict() == by_hook.as_dict()
+
+
+def test_wherever_the_backbone_is():
+    backbone = dict(type='ICoNSwinTransformer', frozen_stages=2)
+    cfg = Config(dict(model=dict(type='SemiBaseDetector', detector=dict(type='RetinaNet', backbone=backbone))))
+    weights, stages = find_mistakes(cfg)
+    assert 'no pre-trained weights are named' in weights and 'frozen_stages=2 has no effect' in stages
+
+
+def test_what_is_selected_is_known():
+    options = dict(blocks='last:2', unfreeze=['patch_embed.*'], freeze=['head.*'])
+    hook = dict(type='PEFTHook', method='adaptformer', **options)
+    inspection = inspect_model(config(custom_hooks=[hook]), (64, 64))
+    model = build_model(config())
+    assert inspection.summary == inject(model, 'adaptformer', **options)
+    assert [name for name, *_ in inspection.sites] == ['stages.2.blocks.1', 'stages.3.blocks.0']
+    built = Config(dict(custom_hooks=[HOOKS.build(hook)]))
+    again = build_model(config())
+    assert inject(again, **method_of(built)) == inspection.summary
 
 
 def inspect(monkeypatch, root, *arguments):

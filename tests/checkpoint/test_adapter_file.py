@@ -320,3 +320,78 @@ def test_mmengine_reads_safetensors(tmp_path):
         load_safetensors(str(tmp_path / 'bad.safetensors'))
     with pytest.raises(FileNotFoundError):
         load_safetensors(str(tmp_path / 'none.safetensors'))
+
+
+def rewrite(path, change):
+    """Change the tensors of an adapter file."""
+    content, tensors = read_adapter(path)
+    write_adapter(path, content, change(tensors))
+
+
+def test_what_fits_of_a_file_goes_into_an_unadapted_model(tmp_path):
+    """One adapter tensor missing, one of another shape, one too many: refused, or loaded in part if asked for."""
+    model = trained()
+    save_adapter(model, tmp_path / 'a.safetensors')
+
+    def change(tensors):
+        tensors = dict(tensors)
+        tensors.pop('backbone.layers.0.adapter_attention.up.bias')
+        tensors['backbone.layers.1.adapter_attention.down.bias'] = torch.zeros(3)
+        return {**tensors, 'backbone.layers.1.adapter_attention.unknown': torch.zeros(2)}
+
+    rewrite(tmp_path / 'a.safetensors', change)
+    for name in (None, 'cars'):
+        other = classifier()
+        assert_refused(other, tmp_path / 'a.safetensors', 'does not fit: by its method', name=name)
+        load_adapter(other, tmp_path / 'a.safetensors', strict=False, name=name)
+        fresh = classifier()
+        inject(fresh)
+        skipped = ('layers.0.adapter_attention.up.bias', 'layers.1.adapter_attention.down.bias')
+        for key, value in other.backbone.state_dict().items():
+            source = fresh if key in skipped else model
+            if key != skipped[1]:  # drawn at random
+                assert torch.equal(value, source.backbone.state_dict()[key]), key
+            else:
+                assert value.shape == source.backbone.state_dict()[key].shape
+
+
+def test_a_huge_method_is_refused_whatever_is_asked_for(tmp_path):
+    save_adapter(trained(), tmp_path / 'a.safetensors')
+    content, tensors = read_adapter(tmp_path / 'a.safetensors')
+    content['method']['bottleneck'] = 10**6
+    write_adapter(tmp_path / 'a.safetensors', content, tensors)
+    assert_refused(classifier(), tmp_path / 'a.safetensors', 'does not fit: by its method', strict=False)
+
+
+def test_parts_need_a_name(tmp_path):
+    save_adapter(trained(), tmp_path / 'a.safetensors')
+    for model in (classifier(), trained()):
+        with pytest.raises(ValueError, match=r'`parts` \(head\) are for an adapter of its own: give its `name`, too'):
+            head = dict(type='LinearClsHead', num_classes=10, in_channels=32)
+            load_adapter(model, tmp_path / 'a.safetensors', parts=dict(head=head))
+
+
+def test_a_head_may_have_adapter_in_its_names(tmp_path):
+    """Counted as a head, and kept in files."""
+
+    def build():
+        model = classifier()
+        torch.manual_seed(0)
+        model.head.adapter_fc = torch.nn.Linear(32, 7)
+        model.adapter_head = torch.nn.Linear(3, 2)
+        return model
+
+    plain = summarize(build())
+    assert plain.adapters == 0 and plain.parts['adapter_head'] == (8, 8) and plain.parts['head'] == (561, 561)
+    model = build()
+    summary = inject(model)
+    counted = sum(p.numel() for n, p in model.backbone.named_parameters() if 'adapter' in n)
+    assert summary.adapters == counted and summary.parts['head'] == (561, 561)
+    assert summary.backbone_share == counted / summary.backbone
+    stir(model)
+    with torch.no_grad():
+        model.head.adapter_fc.weight.add_(1)
+    save_adapter(model, tmp_path / 'a.safetensors')
+    other = build()
+    load_adapter(other, tmp_path / 'a.safetensors')
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import tempfile
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from rich.progress import track
 
+from iconformer_mm.command_line import Parser
 from iconformer_mm.datasets.scenes import STYLES, WRITERS, scenes
 
 # Every part has scenes of its own: seeds never meet.
@@ -25,7 +25,7 @@ SEEDS = {
 
 def main() -> None:
     """Run the tool."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument('--out', type=Path, default=Path('data/scenes'), help='folder to write (data/scenes)')
     parser.add_argument('--styles', nargs='+', choices=STYLES, default=['source', 'target'])
     parser.add_argument('--formats', nargs='+', choices=list(WRITERS), default=list(WRITERS))

@@ -20,6 +20,8 @@ import numpy as np
 from rich.progress import track
 from scipy.io import loadmat
 
+from iconformer_mm.command_line import Parser
+
 
 def open_labelled(path: Path) -> h5py.File:
     """Open the labelled file, and see that it is one."""
@@ -82,7 +84,7 @@ def convert(file: h5py.File, splits: dict[str, np.ndarray], out: Path) -> None:
 
 def main() -> None:
     """Run the tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('labelled', type=Path, help='nyu_depth_v2_labeled.mat')
     parser.add_argument('splits', type=Path, help='splits.mat')
     parser.add_argument('--out', type=Path, default=Path('data/nyu'), help='folder to write (data/nyu)')

@@ -12,9 +12,11 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint import save_adapter
+from iconformer_mm.datasets.checks import check_dataset
 from iconformer_mm.tuning import get_injection, inject
 from iconformer_mm.tuning.injection import Injection, unwrap
 
+from ..runner import CheckedRunner, check_loop
 from .adapter_checkpoint_hook import averaged_model, diverged_in
 from .weights_hook import WeightsHook
 
@@ -54,6 +56,7 @@ class PEFTHook(WeightsHook):
         ValueError: The model is adapted already or does not have what was selected, the runner has no config to
             rebuild its parts from, or is a FlexibleRunner; or an option is unknown.
         WeightsError: A tensor is not accounted for, or a checkpoint is of another method.
+        DataError: The data does not fit the model.
 
     Example:
         >>> custom_imports = dict(imports=['iconformer_mm'])
@@ -78,7 +81,10 @@ class PEFTHook(WeightsHook):
         self.save_adapter = save_adapter
         self.frozen_dtype = frozen_dtype
         self.with_cp = with_cp
-        self.selected = dict(blocks=blocks, unfreeze=unfreeze, freeze=freeze, backbones=backbones)
+        self.blocks = blocks
+        self.unfreeze = unfreeze
+        self.freeze = freeze
+        self.backbones = backbones
         self._injection: Injection | None = None
 
     def before_run(self, runner: Runner) -> None:
@@ -90,9 +96,20 @@ class PEFTHook(WeightsHook):
                 'PEFTHook works with mmengine.Runner; with FlexibleRunner use a backbone that is born adapted, such as '
                 'ICoNSwinTransformer'
             )
+        if not isinstance(runner, CheckedRunner):  # which has looked at its data already
+            self._check_data(runner)
         wrapped = is_model_wrapper(runner.model)
         model = runner.model.module if wrapped else runner.model
-        summary = inject(model, self.method, self.frozen_dtype, self.with_cp, **self.selected)  # type: ignore[arg-type]
+        summary = inject(
+            model,
+            self.method,
+            self.frozen_dtype,
+            self.with_cp,
+            blocks=self.blocks,
+            unfreeze=self.unfreeze,
+            freeze=self.freeze,
+            backbones=self.backbones,
+        )
         self._injection = get_injection(model)
         runner.logger.info(f'\n{summary}')
 
@@ -101,6 +118,14 @@ class PEFTHook(WeightsHook):
         if isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             self.rebuild_optimization(runner)
         super().before_run(runner)
+
+    @staticmethod
+    def _check_data(runner: Runner) -> None:
+        for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
+            dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+            if dataset is not None:
+                check_dataset(dataset)
+                check_loop(runner, loop, training=loop is runner._train_loop)
 
     @master_only
     def after_train(self, runner: Runner) -> None:

@@ -13,6 +13,7 @@ from mmengine.runner import BaseLoop, Runner
 from iconformer_mm.checkpoint import initialise_base, put_adapter
 from iconformer_mm.checkpoint.tuned_state import file_names, heads_of
 from iconformer_mm.engine.optim_wrapper_constructor import describe_groups
+from iconformer_mm.registry import is_type
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import (
     NO_WEIGHTS,
@@ -199,7 +200,7 @@ class WeightsHook(Hook):
                 '`optim_wrapper` config. Call iconformer_mm.inject(model) before making the optimizer instead.'
             )
         constructor = optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
-        if constructor != 'PEFTOptimWrapperConstructor':
+        if not is_type(dict(type=constructor), 'PEFTOptimWrapperConstructor'):
             optim_wrapper['constructor'] = 'PEFTOptimWrapperConstructor'
             optim_wrapper['paramwise_cfg'] = {**(optim_wrapper.get('paramwise_cfg') or {}), 'constructor': constructor}
         schedulers, runner.param_schedulers = runner.param_schedulers, None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iconformer_mm.adapters import TokenGrid
+from iconformer_mm.compat import device_of, dtype_of
 
 from ..calls import PerThread, current_frame
 from ..grids import GridTracker, grid_of_call
@@ -160,9 +161,9 @@ class Attachment:
     def register(self, suffix: str, dtype: torch.dtype | None = None) -> None:
         """Put the adapters into the module, on its device and in its dtype, unless another is given."""
         self.suffix = suffix
-        device, own = placement(self.module)
+        device, dtype = device_of(self.module), dtype or dtype_of(self.module)
         for key, adapter in self.adapters.items():
-            setattr(self.module, key + suffix, adapter.to(device=device, dtype=dtype or own))
+            setattr(self.module, key + suffix, adapter.to(device=device, dtype=dtype))
 
     def unregister(self) -> None:
         """Take the adapters out of the module."""
@@ -207,14 +208,3 @@ class BlockAttachment(Attachment):
     def grid(self, args: tuple, kwargs: dict) -> TokenGrid:
         """The grid of the tokens that the block is called with."""
         return grid_of_call(self.family, args, kwargs, self.tracker)
-
-
-def placement(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Where a module's floating-point tensors are, and in which dtype; None for what there is none of.
-
-    A quantised module may have no parameters, or integers in their place.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    floating = [t for t in tensors if t.is_floating_point() and t.element_size() > 1]
-    device = tensors[0].device if tensors else None
-    return device, floating[0].dtype if floating else None

@@ -108,6 +108,8 @@ def build_method(method: str | dict, **options: Any) -> PEFTMethod:
         if name is None:
             raise ValueError(f"a PEFT method's config needs a type, e.g. dict(type='icon'); got {options}")
     known = PEFT_METHODS.module_dict
+    if isinstance(name, type):  # as pure-Python configs have it
+        name = next((each for each, cls in known.items() if cls is name), name.__name__)
     if name not in known:
         raise ValueError(f"unknown PEFT method '{name}'{_hint(name, known)}; known: {', '.join(sorted(known))}")
     takes = list(known[name].option_defaults())
@@ -121,5 +123,5 @@ def build_method(method: str | dict, **options: Any) -> PEFTMethod:
 
 
 def _hint(word: str, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(words), n=1)
+    near = difflib.get_close_matches(str(word), list(words), n=1)
     return f" (did you mean '{near[0]}'?)" if near else ''

@@ -56,6 +56,12 @@ class VPTMethod(PEFTMethod):
             raise ValueError(
                 f'{site.name} has no `patch_embed` around it, whose size the first prompt tokens depend on'
             )
-        convolution = next(m for m in site.host.get_submodule('patch_embed').modules() if isinstance(m, nn.Conv2d))
+        patch_embed = site.host.get_submodule('patch_embed')
+        convolution = next((m for m in patch_embed.modules() if isinstance(m, nn.Conv2d)), None)
+        if convolution is None:
+            raise ValueError(
+                f'the patch embedding of {type(site.host).__name__} has no convolution, so the size of a patch, which '
+                'prompts are initialised by, is unknown'
+            )
         patch_dims = convolution.weight[0].numel()
         return PromptAdapter(site.embed_dims, patch_dims, self.num_tokens, self.dropout)

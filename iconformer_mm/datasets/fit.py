@@ -1,0 +1,455 @@
+"""Whether data, model and metrics fit, before time is spent on training (ours).
+
+A head for other classes than the data's, masks whose foreground is ignored, or depth that the head cannot reach give
+a number at the end, and a wrong one. What is looked at is cheap: configs, class names, and some of the labels.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from iconformer_mm.registry import is_type, type_name
+from iconformer_mm.tuning.backbones import is_below
+from iconformer_mm.tuning.injection import PARTS
+
+from .checks import CheckedPipeline, DataError, describe, innermost
+
+MAPS = 16  # label maps that are looked at
+MORE_MAPS = 1000  # where those were not enough to say that a class is missing
+DEPTH_MAPS = 128
+LABELS = 2000  # of images
+TOO_DEEP = 0.01  # share of the known pixels
+# Heads that count something else than the classes of the data, by a part of their names and by their classes.
+OTHER_COUNTS = ('backbone', 'rpn_head', 'semantic_head', 'fusion_head')
+OTHER_HEADS = ('STDCHead', 'FusedSemanticHead')
+NYU_CROP = (slice(45, 471), slice(41, 601))  # rows and columns of mmseg's 'nyu_crop'
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that tells classes apart.
+
+    Attributes:
+        name: Name in the model, such as ``roi_head.bbox_head.0``.
+        num_classes: How many.
+        one_channel: Whether it tells two classes apart by one sigmoid.
+        ignored: The label that it ignores, None if it ignores none.
+    """
+
+    name: str
+    num_classes: int
+    one_channel: bool = False
+    ignored: int | None = None
+
+    def fits(self, count: int) -> bool:
+        """Whether it is for so many classes."""
+        return self.num_classes == count or (self.one_channel and count == 2)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What data has to fit.
+
+    Attributes:
+        heads: The heads that tell classes apart.
+        max_depth: The largest depth that can be predicted, in metres; None where depth is not bounded.
+    """
+
+    heads: tuple[Head, ...] = ()
+    max_depth: float | None = None
+
+
+def look_at_model(model: nn.Module | Mapping[str, Any]) -> Model:
+    """Find the heads of a model.
+
+    Args:
+        model: A model, or its config. Of a config only what it says itself is known.
+    """
+    # Classes are words of a prompt, or tracks are what counts.
+    if _get(model, 'language_model') is not None or _get(model, 'tracker') is not None:
+        return Model()
+    if isinstance(model, Mapping) and 'module' in model and 'backbone' not in model:
+        model = model['module']  # test-time augmentation
+    found, depths = [], []
+    for name, part in model.named_modules() if isinstance(model, nn.Module) else _nodes(model):
+        if is_below(name, [PARTS]):
+            continue  # heads of inactive adapters, which other data is for
+        depth = _get(part, 'max_depth')
+        if isinstance(depth, (int, float)) and 'head' in name:
+            depths.append(float(depth))
+        number = _num_classes(part)
+        if number is not None and _counts_classes(name, part):
+            loss = _get(part, 'loss_decode')
+            losses = loss if isinstance(loss, (list, tuple, nn.ModuleList)) else [loss]
+            sigmoid = any(_get(each, 'use_sigmoid') for each in losses)
+            ignored = _get(part, 'ignore_index')
+            found.append(Head(name, number, number == 1 and sigmoid, ignored if isinstance(ignored, int) else None))
+    return Model(tuple(found), min(depths, default=None))
+
+
+def _get(part: Any, name: str) -> Any:
+    return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
+
+
+def _nodes(node: Any, name: str = '') -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All dictionaries of a config, with names as their modules have."""
+    if isinstance(node, Mapping):
+        yield name, node
+        children: Iterable[tuple[Any, Any]] = node.items()
+    elif isinstance(node, (list, tuple)):
+        children = enumerate(node)
+    else:
+        return
+    for key, child in children:
+        yield from _nodes(child, f'{name}.{key}'.removeprefix('.'))
+
+
+def _num_classes(part: Any) -> int | None:
+    number = _get(part, 'num_classes')
+    if number is None and isinstance(part, Mapping) and 'num_things_classes' in part and 'num_stuff_classes' in part:
+        number = part['num_things_classes'] + part['num_stuff_classes']
+    return number if isinstance(number, int) and not isinstance(number, bool) and number > 0 else None
+
+
+def _counts_classes(name: str, part: Any) -> bool:
+    """Whether it is a head, and for the classes of the data."""
+    words = [word for word in name.split('.') if not word.isdigit()]
+    if not words or not words[-1].endswith('head') or any(other in word for word in words for other in OTHER_COUNTS):
+        return False
+    depth = _get(part, 'max_depth') is not None or 'Depth' in type_name(part)
+    return not (depth or _get(part, 'class_agnostic') or is_type(part, *OTHER_HEADS))
+
+
+# What is asked of data sets.
+
+
+def find_class_list_fault(dataset: Any) -> str | None:
+    """A list of classes that is a single word, in a data set's config or what is inside of it.
+
+    Args:
+        dataset: The config.
+    """
+    for _, node in _nodes(dataset):
+        for classes in (node.get('classes'), (node.get('metainfo') or {}).get('classes')):
+            if classes is None or '://' in str(classes):
+                continue
+            if isinstance(classes, str):
+                if Path(classes).expanduser().is_file():
+                    continue  # names, one a line
+                return (
+                    f'the classes of {describe(node)} are the word {classes!r}, whose letters would be taken for '
+                    f'classes: a tuple of one name needs a comma, classes=({classes!r},)'
+                )
+            wrong = [name for name in classes if not isinstance(name, str)]
+            if wrong or not classes:
+                what = f'hold {wrong[0]!r}, which is no name' if wrong else 'are an empty list'
+                return f'the classes of {describe(node)} {what}: write them as a list of names'
+    return None
+
+
+def classes_of(dataset: Any) -> tuple[str, ...] | None:
+    """Names of the classes of a data set that is no wrapper; None if it has none."""
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    return None if classes is None else tuple(classes) if not isinstance(classes, str) else (classes,)
+
+
+def find_faults(
+    model: Model, dataset: Any, metrics: Sequence[Any] = (), training: bool = False, known: Any = None
+) -> Iterator[str]:
+    """Find what does not fit.
+
+    Args:
+        model: The model, as :func:`look_at_model` has it.
+        dataset: A data set, checked by :func:`~iconformer_mm.datasets.checks.check_dataset`.
+        metrics: The metrics that it is evaluated by, built.
+        training: Whether it is trained on.
+        known: The data set that is trained on, if this is another one.
+
+    Returns:
+        A sentence a fault.
+
+    Raises:
+        DataError: A file of the labels that were looked at is wrong; the message names it.
+    """
+    reference = None if known is None else next((c for c in map(classes_of, innermost(known)) if c), None)
+    with _random_state_kept():
+        for part in innermost(dataset):
+            classes = classes_of(part)
+            if isinstance((getattr(part, 'metainfo', None) or {}).get('classes'), str):
+                yield (
+                    f'the classes of {describe(part)} are the word {classes[0]!r}, whose letters would be taken for '  # type: ignore[index]
+                    f'classes: a tuple of one name needs a comma, classes=({classes[0]!r},)'  # type: ignore[index]
+                )
+                continue
+            if _loads(part, 'Depth'):
+                yield from _depth_faults(model, part, metrics, training)
+                continue
+            if model.heads and reference and classes and reference != classes:
+                yield other_classes(part, classes, reference)
+            fault = class_fault(model, part, (getattr(part, 'metainfo', None) or {}))
+            if fault:
+                yield fault
+                continue
+            yield from _annotation_faults(part, classes)
+            yield from _map_faults(model, part, classes)
+            yield from _image_label_faults(model, part, classes, training)
+    yield from _metric_faults(model, metrics)
+
+
+def class_fault(model: Model, dataset: Any, metainfo: Mapping[str, Any]) -> str | None:
+    """A head for other classes than a data set's.
+
+    Args:
+        model: The model.
+        dataset: The data set, or its config.
+        metainfo: What is known of its classes.
+    """
+    classes = metainfo.get('classes')
+    if not classes or isinstance(classes, str):
+        return None
+    counts = {len(classes)}
+    if 'thing_classes' in metainfo:  # heads for things, for stuff, and for stuff and one more for things
+        things, stuff = len(metainfo['thing_classes']), len(metainfo.get('stuff_classes') or ())
+        counts |= {things, stuff, stuff + 1}
+    wrong = [head for head in model.heads if not any(head.fits(count) for count in counts)]
+    if not wrong:
+        return None
+    heads = ', '.join(f'{head.name} is for {head.num_classes}' for head in wrong)
+    return (
+        f'{heads} classes, but {describe(dataset)} has {len(classes)} ({_some(classes)}): set '
+        f'num_classes={len(classes)} in {", ".join(f"model.{head.name}" for head in wrong)}'
+    )
+
+
+def other_classes(dataset: Any, classes: Sequence[str], trained: Sequence[str]) -> str:
+    """What to say where a data set has other classes than what is trained on."""
+    place = next((i for i, pair in enumerate(zip(classes, trained)) if pair[0] != pair[1]), None)
+    what = f'{len(classes)} classes' if place is None else f"'{classes[place]}' for class {place}"
+    instead = len(trained) if place is None else f"'{trained[place]}'"
+    return f'{describe(dataset)} has {what}, but the training data has {instead}: give both the same `classes`'
+
+
+def is_depth(dataset: Mapping[str, Any]) -> bool:
+    """Whether a data set's config loads depth, whatever its classes are called after."""
+    return any('Depth' in type_name(transform) for transform in dataset.get('pipeline') or ())
+
+
+def _some(names: Sequence[str], limit: int = 6) -> str:
+    # ImageNet's names are lists of names.
+    return ', '.join(str(name).partition(',')[0] for name in names[:limit]) + (', ...' if len(names) > limit else '')
+
+
+def _loads(part: Any, what: str) -> bool:
+    """Whether a data set's pipeline loads labels of a kind."""
+    transforms = getattr(getattr(part, 'pipeline', None), 'transforms', ())
+    names = [type(transform).__name__ for transform in transforms]
+    return any(name.startswith('Load') and 'Annotation' in name and what in name for name in names)
+
+
+def _spread(number: int, limit: int) -> list[int]:
+    """Indices of at most ``limit`` of a number of items, the first and the last among them."""
+    return sorted({int(i) for i in np.linspace(0, number - 1, min(number, limit)).round()}) if number else []
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Looking at data changes no random number that is drawn later."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _maps(part: Any, key: str, indices: Iterable[int]) -> Iterator[tuple[str, np.ndarray]]:
+    """Label maps of a data set as they are loaded, and their files; samples without one are left out."""
+    if not isinstance(part.pipeline, CheckedPipeline):
+        return
+    for index in indices:
+        loaded = part.pipeline.load(part.get_data_info(index), key)
+        if loaded is not None:
+            yield loaded
+
+
+def _map_faults(model: Model, part: Any, classes: tuple[str, ...] | None) -> Iterator[str]:
+    """Label maps of semantic segmentation that hold one class, and what is ignored."""
+    heads = [head for head in model.heads if not head.name.startswith(('bbox_head', 'roi_head'))]
+    # mmseg's; what other libraries load by this name is for one of several heads.
+    if not hasattr(part, 'reduce_zero_label') or not _loads(part, '') or not heads:
+        return
+    number = len(classes) if classes else max(head.num_classes for head in heads)
+    ignored = {head.ignored for head in heads if head.ignored is not None} or {255}
+    part.pipeline.num_classes, part.pipeline.ignored = number, frozenset(ignored)
+    if number < 2:
+        return
+    held: set[int] = set()
+    looked = pixels = left_out = 0
+    done: set[int] = set()
+    for limit in (MAPS, MORE_MAPS):
+        indices = [index for index in _spread(len(part), limit) if index not in done]
+        done.update(indices)
+        for _, labels in _maps(part, 'gt_seg_map', indices):
+            values, counts = np.unique(labels, return_counts=True)
+            held.update(int(value) for value in values)
+            looked, pixels = looked + 1, pixels + labels.size
+            left_out += int(counts[np.isin(values, list(ignored))].sum())
+            if len(held - ignored) > 1:
+                return
+    if looked == 0 or (left_out == 0 and looked == 1):
+        return
+    only = sorted(held - ignored)
+    what = f'class {only[0]}' + (f' ({classes[only[0]]})' if classes else '') if only else 'no class'
+    values = ', '.join(map(str, sorted(ignored)))
+    yield (
+        f'{describe(part)}: the {looked} label maps that were looked at hold {what} and, on {left_out / pixels:.0%} of '
+        f'their pixels, {values}, which is ignored, so that any prediction would score 100 %: the maps must hold the '
+        f'indices of the {number} classes (masks of 0 and 255 are to be divided by 255), counted after '
+        'reduce_zero_label'
+    )
+
+
+def _image_label_faults(model: Model, part: Any, classes: tuple[str, ...] | None, training: bool) -> Iterator[str]:
+    """Labels of images beyond the classes; for data without names of classes, a head with more."""
+    if not hasattr(part, 'get_gt_labels') or not model.heads:
+        return
+    number = min(head.num_classes for head in model.heads)
+    largest, indices = -1, _spread(len(part), LABELS)
+    for index in indices:
+        info = part.get_data_info(index)
+        label = info.get('gt_label')
+        labels = np.asarray([] if label is None else label).ravel()
+        if not np.issubdtype(labels.dtype, np.integer):
+            continue
+        wrong = labels[(labels < 0) | (labels >= number)]
+        if len(wrong):
+            name = info.get('img_path') or f'sample {index}'
+            yield (
+                f'{describe(part)}: {name} has the label {wrong[0]}, but {model.heads[0].name} is for {number} '
+                f'classes, 0 to {number - 1}'
+            )
+            return
+        largest = max(largest, int(labels.max(initial=-1)))
+    if training and classes is None and 0 <= largest < number - 1 and len(indices) == len(part):
+        yield (
+            f'{model.heads[0].name} is for {number} classes, but the labels of {describe(part)} end at {largest}: set '
+            f'num_classes={largest + 1} in model.{model.heads[0].name}, or name all classes in `classes` of the data '
+            'set'
+        )
+
+
+def _annotation_faults(part: Any, classes: tuple[str, ...] | None) -> Iterator[str]:
+    """Classes that an annotation file in COCO's format does not know, which are left out without a word."""
+    known = getattr(part, 'cat_ids', None)
+    if classes is None or not hasattr(part, 'cat2label') or not isinstance(known, (list, tuple)):
+        return
+    if len(known) < len(classes):
+        yield (
+            f'{describe(part)}: its annotation file knows {len(known)} of the {len(classes)} classes {_some(classes)}; '
+            'the others would have no instances. Write the names as its `categories` have them'
+        )
+
+
+def _depth_faults(model: Model, part: Any, metrics: Sequence[Any], training: bool) -> Iterator[str]:
+    """Depth that cannot be predicted, or not be measured."""
+    ranges = [] if training else [DepthRange.of(metric) for metric in metrics if is_type(metric, 'DepthMetric')]
+    if isinstance(part.pipeline, CheckedPipeline):
+        part.pipeline.depth_ranges = ranges
+    looked = known = deep = 0
+    deepest, where = 0.0, ''
+    for name, depth in _maps(part, 'gt_depth_map', _spread(len(part), DEPTH_MAPS)):
+        looked += 1
+        measured = depth > 0
+        for each in ranges:
+            measured &= each.mask(depth)
+        known += int(measured.sum())
+        if model.max_depth is not None:
+            beyond = measured & (depth > model.max_depth)
+            deep += int(beyond.sum())
+            if beyond.any() and depth[beyond].max() > deepest:
+                deepest, where = float(depth[beyond].max()), name
+    if looked and known == 0:
+        yield (
+            f'{describe(part)}: the {looked} depth maps that were looked at hold 0 only, which means unknown: is it '
+            'the right folder, and the right depth_rescale_factor of LoadDepthAnnotation?'
+        )
+    elif known and deep > TOO_DEEP * known:
+        yield (
+            f'{describe(part)}: {deep / known:.0%} of the known depth lies beyond {model.max_depth:g} m, the max_depth '
+            f'of the head, up to {deepest:g} m in {where}, and could not be predicted: set max_depth, and '
+            'max_depth_eval of the metric, to what the data has, or write 0 where depth is not to be learned'
+        )
+
+
+@dataclass(frozen=True)
+class DepthRange:
+    """Where a metric measures depth.
+
+    Attributes:
+        lowest: Depth must be larger, in metres.
+        highest: Depth must be smaller, in metres.
+        crop: Whether only mmseg's crop of NYU-v2 images counts.
+    """
+
+    lowest: float
+    highest: float
+    crop: bool
+
+    @classmethod
+    def of(cls, metric: Any) -> DepthRange:
+        """That of mmseg's DepthMetric."""
+        return cls(float(metric.min_depth_eval), float(metric.max_depth_eval), metric.crop_type == 'nyu_crop')
+
+    def mask(self, depth: np.ndarray) -> np.ndarray:
+        """The pixels of a map (H, W) that are measured."""
+        inside = (depth > self.lowest) & (depth < self.highest)
+        if self.crop:
+            cropped = np.zeros_like(inside)
+            cropped[NYU_CROP] = inside[NYU_CROP]
+            inside = cropped
+        return inside
+
+    def find_fault(self, depth: np.ndarray) -> str | None:
+        """Say that nothing in a map is measured, which makes every metric NaN."""
+        if self.mask(depth).any():
+            return None
+        where = ' within the NYU crop' if self.crop else ''
+        return (
+            f'no depth in the map lies between {self.lowest:g} and {self.highest:g} m (min_depth_eval and '
+            f'max_depth_eval of the metric){where}, and its largest is {depth.max(initial=0):g} m: all metrics would '
+            'be NaN. Leave the image out, or set the range to that of the data'
+        )
+
+
+def _metric_faults(model: Model, metrics: Sequence[Any]) -> Iterator[str]:
+    """A top-k accuracy that fails at the first validation."""
+    number = min((head.num_classes for head in model.heads), default=None)
+    for metric in metrics:
+        topk = getattr(metric, 'topk', None)
+        if number is not None and isinstance(topk, (list, tuple)) and topk and max(topk) > number:
+            yield (
+                f'{type_name(metric)} is to give the top-{max(topk)} accuracy, but {model.heads[0].name} is for '
+                f'{number} classes: set topk={tuple(k for k in topk if k <= number) or (1,)} in the evaluator'
+            )
+
+
+def check_fit(
+    model: Model, dataset: Any, metrics: Sequence[Any] = (), training: bool = False, known: Any = None
+) -> None:
+    """Refuse data that does not fit; see :func:`find_faults`.
+
+    Raises:
+        DataError: With a sentence on the first fault.
+    """
+    for fault in find_faults(model, dataset, metrics, training, known):
+        raise DataError(fault)
