@@ -142,7 +142,7 @@ def base_of(model: nn.Module, selection: Selection | None = None) -> dict[str, T
         model: A model, or a backbone alone.
         selection: What an unadapted model would be adapted with. Defaults to None.
     """
-    return base_state(model, selection)
+    return base_state(model, selection, with_trained=True)
 
 
 def hash_parameters(parameters: dict[str, Tensor]) -> str:
@@ -320,8 +320,10 @@ def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str
             f'{path} has format version {shortened(version, 20)}, this iconformer_mm {__version__} reads version '
             f'{FORMAT_VERSION}; install the release that wrote it or a newer one'
         )
-    if ('base_buffers' in content) != ('base_buffers_fingerprint' in content):
-        raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `base_buffers`')
+    buffers = ('base_buffers', 'base_buffers_fingerprint')
+    for key, other in (buffers, buffers[::-1]):
+        if other in content and key not in content:
+            raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{key}`')
     fault = next((key for key, is_proper in _PROPER.items() if not is_proper(content.get(key))), None)
     if fault is not None:
         raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{fault}`')

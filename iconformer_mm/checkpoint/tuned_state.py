@@ -60,7 +60,7 @@ def _backbones(model: nn.Module, selection: Selection | None) -> dict[str, nn.Mo
     return find_backbones(model, selection.backbones)
 
 
-def base_state(model: nn.Module, selection: Selection | None = None) -> dict[str, Tensor]:
+def base_state(model: nn.Module, selection: Selection | None = None, with_trained: bool = False) -> dict[str, Tensor]:
     """The tensors of a model's backbones that are not trained, by their names in the backbone.
 
     Of several backbones the names have the path before them.
@@ -68,6 +68,7 @@ def base_state(model: nn.Module, selection: Selection | None = None) -> dict[str
     Args:
         model: The model, adapted or not.
         selection: What an unadapted model would be adapted with. Defaults to None: all of its backbones are base.
+        with_trained: Whether to have the backbones' own tensors that are trained in place, too. Defaults to False.
     """
     model = unwrap(model)
     injection = get_injection(model)
@@ -82,7 +83,9 @@ def base_state(model: nn.Module, selection: Selection | None = None) -> dict[str
             outside = find_classifiers(backbone) if chosen.classifiers else []
             trained = chosen.trained_names(backbone, outside)
         for name, value in backbone.state_dict().items():
-            if not is_adapter(name) and name not in trained and not is_below(name, outside):
+            if is_adapter(name) or is_below(name, outside):
+                continue
+            if with_trained or name not in trained:
                 state[join(path, name) if len(backbones) > 1 else name] = value.detach()
     return state
 

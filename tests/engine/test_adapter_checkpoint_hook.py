@@ -10,9 +10,10 @@ from test_peft_hook import config
 
 from iconformer_mm.adapter import main as adapter_tool
 from iconformer_mm.apis import build_runner
-from iconformer_mm.checkpoint import AdapterFileError, DamagedFileError, load_safetensors, read_adapter
+from iconformer_mm.checkpoint import DamagedFileError, load_safetensors, read_adapter
 from iconformer_mm.checkpoint.training_checkpoint import save_checkpoint
 from iconformer_mm.engine import AdapterCheckpointHook
+from iconformer_mm.tuning import WeightsError
 
 
 class Interrupted(Exception):
@@ -215,7 +216,7 @@ def test_the_base_of_load_from_is_found_again(tmp_path):
         make(tmp_path / 'cut', interrupt=6, **given).train()
     with pytest.raises(Interrupted):
         make(tmp_path / 'cut', interrupt=10, resume=True, **named).train()
-    with pytest.raises(AdapterFileError, match=r"load_from='.*base.pth', which is not opened.*--base FILE"):
+    with pytest.raises(WeightsError, match=r"load_from='.*base.pth', which is not opened.*--base FILE"):
         make(tmp_path / 'cut', resume=True).train()
     resumed = make(tmp_path / 'cut', resume=True, **named)
     resumed.train()
@@ -318,7 +319,7 @@ def test_a_checkpoint_has_no_file_opened_executed_or_removed(tmp_path):
     make(tmp_path / 'run', resume=True).train()
     assert (tmp_path / 'run' / 'epoch_4.safetensors').is_file()
     other = {'randomness.seed': 5, 'load_from': str(tmp_path / 'run' / 'epoch_4.safetensors')}
-    with pytest.raises(AdapterFileError, match='base.pth.*which is not opened'):
+    with pytest.raises(WeightsError, match='base.pth.*which is not opened'):
         make(tmp_path / 'test', **other).test()
     assert not mark.exists() and sorted(p.name for p in bait.iterdir()) == [
         'base.pth',

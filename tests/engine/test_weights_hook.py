@@ -32,6 +32,9 @@ def make(work_dir, method='icon', stock=False, **changes):
     if isinstance(method, str):
         method = dict(type=method, bottleneck=8) if method == 'icon' else dict(type=method)
     hooks = [] if method is None else [dict(type='PEFTHook', method=method)]
+    classes = changes.get('model.head.num_classes')
+    if classes is not None:  # data of as many classes as the head has
+        changes |= {f'{split}_dataloader.dataset.num_classes': classes for split in ('train', 'val', 'test')}
     cfg = config(work_dir, **{'custom_hooks': hooks + changes.pop('hooks', []), **changes})
     cfg.experiment_name = uuid.uuid4().hex
     return Runner.from_cfg(cfg) if stock else build_runner(cfg)
