@@ -57,9 +57,9 @@ from iconformer_mm.checkpoint import (  # noqa: E402
 )
 from iconformer_mm.checkpoint.reading import UntrustedFileError, guard_loading, read_checkpoint  # noqa: E402
 from iconformer_mm.checkpoint.safetensors_io import CHECKSUM, checksum  # noqa: E402
-from iconformer_mm.tuning import get_injection, remove  # noqa: E402
+from iconformer_mm.tuning import WeightsError, get_injection, remove  # noqa: E402
 
-DOCUMENTED = (AdapterFileError, DamagedFileError, UntrustedFileError, FileNotFoundError)
+DOCUMENTED = (AdapterFileError, DamagedFileError, UntrustedFileError, WeightsError, FileNotFoundError)
 # What Python and the libraries read for themselves.
 OWN = ('/proc/', '/sys/', '/dev/', sys.prefix, sys.base_prefix, str(TESTS.parent), os.path.dirname(os.__file__))
 EXECUTES = ('os.system', 'os.exec', 'os.posix_spawn', 'os.spawn', 'subprocess.Popen', 'socket.', 'urllib.', 'pty.')
