@@ -46,7 +46,7 @@ def _key(name: str) -> str:
 class DeltaAdapter(WeightAdapter):
     """Adds a learned difference to each weight, zero at first.
 
-    Training the difference is training the weight, but for weight decay, which
+    Training the difference is training the weight. Only weight decay differs: it
     pulls towards the pre-trained value instead of zero (ours).
 
     Args:

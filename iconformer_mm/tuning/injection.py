@@ -661,7 +661,7 @@ def inject(
     The model stays the same object, its parameter names stay what they were,
     and until the first training step so do its outputs, to the last bit (but
     for methods whose papers start otherwise: ssf, vpt, mona). The backbone
-    is frozen but for its adapters; all else (neck, head, classifier, text encoder) stays as it is.
+    is frozen, except for its adapters. All else (neck, head, classifier, text encoder) stays as it is.
 
     The backbone is found by structure: ``model.backbone``, ``model.image_encoder``, ``model.detector.backbone``, or
     whatever module holds the blocks, or the model itself. Copies that follow it by averaging (momentum encoders,
