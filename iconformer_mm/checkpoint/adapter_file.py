@@ -128,10 +128,13 @@ def base_difference(content: dict[str, Any], tensors: dict[str, Tensor]) -> str 
             continue
         missing = [name for name in content[names] if name not in tensors]
         if missing:
-            return f'the base has no {missing[0]} ({len(missing)} of {len(content[names])} tensors are missing)'
+            return (
+                f'the base has no {shortened(missing[0])} ({len(missing)} of {len(content[names])} tensors are missing)'
+            )
         actual = hash_parameters({name: tensors[name] for name in content[names]})
         if not same_base(content[prints], actual):
-            return f'the base {what} fingerprint {actual[:12]}, the adapter needs {content[prints][:12]}'
+            needed = shortened(content[prints][:12])
+            return f'the base {what} fingerprint {actual[:12]}, the adapter needs {needed}'
     return None
 
 

@@ -232,6 +232,9 @@ def check_note(note: Any, path: Any) -> None:
     for key, is_proper in _NOTE.items():
         if key not in note or not is_proper(note[key]):
             raise DamagedFileError(f'{path} is no intact training checkpoint: its note has no proper `{key}`')
+    for key, is_proper in _LATER_NOTE.items():
+        if note.get(key) is not None and not is_proper(note[key]):
+            raise DamagedFileError(f'{path} is no intact training checkpoint: its note has no proper `{key}`')
 
 
 def _are_texts(value: Any) -> bool:
@@ -262,6 +265,16 @@ def _restores(state: dict[str, Any]) -> bool:
         return False
 
 
+# What checkpoints of earlier releases have not.
+_LATER_NOTE: dict[str, Callable[[Any], bool]] = {
+    'trained': _are_texts,
+    'heads': _are_texts,
+    'backbones': lambda value: _are_texts(value) and bool(value),
+    'selection': lambda value: isinstance(value, dict),
+    'base_buffers': _are_texts,
+    'base_buffers_fingerprint': lambda value: isinstance(value, str),
+    'scores': lambda value: isinstance(value, dict),
+}
 _NOTE: dict[str, Callable[[Any], bool]] = {
     'method': lambda value: isinstance(value, dict) and isinstance(value.get('type'), str),
     'task': lambda value: isinstance(value, str),
