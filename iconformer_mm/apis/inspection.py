@@ -146,7 +146,7 @@ def _tuning_mistakes(cfg: Config) -> list[str]:
     stages = [part['frozen_stages'] for part in parts_of_model(cfg.model) if part.get('frozen_stages', -1) >= 0]
     if stages:
         found.append(
-            f'frozen_stages={stages[0]} has no effect: every stage of the backbone is frozen, but for what `unfreeze` '
+            f'frozen_stages={stages[0]} has no effect: every stage of the backbone is frozen, except what `unfreeze` '
             'names, and adapters are trained in all that `blocks` chooses'
         )
     wrapper = cfg.get('model_wrapper_cfg') or {}

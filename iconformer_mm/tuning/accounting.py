@@ -175,7 +175,7 @@ class BaseAccount:
         return [] if self.given else sorted(self._needed() - self.loaded)
 
     def _needed(self) -> set[str]:
-        heads = next(h for p, h in self._injection.outside.items() if self._injection.backbones[p] is self._backbone)
+        heads = self._injection.outside[self._injection.path_of(self._backbone)]
         trained = set(self._injection.trained_of(self._backbone))
         return {n for n in base_tensors(self._backbone) if n not in trained and not is_below(n, heads)}
 
@@ -223,7 +223,7 @@ class BaseAccount:
     def _adapter_names(self) -> set[str]:
         """Names in the backbone of the active adapter's tensors."""
         injection = self._injection
-        (path,) = (path for path, module in injection.backbones.items() if module is self._backbone)
+        path = injection.path_of(self._backbone)
         start = len(path) + 1 if path else 0
         return {name[start:] for name in injection.adapter_names() if not path or name.startswith(f'{path}.')}
 

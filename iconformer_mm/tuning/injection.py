@@ -252,12 +252,16 @@ class Injection:
         """A name in one of the backbones, as files have it: with the path only where there are several."""
         return join(path, name) if len(self.backbones) > 1 else name
 
+    def path_of(self, backbone: nn.Module) -> str:
+        """The path that one of the backbones is known by."""
+        return next(path for path, module in self.backbones.items() if module is backbone)
+
     def trained_of(self, backbone: nn.Module) -> list[str]:
         """Names in one of the backbones of its own parameters and statistics that are trained in place.
 
         They are those that the user named (``unfreeze``), and output norms that the weights lack.
         """
-        (path,) = (path for path, module in self.backbones.items() if module is backbone)
+        path = self.path_of(backbone)
         named = self.trained[path].names if path in self.trained else []
         return [*named, *sorted(self.accounts[path].norms if path in self.accounts else ())]
 
@@ -287,15 +291,6 @@ class Injection:
             name: Its name in the backbone; of several, with the backbone's path.
         """
         return is_adapter(name) or name in self.trained_names()
-
-    def is_base(self, name: str) -> bool:
-        """Whether a tensor of a backbone is neither trained nor of a classifier in it.
-
-        Args:
-            name: Its name in the backbone; of several, with the backbone's path.
-        """
-        heads = [self.full_name(path, head) for path, heads in self.outside.items() for head in heads]
-        return not self.trains(name) and not is_below(name, heads)
 
     def _check(self, method: PEFTMethod, selection: Selection) -> None:
         """Refuse what cannot be carried out, before memory is taken and the host is touched."""
@@ -742,11 +737,10 @@ def adapt(
     if method.freezes:
         check_host(host)
         backbones = find_backbones(host, selection.backbones)
-        check_trainable(backbones, method, selection)
         _refuse_dropped_tokens(host, backbones, method, selection)
     else:
         backbones = search(host).learning or {'': host}
-        check_trainable(backbones, method, selection)
+    check_trainable(backbones, method, selection)
     copies = find_copies(host, backbones) if method.adapts else {}
     injection = Injection(backbones, method, frozen_dtype=frozen_dtype, with_cp=with_cp, selection=selection)
     try:
@@ -1050,4 +1044,4 @@ def summarize(model: nn.Module) -> Summary:
 
 def outside_of(injection: Injection, backbone: nn.Module) -> list[str]:
     """Names of the classifiers in one of the backbones."""
-    return next(injection.outside[path] for path, module in injection.backbones.items() if module is backbone)
+    return injection.outside[injection.path_of(backbone)]
