@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ from ..replacement import Replacement
 from ..sites import Site
 
 
+_counting = threading.Lock()
+
+
 class Switch:
     """Says which adapter of a model is active. All joints of a model share one.
 
@@ -29,20 +33,26 @@ class Switch:
     def __init__(self) -> None:
         self.active: str | None = None
         self._off = PerThread()
+        # Of all threads. Compilers guard on it, which they do not on a thread's own value.
+        self._times_off = 0
 
     @property
     def current(self) -> str | None:
         """The adapter that runs in this thread: the active one, or None within :meth:`off`."""
-        return None if self._off.value else self.active
+        return None if self._times_off and self._off.value else self.active
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Within it no adapter runs in this thread. It may be nested."""
         self._off.value = (self._off.value or 0) + 1
+        with _counting:
+            self._times_off += 1
         try:
             yield
         finally:
             self._off.value -= 1
+            with _counting:
+                self._times_off -= 1
 
 
 class Joint(Replacement):
