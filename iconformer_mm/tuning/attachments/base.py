@@ -19,7 +19,6 @@ from ..grids import GridTracker, grid_of_call
 from ..replacement import Replacement
 from ..sites import Site
 
-
 _counting = threading.Lock()
 
 
