@@ -242,11 +242,16 @@ class Injection:
         """The attachments of the active adapter."""
         return self.current.attachments if self.current else []
 
-    def named_attachments(self) -> dict[str, Attachment]:
-        """The attachments of the active adapter, by their names in the backbone; of several, with its path."""
-        if self.current is None:
+    def named_attachments(self, adapter: str | None = None) -> dict[str, Attachment]:
+        """The attachments of an adapter, by their names in the backbone; of several, with its path.
+
+        Args:
+            adapter: The adapter. Defaults to None: the active one.
+        """
+        named = self.adapters.get(adapter or self.active or '')
+        if named is None:
             return {}
-        pairs = zip(self.current.paths, self.current.attachments)
+        pairs = zip(named.paths, named.attachments)
         return {self.full_name(path, attachment.name): attachment for path, attachment in pairs}
 
     def full_name(self, path: str, name: str) -> str:
