@@ -9,9 +9,9 @@ from copy import deepcopy
 import cv2
 import pytest
 import yaml
+from commands import tool
 from conftest import ROOT
 from rich.console import Console
-from test_tools import tool
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import compare  # noqa: E402

@@ -2,7 +2,7 @@ import json
 
 import cv2
 import numpy as np
-from test_tools import tool
+from commands import tool
 
 CONFIG = 'configs/quickstart/vit-quickstart_full_digits.py'
 

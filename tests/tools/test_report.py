@@ -15,8 +15,8 @@ import uuid
 import cv2
 import numpy as np
 import pytest
+from commands import scalars, tool
 from conftest import ROOT
-from test_tools import scalars, tool
 
 sys.path.insert(0, str(ROOT / 'tests' / 'engine'))
 from test_peft_hook import config  # noqa: E402
