@@ -22,7 +22,7 @@ from iconformer_mm import add_adapter, inject, load_adapter, merge, save_adapter
 from iconformer_mm.apis import load_config
 from iconformer_mm.apis.launch import check_precision
 from iconformer_mm.checkpoint import load_safetensors, read_adapter, save_safetensors
-from iconformer_mm.command_line import merge_options
+from iconformer_mm.cli.parser import merge_options
 from iconformer_mm.datasets.checks import CheckedPipeline
 from iconformer_mm.datasets.fit import DepthRange, Head, Model, check_fit
 from iconformer_mm.engine import CheckedRunner, PEFTOptimWrapperConstructor, WeightsHook

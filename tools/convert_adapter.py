@@ -28,7 +28,9 @@ from iconformer_mm.checkpoint.foreign_adapters import (
 )
 from iconformer_mm.checkpoint.reading import guard_loading
 from iconformer_mm.checkpoint.safetensors_io import expanded
-from iconformer_mm.command_line import Parser, one_line, user_errors
+from iconformer_mm.cli.errors import user_errors
+from iconformer_mm.cli.parser import Parser
+from iconformer_mm.messages import one_line
 from iconformer_mm.tuning.injection import find_backbone
 
 KINDS = ('adaptformer', 'mona', 'hf-lora', 'mmpretrain-lora')

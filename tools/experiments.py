@@ -21,7 +21,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from iconformer_mm.checkpoint.reading import read_checkpoint
-from iconformer_mm.command_line import Parser
+from iconformer_mm.cli.parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / 'tools' / 'train.py'

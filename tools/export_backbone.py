@@ -5,7 +5,7 @@ from __future__ import annotations
 from iconformer_mm.checkpoint import DamagedFileError, save_safetensors
 from iconformer_mm.checkpoint.reading import UntrustedFileError, read_checkpoint, state_dict_of
 from iconformer_mm.checkpoint.safetensors_io import expanded
-from iconformer_mm.command_line import Parser
+from iconformer_mm.cli.parser import Parser
 
 
 def main() -> None:

@@ -24,7 +24,9 @@ import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis.inferencer import AdapterInferencer
 from iconformer_mm.apis.launch import TRUST, guard
 from iconformer_mm.checkpoint.safetensors_io import expanded, written_whole
-from iconformer_mm.command_line import Parser, one_line, user_errors
+from iconformer_mm.cli.errors import user_errors
+from iconformer_mm.cli.parser import Parser
+from iconformer_mm.messages import one_line
 from iconformer_mm.visualization.drawing import SCORE_THRESHOLD, draw_prediction
 
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}

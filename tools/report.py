@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from iconformer_mm.checkpoint.safetensors_io import written_whole
-from iconformer_mm.command_line import Parser
+from iconformer_mm.cli.parser import Parser
 from iconformer_mm.visualization.comparison_page import report_comparison
 from iconformer_mm.visualization.report_page import MIB, ReportError, render_page
 from iconformer_mm.visualization.run_report import report_run

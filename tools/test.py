@@ -19,7 +19,8 @@ from iconformer_mm.apis import (
     load_config,
     make_parser,
 )
-from iconformer_mm.command_line import merge_options, user_errors
+from iconformer_mm.cli.errors import user_errors
+from iconformer_mm.cli.parser import merge_options
 from iconformer_mm.registry import is_type
 
 

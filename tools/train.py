@@ -19,7 +19,8 @@ from iconformer_mm.apis import (
 )
 from iconformer_mm.apis.inspection import find_mistakes
 from iconformer_mm.apis.launch import check_precision, use_amp
-from iconformer_mm.command_line import merge_options, user_errors
+from iconformer_mm.cli.errors import user_errors
+from iconformer_mm.cli.parser import merge_options
 from iconformer_mm.tuning.accounting import NO_WEIGHTS
 
 

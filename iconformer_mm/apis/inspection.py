@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iconformer_mm.checkpoint.adapter_file import is_adapter_file
 from iconformer_mm.checkpoint.safetensors_io import read_metadata
-from iconformer_mm.command_line import accepted
 from iconformer_mm.datasets.checks import DataError, check_dataset, describe
 from iconformer_mm.datasets.fit import (
     class_fault,
@@ -28,7 +27,7 @@ from iconformer_mm.datasets.fit import (
     look_at_model,
     other_classes,
 )
-from iconformer_mm.registry import is_type, type_name
+from iconformer_mm.registry import accepted, is_type, type_name
 from iconformer_mm.tuning import Summary, get_injection, inject, summarize
 from iconformer_mm.tuning.accounting import NO_WEIGHTS
 from iconformer_mm.tuning.injection import backbones_of

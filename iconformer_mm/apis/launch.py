@@ -22,11 +22,12 @@ from iconformer_mm.checkpoint.filename_template import FilenameTemplate
 from iconformer_mm.checkpoint.reading import guard_loading
 from iconformer_mm.checkpoint.safetensors_io import expanded
 from iconformer_mm.checkpoint.training_checkpoint import is_seed
-from iconformer_mm.command_line import ConfigOptions, Parser, one_line
+from iconformer_mm.cli.parser import ConfigOptions, Parser
 from iconformer_mm.compat import config_folder
 from iconformer_mm.engine import CheckedRunner, WeightsHook
 from iconformer_mm.engine.bfloat16_optim_wrapper import AMP_OPTIONS, APEX_OPTIONS
 from iconformer_mm.engine.hooks.adapter_checkpoint_hook import newest_intact, on_main_process
+from iconformer_mm.messages import one_line
 from iconformer_mm.registry import is_type
 from iconformer_mm.tuning.methods import build_method
 

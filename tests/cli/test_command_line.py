@@ -9,8 +9,10 @@ from mmengine.registry import HOOKS, MODELS, init_default_scope
 
 from iconformer_mm.apis import load_config, make_parser
 from iconformer_mm.apis.launch import add_peft
-from iconformer_mm.command_line import Parser, accepted, explain, merge_options, user_errors
+from iconformer_mm.cli.errors import explain, user_errors
+from iconformer_mm.cli.parser import Parser, merge_options
 from iconformer_mm.datasets.checks import DataError
+from iconformer_mm.registry import accepted
 from iconformer_mm.tuning.methods import build_method
 
 DIGITS = 'configs/quickstart/vit-quickstart_icon_digits.py'
