@@ -16,10 +16,10 @@ from mmengine.runner import Runner  # noqa: E402
 from test_peft_hook import config  # noqa: E402
 
 from iconformer_mm import load_adapter  # noqa: E402
-from iconformer_mm.adapter import main  # noqa: E402
 from iconformer_mm.apis import build_runner  # noqa: E402
 from iconformer_mm.checkpoint import read_adapter, save_safetensors  # noqa: E402
 from iconformer_mm.checkpoint.adapter_file import write_adapter  # noqa: E402
+from iconformer_mm.cli.adapter import main  # noqa: E402
 
 
 def call(capsys, *arguments):
@@ -131,7 +131,7 @@ def test_diff(files, capsys, tmp_path):
 
 
 def read_first(path):
-    from iconformer_mm.adapter import read_any
+    from iconformer_mm.cli.adapter import read_any
 
     return read_any(path)[1]
 
@@ -226,10 +226,10 @@ def test_what_nobody_expected_is_status_3(files, capsys, monkeypatch):
         raise ZeroDivisionError('two\nlines')
 
     file = files / 'run' / 'adapter.safetensors'
-    monkeypatch.setattr('iconformer_mm.adapter.read_safetensors', fail)
+    monkeypatch.setattr('iconformer_mm.cli.adapter.read_safetensors', fail)
     assert main(['info', str(file)]) == 3
     assert capsys.readouterr().err == 'error: ZeroDivisionError: two lines\n'
-    monkeypatch.setattr('iconformer_mm.adapter.read_safetensors', lambda *args: sys.exit(1))
+    monkeypatch.setattr('iconformer_mm.cli.adapter.read_safetensors', lambda *args: sys.exit(1))
     assert call(capsys, 'info', file)[0] == 3
 
 
