@@ -18,7 +18,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from iconformer_mm.apis import inspection, load_config
+from iconformer_mm.apis import inspection
+from iconformer_mm.engine import load_config
 from iconformer_mm.visualization.figures import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent

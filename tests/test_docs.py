@@ -27,7 +27,7 @@ from comparison import Board, load_comparison  # noqa: E402
 from comparison_report import report  # noqa: E402
 from docs_reference import PAGE, parser_of, write_page  # noqa: E402
 from iconformer_mm import active_adapter, inject, list_adapters, save_adapter  # noqa: E402
-from iconformer_mm.apis.launch import find_config  # noqa: E402
+from iconformer_mm.engine.config import find_config  # noqa: E402
 
 README = ROOT / 'README.md'
 PAGES = [README, *sorted((ROOT / 'docs').rglob('*.md')), *sorted((ROOT / 'configs').rglob('*.md'))]

@@ -15,8 +15,6 @@ from torch import nn
 
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm import save_adapter, summarize
-from iconformer_mm.apis import load_config
-from iconformer_mm.apis.inspection import build_model, names_weights
 from iconformer_mm.checkpoint import DamagedFileError
 from iconformer_mm.checkpoint.foreign_adapters import (
     ForeignAdapter,
@@ -30,6 +28,8 @@ from iconformer_mm.checkpoint.safetensors_io import expanded
 from iconformer_mm.cli.adapter import UserError, read_base
 from iconformer_mm.cli.errors import user_errors
 from iconformer_mm.cli.parser import Parser
+from iconformer_mm.engine import load_config
+from iconformer_mm.engine.config import build_model, names_weights
 from iconformer_mm.messages import one_line
 from iconformer_mm.tuning.injection import find_backbone
 

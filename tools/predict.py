@@ -22,10 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import iconformer_mm  # noqa: F401 (registers its parts)
 from iconformer_mm.apis.inferencer import AdapterInferencer
-from iconformer_mm.apis.launch import TRUST, guard
 from iconformer_mm.checkpoint.safetensors_io import expanded, written_whole
 from iconformer_mm.cli.errors import user_errors
-from iconformer_mm.cli.parser import Parser
+from iconformer_mm.cli.parser import TRUST, Parser, guard
 from iconformer_mm.messages import one_line
 from iconformer_mm.visualization.drawing import SCORE_THRESHOLD, draw_prediction
 

@@ -22,7 +22,7 @@ from experiments import (
     to_markdown,
 )
 from iconformer_mm import inject
-from iconformer_mm.apis import load_config
+from iconformer_mm.engine import load_config
 from iconformer_mm.tuning import Summary
 from iconformer_mm.visualization import plot_comparison
 

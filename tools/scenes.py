@@ -26,8 +26,8 @@ from experiments import (
     to_markdown,
 )
 from iconformer_mm import inject
-from iconformer_mm.apis import load_config
 from iconformer_mm.checkpoint.reading import read_checkpoint
+from iconformer_mm.engine import load_config
 from iconformer_mm.tuning import Summary
 from iconformer_mm.visualization import PredictionRow, draw_classes, draw_instances, plot_predictions
 

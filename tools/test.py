@@ -10,17 +10,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis import (
-    add_base,
-    build_runner,
-    guard,
-    leave_process_group,
-    load_by_command_line,
-    load_config,
-    make_parser,
-)
 from iconformer_mm.cli.errors import user_errors
-from iconformer_mm.cli.parser import merge_options
+from iconformer_mm.cli.parser import add_base, guard, load_by_command_line, make_parser, merge_options
+from iconformer_mm.engine import build_runner, leave_process_group, load_config
 from iconformer_mm.registry import is_type
 
 

@@ -8,19 +8,11 @@ import os
 from mmengine.config import Config
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis import (
-    add_base,
-    build_runner,
-    guard,
-    leave_process_group,
-    load_by_command_line,
-    load_config,
-    make_parser,
-)
 from iconformer_mm.apis.inspection import find_mistakes
-from iconformer_mm.apis.launch import check_precision, use_amp
 from iconformer_mm.cli.errors import user_errors
-from iconformer_mm.cli.parser import merge_options
+from iconformer_mm.cli.parser import add_base, guard, load_by_command_line, make_parser, merge_options
+from iconformer_mm.engine import build_runner, leave_process_group, load_config
+from iconformer_mm.engine.config import check_precision, use_amp
 from iconformer_mm.tuning.accounting import NO_WEIGHTS
 
 

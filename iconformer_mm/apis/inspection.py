@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.model import BaseModel, revert_sync_batchnorm
-from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope, init_default_scope
+from mmengine.registry import DATASETS, METRICS, DefaultScope, init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +25,7 @@ from iconformer_mm.datasets.fit import (
     look_at_model,
     other_classes,
 )
+from iconformer_mm.engine.config import build_model, method_of, names_weights
 from iconformer_mm.registry import accepted, is_type, type_name
 from iconformer_mm.tuning import Summary, get_injection, inject, summarize
 from iconformer_mm.tuning.accounting import NO_WEIGHTS
@@ -34,55 +33,6 @@ from iconformer_mm.tuning.injection import backbones_of
 from iconformer_mm.tuning.unused import unused_adapters
 
 MIB = 2**20
-
-
-def hooks_of(cfg: Config) -> Iterator[Any]:
-    """The configs of all hooks; one that is built already is given as it is."""
-    for hook in [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]:
-        if hook:
-            yield hook
-
-
-def method_of(cfg: Config) -> dict[str, Any] | None:
-    """Arguments for :func:`iconformer_mm.inject`, of a config's PEFTHook; None if it has none."""
-    for hook in hooks_of(cfg):
-        if is_type(hook, 'PEFTHook'):
-            if not isinstance(hook, Mapping):  # built already
-                hook = {name: getattr(hook, name) for name in accepted(type(hook))}
-            return {key: value for key, value in hook.items() if key not in ('type', 'save_adapter', 'priority')}
-    return None
-
-
-def names_weights(node: Any) -> bool:
-    """Whether a model's config says where pre-trained weights come from.
-
-    Args:
-        node: The config of the model, or a part of it.
-    """
-    if isinstance(node, Mapping):
-        inits = node.get('init_cfg') or []
-        inits = inits if isinstance(inits, (list, tuple)) else [inits]
-        # `pretrained` is a name in older configs of MMSegmentation; with timm's models it is a switch, whose
-        # default differs from library to library, and there is `checkpoint_path`.
-        if node.get('checkpoint_path') or node.get('pretrained', _timm_default(node.get('type'))):
-            return True
-        pretrained = any(is_type(init, 'Pretrained', 'PretrainedInit') for init in inits if init)
-        return pretrained or any(map(names_weights, node.values()))
-    return isinstance(node, (list, tuple)) and any(map(names_weights, node))
-
-
-def _timm_default(kind: Any) -> bool:
-    """Whether a backbone is one of timm's that takes its weights unless it is told not to."""
-    if not str(getattr(kind, '__name__', kind)).endswith('TIMMBackbone'):
-        return False
-    built = MODELS.get(kind) if isinstance(kind, str) else kind
-    option = inspect.signature(built.__init__).parameters.get('pretrained') if built is not None else None
-    # Classes of ours hand their arguments on.
-    if option is None and built is not None:
-        option = next(
-            (found for base in built.__mro__ if (found := inspect.signature(base).parameters.get('pretrained'))), None
-        )
-    return option is not None and option.default is True
 
 
 def _gives_base(path: Any) -> bool:
@@ -106,15 +56,6 @@ def parts_of_model(node: Any) -> Iterator[dict[str, Any]]:
 
 def _born_adapted(cfg: Config) -> list[dict[str, Any]]:
     return [part for part in parts_of_model(cfg.model) if type_name(part).startswith('ICoN')]
-
-
-def build_model(cfg: Config) -> BaseModel:
-    """The model of a config, on one process, without its pre-trained weights."""
-    init_default_scope(cfg.default_scope)
-    model = copy.deepcopy(cfg.model)
-    if cfg.get('data_preprocessor') is not None:  # MMPretrain's stands beside the model
-        model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return revert_sync_batchnorm(MODELS.build(model))
 
 
 def find_mistakes(cfg: Config, data: bool = True) -> list[str]:

@@ -203,8 +203,8 @@ def extract(args: argparse.Namespace) -> tuple[int, dict]:
     elif args.config is None:
         raise UserError('to extract from a checkpoint of the whole model, its --config is needed')
     else:
-        from iconformer_mm.apis import load_config
-        from iconformer_mm.apis.inspection import method_of
+        from iconformer_mm.engine import load_config
+        from iconformer_mm.engine.config import method_of
 
         checkpoint = read_whole(args.checkpoint, args.trust_base)
         state, notes = _weights_of(checkpoint, args.raw)

@@ -16,10 +16,10 @@ from mmengine.runner import Runner  # noqa: E402
 from test_peft_hook import config  # noqa: E402
 
 from iconformer_mm import load_adapter  # noqa: E402
-from iconformer_mm.apis import build_runner  # noqa: E402
 from iconformer_mm.checkpoint import read_adapter, save_safetensors  # noqa: E402
 from iconformer_mm.checkpoint.adapter_file import write_adapter  # noqa: E402
 from iconformer_mm.cli.adapter import main  # noqa: E402
+from iconformer_mm.engine import build_runner  # noqa: E402
 
 
 def call(capsys, *arguments):

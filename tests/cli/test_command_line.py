@@ -7,11 +7,10 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 
-from iconformer_mm.apis import load_config, make_parser
-from iconformer_mm.apis.launch import add_peft
 from iconformer_mm.cli.errors import explain, user_errors
-from iconformer_mm.cli.parser import Parser, merge_options
+from iconformer_mm.cli.parser import Parser, make_parser, merge_options
 from iconformer_mm.datasets.checks import DataError
+from iconformer_mm.engine import add_peft, load_config
 from iconformer_mm.registry import accepted
 from iconformer_mm.tuning.methods import build_method
 

@@ -13,7 +13,7 @@ from mmengine.registry import MODELS
 from test_peft_hook import config
 from torch import nn
 
-from iconformer_mm.apis import build_runner
+from iconformer_mm.engine import build_runner
 from iconformer_mm.engine.lr_range_test import SMOOTHING, LRRangeTest, LRRangeTestHook, prepare_config
 
 CURVATURE = 20.0

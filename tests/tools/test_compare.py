@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / 'tools'))
 import compare  # noqa: E402
 from comparison import Board, ComparisonError, load_comparison  # noqa: E402
 from comparison_report import make_rows, report, search_text, table  # noqa: E402
-from iconformer_mm.apis import load_config  # noqa: E402
+from iconformer_mm.engine import load_config  # noqa: E402
 from iconformer_mm.tuning import build_method  # noqa: E402
 
 CONFIGS = ROOT / 'configs' / 'quickstart'

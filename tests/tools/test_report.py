@@ -21,7 +21,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / 'tests' / 'engine'))
 from test_peft_hook import config  # noqa: E402
 
-from iconformer_mm.apis import build_runner  # noqa: E402
+from iconformer_mm.engine import build_runner  # noqa: E402
 
 NASTY = '</pre><script>document.title = "broken"</script><img src="http://127.0.0.1:9/x.png">'
 BROWSER = os.environ.get('ICONFORMER_MM_BROWSER') or shutil.which('chromium')

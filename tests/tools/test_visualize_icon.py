@@ -13,7 +13,7 @@ from families import stir
 from mmengine.registry import MODELS, init_default_scope
 
 from iconformer_mm import inject, save_adapter
-from iconformer_mm.apis import load_config
+from iconformer_mm.engine import load_config
 
 CONFIG = {
     'digits': 'configs/quickstart/vit-quickstart_icon_digits.py',

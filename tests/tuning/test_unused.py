@@ -100,7 +100,7 @@ def test_they_are_told_of_by_the_inspection():
 
 
 def outcome(cfg, folder, name):
-    from iconformer_mm.apis import build_runner
+    from iconformer_mm.engine import build_runner
 
     cfg.model.backbone.init_cfg = None
     cfg.update(work_dir=f'{folder}/{name}', experiment_name=name)
