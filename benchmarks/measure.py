@@ -20,7 +20,7 @@ from torch import nn
 
 from iconformer_mm.apis import inspection
 from iconformer_mm.engine import load_config
-from iconformer_mm.visualization.figures import new_figure, save_figure
+from iconformer_mm.figures import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / 'tools'))

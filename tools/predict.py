@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis.inferencer import AdapterInferencer
 from iconformer_mm.checkpoint.safetensors_io import expanded, written_whole
 from iconformer_mm.cli.errors import user_errors
 from iconformer_mm.cli.parser import TRUST, Parser, guard
+from iconformer_mm.inference import AdapterInferencer
+from iconformer_mm.inference.drawing import SCORE_THRESHOLD, draw_prediction
 from iconformer_mm.messages import one_line
-from iconformer_mm.visualization.drawing import SCORE_THRESHOLD, draw_prediction
 
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
 

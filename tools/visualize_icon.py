@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import track
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis.inferencer import AdapterInferencer
 from iconformer_mm.apis.kernel_probe import (
     AdapterLook,
     icon_adapters,
@@ -29,6 +28,7 @@ from iconformer_mm.apis.saliency import attention_map, find_block, grad_cam
 from iconformer_mm.checkpoint.reading import guard_loading
 from iconformer_mm.cli.errors import user_errors
 from iconformer_mm.cli.parser import Parser
+from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.visualization import kernels as pictures
 from predict import find_images, output_names, read_image, skip, write_json

@@ -1,3 +1,0 @@
-from .inferencer import AdapterInferencer
-
-__all__ = ['AdapterInferencer']

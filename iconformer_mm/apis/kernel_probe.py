@@ -11,10 +11,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from iconformer_mm.adapters import ICoNAdapter
+from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.injection import find_backbone
-
-from .inferencer import AdapterInferencer
 
 
 @dataclass(frozen=True)

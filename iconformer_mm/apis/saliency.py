@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from iconformer_mm.adapters import TokenGrid
+from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.tuning.grids import GridTracker, PatchEmbedTap, grid_of_call
 from iconformer_mm.tuning.injection import find_backbone
 from iconformer_mm.tuning.sites import FromPatchEmbed, Site, find_sites, no_site_error
 
-from .inferencer import AdapterInferencer
 from .kernel_probe import whole_images
 
 TOP_INSTANCES = 10

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from .figures import new_figure, save_figure
+from iconformer_mm.figures import new_figure, save_figure
 
 THUMBNAILS = 60  # more of them cover each other
 PIXELS = 80  # of a montage an inch

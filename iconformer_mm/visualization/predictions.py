@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from .figures import new_figure, save_figure
+from iconformer_mm.figures import new_figure, save_figure
 
 
 @dataclass

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iconformer_mm.figures import new_figure, save_figure
+
 from .comparison import REFERENCE
-from .figures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from iconformer_mm.engine.lr_range_test import LRRangeTest

@@ -9,9 +9,9 @@ from mmengine.registry import MODELS, init_default_scope
 from test_inferencer import DIGITS, SCENES, digit, trained
 
 from iconformer_mm import inject, save_adapter
-from iconformer_mm.apis import AdapterInferencer
 from iconformer_mm.apis.kernel_probe import icon_adapters, look_at_adapters, share_between_images, stack_layers
 from iconformer_mm.engine import load_config
+from iconformer_mm.inference import AdapterInferencer
 
 
 def adapted(root, path, method, **options):

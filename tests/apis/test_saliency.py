@@ -6,8 +6,8 @@ import torch
 from families import FAMILIES, flatten, image
 from test_inferencer import DIGITS, SCENES, digit, trained
 
-from iconformer_mm.apis import AdapterInferencer
 from iconformer_mm.apis.saliency import attention_map, find_block, grad_cam
+from iconformer_mm.inference import AdapterInferencer
 
 
 class Bare:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from mmengine.structures import BaseDataElement
 
-from .figures import new_figure, save_figure
+from iconformer_mm.figures import new_figure, save_figure
 
 SCORE_THRESHOLD = 0.3
 SHORT_SIDE = 400  # pixels, at least, of a picture with boxes

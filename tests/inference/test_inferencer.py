@@ -13,9 +13,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from iconformer_mm import inject, save_adapter
-from iconformer_mm.apis import AdapterInferencer
 from iconformer_mm.checkpoint import read_adapter, write_adapter
 from iconformer_mm.engine import load_config
+from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.tuning.accounting import WeightsError
 
 DIGITS = 'configs/quickstart/vit-quickstart_icon_digits.py'
