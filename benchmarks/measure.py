@@ -18,7 +18,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from iconformer_mm.apis import inspection
+from iconformer_mm.analysis import inspection
 from iconformer_mm.engine import load_config
 from iconformer_mm.figures import new_figure, save_figure
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# A line that curves or points are compared with.
+REFERENCE: dict[str, Any] = dict(color='black', linestyle='--', linewidth=1.2)
 
 
 def new_figure(width: float, height: float) -> Figure:

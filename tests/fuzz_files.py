@@ -43,7 +43,7 @@ from mmengine.hooks import Hook, runtime_info_hook  # noqa: E402
 from mmengine.logging import HistoryBuffer  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from test_peft_hook import config  # noqa: E402
+from tiny_runs import config  # noqa: E402
 
 from iconformer_mm import load_adapter  # noqa: E402
 from iconformer_mm.checkpoint import (  # noqa: E402

@@ -7,7 +7,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 import iconformer_mm  # noqa: F401
 from iconformer_mm import inject, summarize
-from iconformer_mm.apis.inspection import find_mistakes
+from iconformer_mm.analysis.inspection import find_mistakes
 from iconformer_mm.engine import load_config
 
 CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*/*.py'))

@@ -18,13 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import iconformer_mm  # noqa: F401 (registers its parts)
+from iconformer_mm.analysis.lr_range_test import LRRangeTest, LRRangeTestHook, plot_lr_range_test, prepare_config
 from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.cli.errors import user_errors
 from iconformer_mm.cli.parser import guard, make_parser
 from iconformer_mm.engine import build_runner, leave_process_group, load_config
 from iconformer_mm.engine.config import method_of
-from iconformer_mm.engine.lr_range_test import LRRangeTest, LRRangeTestHook, prepare_config
-from iconformer_mm.visualization.training import plot_lr_range_test
 from train import merge_args
 
 CURVES = ('rates', 'losses', 'smoothed')

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis.inspection import Inspection, inspect_model
+from iconformer_mm.analysis.inspection import Inspection, inspect_model
 from iconformer_mm.cli.errors import user_errors
 from iconformer_mm.cli.parser import make_parser, merge_options
 from iconformer_mm.engine import load_config

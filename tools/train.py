@@ -8,7 +8,7 @@ import os
 from mmengine.config import Config
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis.inspection import find_mistakes
+from iconformer_mm.analysis.inspection import find_mistakes
 from iconformer_mm.cli.errors import user_errors
 from iconformer_mm.cli.parser import add_base, guard, load_by_command_line, make_parser, merge_options
 from iconformer_mm.engine import build_runner, leave_process_group, load_config

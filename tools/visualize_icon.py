@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import track
 
 import iconformer_mm  # noqa: F401 (registers its parts)
-from iconformer_mm.apis.kernel_probe import (
+from iconformer_mm.analysis import kernel_plots as pictures
+from iconformer_mm.analysis.kernel_probe import (
     AdapterLook,
     icon_adapters,
     in_units_of_norm,
@@ -24,13 +25,12 @@ from iconformer_mm.apis.kernel_probe import (
     share_between_images,
     stack_layers,
 )
-from iconformer_mm.apis.saliency import attention_map, find_block, grad_cam
+from iconformer_mm.analysis.saliency import attention_map, find_block, grad_cam
 from iconformer_mm.checkpoint.reading import guard_loading
 from iconformer_mm.cli.errors import user_errors
 from iconformer_mm.cli.parser import Parser
 from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.tuning import get_injection
-from iconformer_mm.visualization import kernels as pictures
 from predict import find_images, output_names, read_image, skip, write_json
 
 OTHER = 'compare'

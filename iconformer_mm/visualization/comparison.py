@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from iconformer_mm.figures import new_figure, save_figure
+from iconformer_mm.figures import REFERENCE, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MARKERS = 'os^DvP*X<>hpd'
-REFERENCE: dict[str, Any] = dict(color='black', linestyle='--', linewidth=1.2)
 
 
 @dataclass

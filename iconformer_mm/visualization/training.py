@@ -6,15 +6,12 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iconformer_mm.figures import new_figure, save_figure
-
-from .comparison import REFERENCE
+from iconformer_mm.figures import new_figure
 
 if TYPE_CHECKING:
-    from iconformer_mm.engine.lr_range_test import LRRangeTest
+    pass
 
 DOTTED = 60  # up to so many values of a curve are marked, as single ones may be all there is
 LEGEND_COLUMNS = 3
@@ -68,26 +65,3 @@ def draw_history(panel: HistoryPanel, logarithmic: bool = False) -> str:
     with matplotlib.rc_context({'svg.hashsalt': panel.title}):
         figure.savefig(text, format='svg', metadata={'Date': None, 'Creator': None})
     return text.getvalue()
-
-
-def plot_lr_range_test(test: LRRangeTest, path: Path) -> None:
-    """Plot losses against learning rates, with what is suggested.
-
-    Args:
-        test: The finished test.
-        path: Image file to write.
-    """
-    figure = new_figure(6.4, 4.2)
-    axes = figure.subplots()
-    axes.plot(test.rates, test.losses, color='C0', alpha=0.3, linewidth=1, label='loss')
-    axes.plot(test.rates, test.smoothed, color='C0', linewidth=1.8, label='smoothed')
-    for index, (name, rate) in enumerate(test.suggestions().items(), 1):
-        axes.axvline(rate, label=f'{name}: {rate:.2g}', **{**REFERENCE, 'color': f'C{index}'})
-    finite = [loss for loss in test.smoothed if math.isfinite(loss)]
-    if finite:  # what explodes in the end would flatten the rest
-        low, high = min(*finite, *test.losses), max(finite[: max(1, len(finite) // 2)])
-        axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.4 * (high - low or 1))
-    axes.set(xscale='log', xlabel='learning rate', ylabel='training loss')
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
-    save_figure(figure, path)

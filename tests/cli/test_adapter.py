@@ -10,16 +10,14 @@ import uuid
 import pytest
 import torch
 from conftest import ROOT
+from mmengine.runner import Runner
+from tiny_runs import config
 
-sys.path.insert(0, str(ROOT / 'tests' / 'engine'))
-from mmengine.runner import Runner  # noqa: E402
-from test_peft_hook import config  # noqa: E402
-
-from iconformer_mm import load_adapter  # noqa: E402
-from iconformer_mm.checkpoint import read_adapter, save_safetensors  # noqa: E402
-from iconformer_mm.checkpoint.adapter_file import write_adapter  # noqa: E402
-from iconformer_mm.cli.adapter import main  # noqa: E402
-from iconformer_mm.engine import build_runner  # noqa: E402
+from iconformer_mm import load_adapter
+from iconformer_mm.checkpoint import read_adapter, save_safetensors
+from iconformer_mm.checkpoint.adapter_file import write_adapter
+from iconformer_mm.cli.adapter import main
+from iconformer_mm.engine import build_runner
 
 
 def call(capsys, *arguments):

@@ -14,7 +14,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from iconformer_mm import add_adapter, set_adapter
-from iconformer_mm.apis.inspection import find_mistakes, unseen_data
+from iconformer_mm.analysis.inspection import find_mistakes, unseen_data
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.datasets.fit import DepthRange, Head, Model, class_fault, find_class_list_fault, look_at_model
 from iconformer_mm.datasets.scenes import WRITERS, scenes

@@ -6,7 +6,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from safetensors.torch import load_file
-from test_peft_hook import config
+from tiny_runs import config
 
 from iconformer_mm.checkpoint import DamagedFileError, load_safetensors, read_adapter
 from iconformer_mm.checkpoint.training_checkpoint import save_checkpoint

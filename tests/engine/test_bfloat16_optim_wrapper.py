@@ -1,19 +1,14 @@
 """Mixed precision on a CPU, with whatever a config for a GPU has."""
 
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
+from tiny_runs import config
 from torch import nn
 
 from iconformer_mm.engine import BFloat16OptimWrapper, build_runner
 from iconformer_mm.engine import config as configs
-
-sys.path.insert(0, str(ROOT / 'tests' / 'engine'))
-from test_peft_hook import config  # noqa: E402
 
 SGD = dict(type='SGD', lr=0.1)
 

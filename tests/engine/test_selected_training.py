@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from test_adapter_checkpoint_hook import Interrupted, equal, make, state
-from test_peft_hook import build
+from tiny_runs import build
 
 from iconformer_mm import inject, remove
 from iconformer_mm.checkpoint import load_safetensors, read_adapter

@@ -7,7 +7,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from test_peft_hook import config
+from tiny_runs import config
 
 from iconformer_mm import load_adapter
 from iconformer_mm.checkpoint import AdapterFileError, load_safetensors, read_adapter, write_adapter

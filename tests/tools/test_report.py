@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import uuid
 
 import cv2
@@ -17,11 +16,9 @@ import numpy as np
 import pytest
 from commands import scalars, tool
 from conftest import ROOT
+from tiny_runs import config
 
-sys.path.insert(0, str(ROOT / 'tests' / 'engine'))
-from test_peft_hook import config  # noqa: E402
-
-from iconformer_mm.engine import build_runner  # noqa: E402
+from iconformer_mm.engine import build_runner
 
 NASTY = '</pre><script>document.title = "broken"</script><img src="http://127.0.0.1:9/x.png">'
 BROWSER = os.environ.get('ICONFORMER_MM_BROWSER') or shutil.which('chromium')

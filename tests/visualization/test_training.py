@@ -5,8 +5,8 @@ import cv2
 import numpy as np
 import pytest
 
-from iconformer_mm.engine.lr_range_test import LRRangeTest
-from iconformer_mm.visualization.training import HistoryPanel, draw_history, plot_lr_range_test
+from iconformer_mm.analysis.lr_range_test import LRRangeTest, plot_lr_range_test
+from iconformer_mm.visualization.training import HistoryPanel, draw_history
 
 
 @pytest.mark.parametrize('values', [[3.0, 2.0, 1.0], [1.0], [0.0, -1.0], [math.nan], [1.0, math.inf, 2.0]])

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS
 
 from iconformer_mm import inject, save_adapter
-from iconformer_mm.apis.inspection import find_mistakes, inspect_model
+from iconformer_mm.analysis.inspection import find_mistakes, inspect_model
 from iconformer_mm.checkpoint import save_safetensors
 from iconformer_mm.engine import load_config
 from iconformer_mm.engine.config import build_model, method_of

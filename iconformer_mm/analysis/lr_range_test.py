@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
+from iconformer_mm.figures import REFERENCE, new_figure, save_figure
 from iconformer_mm.registry import is_type
 
 SMOOTHING = 0.9
@@ -162,3 +164,26 @@ def prepare_config(cfg: Config, num_iters: int) -> None:
     for hook in [*(cfg.get('custom_hooks') or []), *cfg.default_hooks.values()]:
         if hook and is_type(hook, 'PEFTHook'):
             hook['save_adapter'] = False
+
+
+def plot_lr_range_test(test: LRRangeTest, path: Path) -> None:
+    """Plot losses against learning rates, with what is suggested.
+
+    Args:
+        test: The finished test.
+        path: Image file to write.
+    """
+    figure = new_figure(6.4, 4.2)
+    axes = figure.subplots()
+    axes.plot(test.rates, test.losses, color='C0', alpha=0.3, linewidth=1, label='loss')
+    axes.plot(test.rates, test.smoothed, color='C0', linewidth=1.8, label='smoothed')
+    for index, (name, rate) in enumerate(test.suggestions().items(), 1):
+        axes.axvline(rate, label=f'{name}: {rate:.2g}', **{**REFERENCE, 'color': f'C{index}'})
+    finite = [loss for loss in test.smoothed if math.isfinite(loss)]
+    if finite:  # what explodes in the end would flatten the rest
+        low, high = min(*finite, *test.losses), max(finite[: max(1, len(finite) // 2)])
+        axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.4 * (high - low or 1))
+    axes.set(xscale='log', xlabel='learning rate', ylabel='training loss')
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    save_figure(figure, path)

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from iconformer_mm.visualization.kernels import (
+from iconformer_mm.analysis.kernel_plots import (
     FilteredMaps,
     SaliencyRow,
     plot_components,

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from families import stir
 from mmengine.registry import MODELS, init_default_scope
-from test_inferencer import DIGITS, SCENES, digit, trained
+from trained_adapters import DIGITS, SCENES, digit, trained
 
 from iconformer_mm import inject, save_adapter
-from iconformer_mm.apis.kernel_probe import icon_adapters, look_at_adapters, share_between_images, stack_layers
+from iconformer_mm.analysis.kernel_probe import icon_adapters, look_at_adapters, share_between_images, stack_layers
 from iconformer_mm.engine import load_config
 from iconformer_mm.inference import AdapterInferencer
 

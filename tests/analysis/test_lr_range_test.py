@@ -10,11 +10,11 @@ import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
-from test_peft_hook import config
+from tiny_runs import config
 from torch import nn
 
+from iconformer_mm.analysis.lr_range_test import SMOOTHING, LRRangeTest, LRRangeTestHook, prepare_config
 from iconformer_mm.engine import build_runner
-from iconformer_mm.engine.lr_range_test import SMOOTHING, LRRangeTest, LRRangeTestHook, prepare_config
 
 CURVATURE = 20.0
 

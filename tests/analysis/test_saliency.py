@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, flatten, image
-from test_inferencer import DIGITS, SCENES, digit, trained
+from trained_adapters import DIGITS, SCENES, digit, trained
 
-from iconformer_mm.apis.saliency import attention_map, find_block, grad_cam
+from iconformer_mm.analysis.saliency import attention_map, find_block, grad_cam
 from iconformer_mm.inference import AdapterInferencer
 
 
