@@ -10,9 +10,9 @@ from pathlib import Path
 
 from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.cli.parser import Parser
-from iconformer_mm.visualization.comparison_page import report_comparison
-from iconformer_mm.visualization.report_page import MIB, ReportError, render_page
-from iconformer_mm.visualization.run_report import report_run
+from iconformer_mm.reports.comparison_page import report_comparison
+from iconformer_mm.reports.report_page import MIB, ReportError, render_page
+from iconformer_mm.reports.run_report import report_run
 
 
 def parse_args() -> argparse.Namespace:

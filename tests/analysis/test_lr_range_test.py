@@ -4,6 +4,7 @@ import json
 import math
 import uuid
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,13 @@ from mmengine.registry import MODELS
 from tiny_runs import config
 from torch import nn
 
-from iconformer_mm.analysis.lr_range_test import SMOOTHING, LRRangeTest, LRRangeTestHook, prepare_config
+from iconformer_mm.analysis.lr_range_test import (
+    SMOOTHING,
+    LRRangeTest,
+    LRRangeTestHook,
+    plot_lr_range_test,
+    prepare_config,
+)
 from iconformer_mm.engine import build_runner
 
 CURVATURE = 20.0
@@ -144,3 +151,12 @@ def test_a_base_rate_of_zero_cannot_be_scaled(tmp_path):
     with pytest.raises(ValueError, match='needs a positive `optim_wrapper.optimizer.lr`'):
         run(tmp_path, parabola(lr=0.0), LRRangeTestHook(num_iters=20))
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize('losses', [[2.0] * 5 + [1.0, 0.5, 0.2, 0.1, 0.3, 9.0], [1.0] * 3, [math.nan] * 12])
+def test_a_range_test_is_plotted(tmp_path, losses):
+    test = LRRangeTest()
+    for index, loss in enumerate(losses):
+        test.add(1e-4 * 2**index, loss)
+    plot_lr_range_test(test, tmp_path / 'p.png')
+    assert len(np.unique(cv2.imread(str(tmp_path / 'p.png')).reshape(-1, 3), axis=0)) > 50

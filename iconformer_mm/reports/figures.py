@@ -1,4 +1,4 @@
-"""Plots of one training run: its history, and a learning-rate range test."""
+"""Plots of one training run: its history."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from iconformer_mm.figures import new_figure
-
-if TYPE_CHECKING:
-    pass
 
 DOTTED = 60  # up to so many values of a curve are marked, as single ones may be all there is
 LEGEND_COLUMNS = 3

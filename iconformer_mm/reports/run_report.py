@@ -13,8 +13,8 @@ from typing import Any
 
 from iconformer_mm.checkpoint import AdapterFileError, read_adapter
 
+from .figures import HistoryPanel, draw_history
 from .report_page import IMAGE_KINDS, Page, Picture, ReportError, Section, Table, format_value, read_picture
-from .training import HistoryPanel, draw_history
 
 MAX_PICTURES = 48
 MAX_PANELS = 12

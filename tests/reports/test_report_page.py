@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from iconformer_mm.visualization.report_page import Page, Section, Table, format_value, read_picture, render_page
+from iconformer_mm.reports.report_page import Page, Section, Table, format_value, read_picture, render_page
 
 NASTY = '</pre></td></style><script>alert("x")</script> & \' {{ 7 * 7 }} ünï'
 

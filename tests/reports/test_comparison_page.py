@@ -6,8 +6,8 @@ import shutil
 import pytest
 from conftest import ROOT
 
-from iconformer_mm.visualization.comparison_page import report_comparison
-from iconformer_mm.visualization.report_page import ReportError, render_page
+from iconformer_mm.reports.comparison_page import report_comparison
+from iconformer_mm.reports.report_page import ReportError, render_page
 
 PEFT = ROOT / 'docs' / 'comparison' / 'peft'
 

@@ -12,14 +12,8 @@ sys.path.insert(0, str(ROOT / 'tests' / 'tuning'))
 from test_switching import classifier  # noqa: E402
 
 from iconformer_mm import inject, save_adapter, summarize  # noqa: E402
-from iconformer_mm.visualization.report_page import ReportError  # noqa: E402
-from iconformer_mm.visualization.run_report import (  # noqa: E402
-    best_of,
-    read_environment,
-    read_run,
-    read_trained,
-    report_run,
-)
+from iconformer_mm.reports.report_page import ReportError  # noqa: E402
+from iconformer_mm.reports.run_report import best_of, read_environment, read_run, read_trained, report_run  # noqa: E402
 
 MIB = 2**20
 ENVIRONMENT = """2026/01/01 10:00:00 - mmengine - INFO -
