@@ -24,7 +24,7 @@ from iconformer_mm.figures import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / 'tools'))
-from experiments import to_markdown  # noqa: E402
+from iconformer_mm.comparison.experiments import to_markdown  # noqa: E402
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import statistics
-import sys
 from copy import deepcopy
 
 import cv2
@@ -13,12 +12,12 @@ from commands import tool
 from conftest import ROOT
 from rich.console import Console
 
-sys.path.insert(0, str(ROOT / 'tools'))
-import compare  # noqa: E402
-from comparison import Board, ComparisonError, load_comparison  # noqa: E402
-from comparison_report import make_rows, report, search_text, table  # noqa: E402
-from iconformer_mm.engine import load_config  # noqa: E402
-from iconformer_mm.tuning import build_method  # noqa: E402
+from iconformer_mm.cli.compare import main
+from iconformer_mm.comparison.results import Board
+from iconformer_mm.comparison.spec import ComparisonError, load_comparison
+from iconformer_mm.comparison.tables import make_rows, report, search_text, table
+from iconformer_mm.engine import load_config
+from iconformer_mm.tuning import build_method
 
 CONFIGS = ROOT / 'configs' / 'quickstart'
 DIGITS = dict(
@@ -50,7 +49,7 @@ def cells(out):
     return {str(path.relative_to(out / 'cells')): path.stat().st_mtime_ns for path in out.glob('cells/*/*/*.json')}
 
 
-def test_runs_are_resumed(tmp_path, monkeypatch, capsys):
+def test_runs_are_resumed(tmp_path, capsys):
     """A crash stops no other run, what is finished stays, and what has other settings runs again."""
     content = deepcopy(COMPARISON)
     content['methods']['broken'] = dict(title='broken', method=dict(type='icon', bottlenek=4))
@@ -90,8 +89,7 @@ def test_runs_are_resumed(tmp_path, monkeypatch, capsys):
     assert second.keys() == first.keys()
     assert {name for name in first if second[name] != first[name]} == {name for name in first if 'icon' in name}
 
-    monkeypatch.setattr(sys, 'argv', ['compare.py', str(path), '--out', str(out)])
-    compare.main()
+    main([str(path), '--out', str(out)])
     output = capsys.readouterr().out
     assert cells(out) == second and 'another' not in output and 'left' not in output
 
@@ -249,9 +247,8 @@ def test_mistakes_in_the_file(tmp_path, where, value, message):
 )
 def test_mistakes_on_the_command_line(arguments, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, 'argv', ['compare.py', *arguments])
     with pytest.raises(SystemExit) as error:
-        compare.main()
+        main(arguments)
     assert message in str(error.value)
 
 

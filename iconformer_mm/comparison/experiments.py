@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 from iconformer_mm.checkpoint.reading import read_checkpoint
 from iconformer_mm.cli.parser import Parser
+from iconformer_mm.compat import config_folder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = config_folder('iconformer_mm').parent  # the checkout; of an installed package its .mim
 TRAIN = ROOT / 'tools' / 'train.py'
 
 
@@ -47,7 +48,7 @@ class Run:
         Raises:
             RuntimeError: The process failed; the message ends with its last lines.
         """
-        command = [sys.executable, TRAIN, self.config, '--work-dir', self.folder]
+        command = [sys.executable, str(TRAIN), str(self.config), '--work-dir', str(self.folder)]
         if self.options:
             command += ['--cfg-options', *self.options]
         environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
@@ -169,8 +170,8 @@ def make_data(folder: Path, *options: str) -> None:
         *options: Further options of ``make_scenes.py``.
     """
     if not folder.exists():
-        command = [sys.executable, ROOT / 'tools' / 'dataset_converters' / 'make_scenes.py']
-        subprocess.run([*command, '--out', folder.parent, '--styles', folder.name, *options], check=True)
+        command = [sys.executable, str(ROOT / 'tools' / 'dataset_converters' / 'make_scenes.py')]
+        subprocess.run([*command, '--out', str(folder.parent), '--styles', folder.name, *options], check=True)
 
 
 def print_table(title: str, titles: Sequence[Sequence[str]], rows: Iterable[Sequence[str]], console: Console) -> None:

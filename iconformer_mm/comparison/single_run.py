@@ -22,13 +22,14 @@ from mmengine.runner import Runner
 from torch import nn
 
 import iconformer_mm
-from experiments import ROOT, check_tensors, load_base
 from iconformer_mm import summarize
 from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.engine import add_peft, build_runner, load_config
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import find_backbone
+
+from .experiments import ROOT, check_tensors, load_base
 
 CURVE_POINTS = 50
 
@@ -52,6 +53,7 @@ class DivergenceHook(Hook):
         Raises:
             Diverged: It is infinite or no number.
         """
+        assert outputs is not None  # a training step gives its losses
         if not outputs['loss'].isfinite():
             raise Diverged
 
@@ -60,7 +62,7 @@ def run_cell(settings: dict[str, Any], base: Path, folder: Path, result: Path) -
     """Train and validate on one core, and write the result.
 
     Args:
-        settings: All that determines the result, see ``comparison.Cell``.
+        settings: All that determines the result, see :class:`iconformer_mm.comparison.spec.Cell`.
         base: Pre-trained weights, which frozen ones are compared with.
         folder: Work folder with the output, ``output.log``; removed in the end.
         result: File to write.
@@ -167,7 +169,8 @@ def check_frozen_weights(model: nn.Module, base: Path) -> bool:
     Raises:
         RuntimeError: A frozen parameter changed, or the base lacks it.
     """
-    if not get_injection(model).method.freezes:
+    injection = get_injection(model)
+    if injection is None or not injection.method.freezes:
         return False
     state = {name: p.detach().cpu() for name, p in find_backbone(model).named_parameters() if not is_adapter(name)}
     weights = load_base(base)

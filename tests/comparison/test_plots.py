@@ -2,8 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from iconformer_mm.visualization import CurvePanel, TradeoffPanel, plot_curves, plot_tradeoff
-from iconformer_mm.visualization.comparison import smooth
+from iconformer_mm.comparison.plots import CurvePanel, TradeoffPanel, plot_curves, plot_tradeoff, smooth
 
 NAMES = [f'method {index}' for index in range(16)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable
@@ -12,10 +13,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from comparison import Board, Method, Task
-from experiments import print_table, to_markdown
 from iconformer_mm.checkpoint.safetensors_io import written_whole
-from iconformer_mm.visualization import CurvePanel, TradeoffPanel, plot_curves, plot_tradeoff
+
+from .experiments import print_table, to_markdown
+from .plots import CurvePanel, TradeoffPanel, plot_curves, plot_tradeoff
+from .results import Board
+from .spec import Method, Task
 
 FILES = ('results.json', 'results.csv', 'table.md', 'search.md', 'tradeoff.png', 'curves.png')
 
@@ -51,7 +54,7 @@ class Row:
     trained_backbone: int
     backbone_share: float
     train_seconds: float
-    rank: float | None = None
+    rank: float = math.nan
     scores: tuple[float | None, ...] = ()
 
 
@@ -69,12 +72,13 @@ def make_row(board: Board, task: Task, method: Method) -> Row | None:
     if not cells:
         return None
     scores = [None if cell['score'] is None else task.factor * cell['score'] for cell in cells]
-    whole = None not in scores
+    numbers = [score for score in scores if score is not None]
+    whole = len(numbers) == len(scores)
     return Row(
         task=task.name,
         method=method.name,
-        mean=statistics.mean(scores) if whole else None,
-        std=statistics.stdev(scores) if whole and len(scores) > 1 else None,
+        mean=statistics.mean(numbers) if whole else None,
+        std=statistics.stdev(numbers) if whole and len(numbers) > 1 else None,
         seeds=0 if rate is None else len(cells),
         diverged=scores.count(None),
         learning_rate=rate,
@@ -188,8 +192,11 @@ def tradeoff_panels(board: Board, rows: Rows) -> list[TradeoffPanel]:
     """What is plotted of scores against trained parameters: a panel a task that was run."""
     panels = []
     for task in board.comparison.tasks.values():
-        found = [row for row in rows.values() if row.task == task.name and row.mean is not None]
-        points = {board.comparison.methods[r.method].title: (r.trained_backbone, r.mean, r.std or 0.0) for r in found}
+        points = {
+            board.comparison.methods[row.method].title: (row.trained_backbone, row.mean, row.std or 0.0)
+            for row in rows.values()
+            if row.task == task.name and row.mean is not None
+        }
         panels.append(TradeoffPanel(axis_title(task), points))
     return [panel for panel in panels if panel.points] or panels
 
@@ -208,7 +215,7 @@ def curve_panels(board: Board, rows: Rows) -> list[CurvePanel]:
     return [panel for panel in panels if panel.curves] or panels
 
 
-def write(path: Path, writer: Callable[[Path], None]) -> None:
+def write(path: Path, writer: Callable[[Path], object]) -> None:
     """Have a file written, which is complete or as it was."""
     with written_whole(path) as temporary:
         writer(temporary)
