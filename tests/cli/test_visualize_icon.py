@@ -1,8 +1,6 @@
 """The tool, run by its main function."""
 
 import json
-import sys
-from importlib import import_module
 
 import cv2
 import numpy as np
@@ -13,6 +11,7 @@ from families import stir
 from mmengine.registry import MODELS, init_default_scope
 
 from iconformer_mm import inject, save_adapter
+from iconformer_mm.cli.visualize_icon import main
 from iconformer_mm.engine import load_config
 
 CONFIG = {
@@ -44,15 +43,13 @@ def make_images(folder, number=3, size=(40, 56)):
 
 
 @pytest.fixture
-def visualize(monkeypatch):
+def visualize():
     """Run the tool; its status or its message."""
 
     def run(task, *arguments):
-        monkeypatch.syspath_prepend(str(ROOT / 'tools'))
         options = ['--config', ROOT / CONFIG[task], '--device', 'cpu']
-        monkeypatch.setattr(sys, 'argv', ['visualize_icon.py', *map(str, [*arguments, *options])])
         with pytest.raises(SystemExit) as exit_info:
-            import_module('visualize_icon').main()
+            main([*map(str, [*arguments, *options])])
         return exit_info.value.code
 
     return run
