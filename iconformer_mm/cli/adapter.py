@@ -307,7 +307,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
         '--trust-base', action='store_true', help='unpickle a .pth file even if that could execute code in it'
     )
     parser = AdapterParser(
-        prog='adapter',
+        prog='iconformer adapter',
         description='Look at, extract, apply, compare and check adapter files and adapter checkpoints.',
         epilog='Exit status: 0 if all is well, 1 if files differ or do not belong together, 3 for whatever else went '
         'wrong: a file that is missing or cannot be read, or a mistake on the command line.',
