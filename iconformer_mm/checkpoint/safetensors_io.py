@@ -1,4 +1,4 @@
-"""Safetensors files: written whole or not at all, checked when read, known to MMEngine's loader."""
+"""Safetensors files: written whole or not at all, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import IO, Any
 
 import safetensors
 import torch
-from mmengine.runner import CheckpointLoader
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -247,38 +246,3 @@ def remove_abandoned(folder: Path) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
             path.rmdir()  # the writer of an empty one that lives makes another
-
-
-def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a local safetensors file for MMEngine: ``init_cfg``, ``load_from``, ``resume`` and the like.
-
-    Args:
-        filename: Path of the file.
-        map_location: Device for the tensors. Defaults to None, the CPU.
-
-    Returns:
-        The state dict; of a training checkpoint all that MMEngine's own hold; of an adapter file
-        its tensors as ``state_dict`` and its metadata as ``adapter_file``.
-
-    Raises:
-        AdapterFileError: The file is an adapter file whose metadata is damaged or too new.
-        DamagedFileError: The file is damaged or of another format.
-        FileNotFoundError: There is no such file.
-    """
-    from .adapter_file import is_adapter_file, parse_adapter
-    from .training_checkpoint import decode_checkpoint, is_checkpoint
-
-    metadata, tensors = read_safetensors(filename)
-    if isinstance(map_location, (str, torch.device)):
-        tensors = {name: value.to(map_location) for name, value in tensors.items()}
-    if is_checkpoint(metadata):
-        return decode_checkpoint(metadata, tensors, filename)
-    if is_adapter_file(metadata):
-        return dict(meta={}, state_dict=tensors, adapter_file=parse_adapter(metadata, filename))
-    return tensors
-
-
-@CheckpointLoader.register_scheme(prefixes=r'(?!\w+://).*\.safetensors$', force=True)
-def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """:func:`load_safetensors` for MMEngine, which logs what follows ``load_from_`` in a loader's name."""
-    return load_safetensors(filename, map_location)
