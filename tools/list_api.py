@@ -21,7 +21,6 @@ from iconformer_mm.registry import PEFT_METHODS
 PACKAGE = 'iconformer_mm'
 MODULES = ('', '.adapters', '.checkpoint', '.comparison', '.engine', '.inference', '.ops', '.tuning')
 REGISTRIES = (
-    ('iconformer_mm', 'ADAPTERS'),
     ('mmengine', 'HOOKS'),
     ('mmengine', 'OPTIM_WRAPPERS'),
     ('mmengine', 'OPTIM_WRAPPER_CONSTRUCTORS'),
