@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from iconformer_mm.checkpoint.safetensors_io import written_whole
+from iconformer_mm.files import written_whole
 from iconformer_mm.registry import PEFT_METHODS
 
 PACKAGE = 'iconformer_mm'
