@@ -11,7 +11,19 @@ from mmengine.registry import init_default_scope
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ['PIP_NO_INDEX'] = '1'  # nothing may be installed by a test
 # Processes that tests start by forkserver are copies of one that has imported the libraries.
-multiprocessing.set_forkserver_preload(['warm'])
+multiprocessing.set_forkserver_preload(
+    [
+        'torch._dynamo',
+        'torch.distributed.fsdp',
+        'iconformer_mm.cli.main',
+        'mmpretrain.models',
+        'mmpretrain.datasets',
+        'mmdet.models',
+        'mmdet.datasets',
+        'mmseg.models',
+        'mmseg.datasets',
+    ]
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
