@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     failed = []
     if not args.report_only:
         render_scenes(comparison, tasks)
-        scheduler = Scheduler(results, tasks, methods, args, console)
+        scheduler = Scheduler(results, tasks, methods, args.jobs, args.minutes, console)
         if results.left(tasks, methods):
             scheduler.run()
         failed = scheduler.failed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Collection
@@ -37,7 +36,8 @@ class Scheduler:
         results: What is finished.
         tasks: Names of the tasks to run.
         methods: Names of the methods to run.
-        args: The command line.
+        jobs: How many at a time, one core each.
+        minutes: After so many no run is begun; None for no limit.
         console: Where progress is shown.
     """
 
@@ -46,12 +46,14 @@ class Scheduler:
         results: Results,
         tasks: Collection[str],
         methods: Collection[str],
-        args: argparse.Namespace,
+        jobs: int,
+        minutes: float | None,
         console: Console,
     ) -> None:
         self.results = results
         self.selection = (tasks, methods)
-        self.args = args
+        self.jobs = jobs
+        self.minutes = minutes
         self.console = console
         self.begun: set[str] = set()
         self.failed: list[str] = []
@@ -72,7 +74,7 @@ class Scheduler:
             bar = progress.add_task('runs', total=self.results.left(*self.selection))
             try:
                 while True:
-                    if self.args.minutes is None or time.monotonic() - start < 60 * self.args.minutes:
+                    if self.minutes is None or time.monotonic() - start < 60 * self.minutes:
                         self._start_runs()
                     if not self.running:
                         break
@@ -90,7 +92,7 @@ class Scheduler:
 
     def _start_runs(self) -> None:
         ready = [run for run in self.results.ready(*self.selection) if run.name not in self.begun]
-        for run in ready[: self.args.jobs - len(self.running)]:
+        for run in ready[: self.jobs - len(self.running)]:
             self.begun.add(run.name)
             pictures = run.task.pictures if run.seed == self.results.comparison.seeds[0] and not run.search else ()
             job = (run.settings, ROOT / run.task.base, self.results.work_dir(run), self.results.file(run), pictures)

@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from iconformer_mm.comparison.results import result_files
+from iconformer_mm.comparison.tables import PICTURES
 
 from .report_page import Page, ReportError, Section, Table, format_value, read_picture
 
@@ -59,6 +60,7 @@ def report_comparison(folder: Path) -> Page:
     sections = [
         _markdown_section('Summary', folder / 'table.md'),
         _plots(folder),
+        *_predictions(folder),
         Section('Runs', notes=problems, tables=[runs]),
         _markdown_section('Search of learning rates', folder / 'search.md'),
         Section('Environment', facts={package: ', '.join(sorted(found)) for package, found in versions.items()}),
@@ -110,6 +112,12 @@ def _plots(folder: Path) -> Section:
         else:
             section.pictures.append(picture)
     return section
+
+
+def _predictions(folder: Path) -> list[Section]:
+    """The picture of predictions, which few comparisons have."""
+    picture = read_picture(folder / PICTURES, 'predictions of the first seed of each method')
+    return [] if picture is None else [Section('Predictions', look='wide', pictures=[picture])]
 
 
 def _markdown_section(title: str, path: Path) -> Section:

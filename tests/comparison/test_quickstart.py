@@ -23,6 +23,11 @@ def shorten(name, path, options, methods=None):
     return path
 
 
+def test_the_script_runs_the_comparison():
+    (command,) = [line for line in (ROOT / 'tools' / 'quickstart.sh').read_text().splitlines() if 'compare.py' in line]
+    assert 'tools/compare.py configs/comparison/quickstart.yaml --out work_dirs/quickstart "$@"' in command
+
+
 def test_quickstart(tmp_path):
     """A table, plots, and frozen weights that are the base's, bit by bit."""
     short = shorten('quickstart', tmp_path / 'q.yaml', {'train_cfg.max_epochs': 6, 'train_cfg.val_interval': 6})

@@ -55,3 +55,12 @@ def test_damaged_results_are_an_error(tmp_path, content):
     (tmp_path / 'results.json').write_text(content)
     with pytest.raises(ReportError, match='is no result of tools/compare.py'):
         report_comparison(tmp_path)
+
+
+def test_a_picture_of_predictions_has_a_section(tmp_path):
+    for name in ('results.json', 'table.md', 'search.md', 'tradeoff.png', 'curves.png'):
+        shutil.copy(PEFT / name, tmp_path)
+    assert 'Predictions' not in [section.title for section in report_comparison(tmp_path).sections]
+    shutil.copy(PEFT / 'curves.png', tmp_path / 'predictions.png')
+    (section,) = [section for section in report_comparison(tmp_path).sections if section.title == 'Predictions']
+    assert len(section.pictures) == 1 and 'plot' not in section.look  # whose colours turn in the dark
