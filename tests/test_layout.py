@@ -82,7 +82,8 @@ def test_modules_of_a_part_import_one_another_one_way():
 
 
 TOOLS = [*(ROOT / 'tools').glob('*.py'), *(ROOT / 'tools' / 'dataset_converters').glob('*.py')]
-WRITERS_OF_PAGES = ('docs_reference.py', 'families_table.py', 'list_api.py')  # of docs/, for those who work on the project
+# They write pages of docs/, for those who work on the project.
+WRITERS_OF_PAGES = ('docs_reference.py', 'families_table.py', 'list_api.py')
 
 
 @pytest.mark.parametrize('path', [p for p in TOOLS if p.name not in WRITERS_OF_PAGES], ids=lambda path: path.name)
