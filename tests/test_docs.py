@@ -201,7 +201,7 @@ def test_comparison(name, tmp_path):
     """The tables of the report are those of its runs, and the runs those of the configs."""
     folder = ROOT / 'benchmarks' / 'results' / name
     results = Results(load_comparison(ROOT / 'configs' / 'comparison' / f'{name}.yaml'), folder)
-    assert not results.stale and len(results.finished) == len(list(folder.glob('runs/*/*/*.json'))) > 300
+    assert not results.stale and len(results.finished) == len(list(folder.glob('runs/*/*/*.json'))) > 50
     report(results, tmp_path, Console(file=io.StringIO()))
     for file in ('table.md', 'search.md', 'results.csv'):
         assert (tmp_path / file).read_text() == (folder / file).read_text(), file
