@@ -26,6 +26,7 @@ from iconformer_mm.files import written_whole
 from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.models import mmdet_backbones, mmpretrain_backbones, mmseg_backbones, mmseg_depth_head
 from iconformer_mm.registry import PEFT_METHODS
+from iconformer_mm.tuning import PEFTMethod
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'reference.md'
@@ -62,8 +63,6 @@ TOOLS = (
     'adapter.py',
     'convert_adapter.py',
     'compare.py',
-    'quickstart.py',
-    'scenes.py',
     'export_backbone.py',
     'dataset_converters/make_scenes.py',
     'dataset_converters/nyu.py',
@@ -119,7 +118,7 @@ def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
 
 
-def method_section(name: str, method: type) -> str:
+def method_section(name: str, method: type[PEFTMethod]) -> str:
     """A PEFT method, its options with types and defaults."""
     adapter = getattr(method, 'adapter_class', None)
     described = described_arguments(method, adapter)
@@ -166,7 +165,7 @@ class _Captured(Exception):
     """Carries a tool's parser out of it."""
 
 
-def parser_of(path: Path) -> argparse.ArgumentParser | None:
+def parser_of(path: Path) -> Any:
     """The command line of a tool, as it is when the tool begins to read it; None if it has none."""
 
     def capture(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
@@ -176,6 +175,7 @@ def parser_of(path: Path) -> argparse.ArgumentParser | None:
         return None
     name = f'_command_line_of_{path.stem}'
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     with (
@@ -220,7 +220,7 @@ def _plain(value: Any) -> str:
 
 def write_page() -> str:
     """The page's text."""
-    rooms = {
+    sections = {
         'PEFT methods': [method_section(name, method) for name, method in sorted(PEFT_METHODS.module_dict.items())],
         'Hooks and the like': [call_section(hook.__name__, hook) for hook in HOOKS],
         'Backbones and heads': [
@@ -239,7 +239,7 @@ def write_page() -> str:
         ],
         'Command line': [command_section(f'python tools/{name}', parser_of(ROOT / 'tools' / name)) for name in TOOLS],
     }
-    return HEADER + ''.join(f'\n## {room}\n\n' + '\n'.join(sections) for room, sections in rooms.items())
+    return HEADER + ''.join(f'\n## {title}\n\n' + '\n'.join(parts) for title, parts in sections.items())
 
 
 def main() -> None:

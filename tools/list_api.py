@@ -72,7 +72,7 @@ def _members(cls: type, listed: Sequence[str]) -> Iterator[str]:
         for name, member in vars(base).items():
             if name in known or (name.startswith('_') and name != '__call__'):
                 continue
-            if isinstance(member, property):
+            if isinstance(member, property) and member.fget is not None:
                 yield f'    {name}: {signature(member.fget, True).removeprefix("() -> ")}'
             elif isinstance(member, (classmethod, staticmethod)):
                 yield f'    {name}{signature(member.__func__, isinstance(member, classmethod))}'

@@ -12,11 +12,10 @@ __getattr__ = moved(
             'plot_curves',
             'plot_tradeoff',
         ],
-        'iconformer_mm.comparison.predictions': [
+        'iconformer_mm.comparison.prediction_plots': [
             'PredictionRow',
-            'draw_classes',
-            'draw_instances',
             'plot_predictions',
         ],
+        'iconformer_mm.inference.drawing': ['draw_classes', 'draw_instances'],
     },
 )
