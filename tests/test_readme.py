@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 from mmengine.config import Config
 
-from iconformer_mm.apis import load_config
+from iconformer_mm.engine import load_config
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PROJECT = r'https://(?:github\.com/[\w-]+/iconformer_mm/blob|raw\.githubusercontent\.com/[\w-]+/iconformer_mm)/main/'
