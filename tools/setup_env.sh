@@ -21,7 +21,7 @@ if [ "${1:-}" = --original ]; then
     stack=original pythons='3.11' mmcv=mmcv
     venv=${1:-$root/.venv-original}
     constraints=$root/requirements/constraints-original.txt
-    ours=(--requirement "$root/requirements/original.txt" --editable "$root")
+    ours=(--requirement "$root/requirements/original.txt" --editable "$root[cpu,report,timm]")
 else
     stack=maintained pythons='3.11 or 3.12' mmcv=onedl-mmcv
     venv=${1:-$root/.venv}
@@ -69,7 +69,7 @@ find_python() {
 }
 
 stamp=$venv/.iconformer_mm
-wanted=$(cd "$root" && cat requirements/*.txt setup.py tools/setup_env.sh <(pwd; echo $stack) | cksum)
+wanted=$(cd "$root" && cat requirements/*.txt pyproject.toml setup.py tools/setup_env.sh <(pwd; echo $stack) | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     say "environment $venv is complete"
     exit 0
