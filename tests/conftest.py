@@ -1,6 +1,7 @@
 import os
 import socket
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ['PIP_NO_INDEX'] = '1'  # nothing may be installed by a test
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What is true of the checkout, whichever libraries are installed, is checked once.
+not_with_the_originals = pytest.mark.skipif(
+    any(found.name == 'mmengine' for found in distributions()),
+    reason='the tools of a release and of the site are in the environment of the maintained builds',
+)
 
 
 def free_port() -> str:
