@@ -1,0 +1,187 @@
+"""The documentation site builds without a warning, has the whole public API, and works in a browser."""
+
+import functools
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from html import unescape
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, not_with_the_originals
+
+import iconformer_mm
+from iconformer_mm.registry import PEFT_METHODS
+
+pytestmark = not_with_the_originals
+DOCS = ROOT / 'docs'
+PACKAGES = sorted(path.parent.name for path in (ROOT / 'iconformer_mm').glob('*/__init__.py'))
+BROWSER = os.environ.get('ICONFORMER_MM_BROWSER') or shutil.which('chromium')
+FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--window-size=1280,900']
+FLAGS += ['--disable-background-networking', '--disable-component-update', '--disable-sync']
+
+# Uses the landing page as a reader would, and writes what it sees into its own document.
+HARNESS = """<!doctype html><title>wait</title><pre id="result"></pre>
+<iframe src="index.html?q=filter_norm" style="width: 1200px; height: 800px"></iframe><script>
+const until = async test => {
+  for (let i = 0; i < 200 && !test(); i++) await new Promise(resolve => setTimeout(resolve, 50));
+  return test();
+};
+onload = async () => {
+  const view = document.querySelector('iframe').contentWindow, page = view.document;
+  const shown = () => [...page.querySelectorAll('.tabbed-block')].filter(e => e.offsetParent).map(e => e.textContent);
+  const scheme = () => page.body.getAttribute('data-md-color-scheme');
+  const found = () => [...page.querySelectorAll('.md-search-result__link')].map(e => e.getAttribute('href'));
+  await until(() => found().length);
+  const result = {found: found(), first: shown(), before: scheme()};
+  page.querySelectorAll('.tabbed-labels label')[2].click();
+  await until(() => !result.first.includes(shown()[0]));
+  result.third = shown();
+  page.querySelector('form[data-md-component=palette] label:not([hidden])').click();
+  await until(() => scheme() !== result.before);
+  result.after = scheme();
+  const requests = view.performance.getEntriesByType('resource').map(e => e.name);
+  result.elsewhere = requests.filter(e => !e.startsWith(location.origin));
+  document.querySelector('#result').textContent = JSON.stringify(result);
+  document.title = 'done';
+};
+</script>"""
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    """The built site. A link, an anchor or a name that is not there ends the build."""
+    folder = tmp_path_factory.mktemp('site') / 'site'
+    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', folder]
+    env = {**os.environ, 'NO_MKDOCS_2_WARNING': '1'}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def text(path):
+    return path.read_text(encoding='utf-8')
+
+
+def tabs():
+    """The code of the landing page's tabs by their titles."""
+    found = re.findall(r'^=== "(.+)"\n(.+?)(?=^\S)', text(DOCS / 'index.md'), re.MULTILINE | re.DOTALL)
+    return {title: re.search(r'```\w+\n(.*?)```', textwrap.dedent(body), re.DOTALL)[1] for title, body in found}
+
+
+def test_every_package_has_a_page_of_the_reference():
+    pages = {path.stem: text(path) for path in (DOCS / 'reference').glob('*.md')}
+    assert [name for name in PACKAGES if f'::: iconformer_mm.{name}\n' not in pages.get(name, '')] == []
+
+
+@pytest.mark.parametrize('package', ['index', *PACKAGES])
+def test_public_names_are_in_the_reference(site, package):
+    path = 'iconformer_mm' + (f'.{package}' if package != 'index' else '')
+    page = text(site / 'reference' / (package if package != 'index' else '') / 'index.html')
+    module = importlib.import_module(path)
+    names = [name for name in module.__all__ if not hasattr(getattr(module, name), '__path__') and name != '__version__']
+    assert [name for name in names if f'id="{path}.{name}"' not in page] == []
+
+
+def test_methods_are_in_the_reference():
+    """The table has the names, classes and defaults of the code."""
+    rows = re.findall(r'^\| `(.+?)` \| \[`.+?`\]\[(.+?)\] \| (.*?) \|$', text(DOCS / 'reference' / 'methods.md'), re.M)
+    expected = []
+    for name, method in sorted(PEFT_METHODS.module_dict.items()):
+        cells = '| |'
+        if hasattr(method, 'default_input'):
+            adapter = method.adapter_class.__name__
+            sites = ', '.join(f'`{site}`' for site in method.default_sites)
+            cells = f'[`{adapter}`][iconformer_mm.adapters.{adapter}] | `{method.default_input}` | {sites}'
+        expected.append((name, f'{method.__module__}.{method.__name__}', cells))
+    assert rows == expected
+
+
+def test_search_finds_functions_and_prose(site):
+    entries = json.loads(text(site / 'search' / 'search_index.json'))['docs']
+    places = {entry['location'] for entry in entries}
+    assert 'reference/ops/#iconformer_mm.ops.dynamic_depthwise_conv2d' in places and 'troubleshooting/' in places
+
+
+def test_versions_and_dark_mode(site):
+    page = text(site / 'index.html')
+    settings = json.loads(re.search(r'<script id="__config" type="application/json">(.*?)</script>', page)[1])
+    assert settings['version'] == {'provider': 'mike', 'default': 'latest'}
+    assert re.findall(r'data-md-color-scheme="(\w+)"', page)[-2:] == ['default', 'slate']
+
+
+def test_links_out_of_the_docs_lead_to_the_repository(site):
+    repository = yaml.safe_load(text(ROOT / 'mkdocs.yml').replace('!!python/object/apply', 'x'))['repo_url']
+    page = unescape(text(site / 'install' / 'index.html'))
+    assert f'href="{repository}/blob/main/iconformer_mm/compat.py"' in page
+    assert 'href="../../' not in page
+
+
+def test_a_link_to_nothing_is_an_error():
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location('site_links', DOCS / 'site_links.py')
+    hook = module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = SimpleNamespace(file=SimpleNamespace(src_uri='reference/ops.md'))
+    config = dict(docs_dir=str(DOCS), repo_url='https://example.com/r')
+
+    def rewrite(markdown):
+        return hook.on_page_markdown(markdown, page, config)
+
+    assert rewrite('[a](../../configs) [b](../../README.md#top)') == (
+        '[a](https://example.com/r/tree/main/configs) [b](https://example.com/r/blob/main/README.md#top)'
+    )
+    assert rewrite('[a](../methods.md#x) [b](ops.md)') == '[a](../methods.md#x) [b](ops.md)'
+    with pytest.raises(FileNotFoundError, match=r'reference/ops.md links to ../../none.py, which is not there'):
+        rewrite('[a](../../none.py)')
+
+
+def test_three_ways_in(tmp_path, monkeypatch):
+    """The code of the tabs runs; only the download is left out."""
+    from iconformer_mm.engine.launch import load_config
+
+    monkeypatch.chdir(tmp_path)
+    code = tabs()
+    assert list(code) == ['One flag', 'A config', 'Python']
+    words = code['One flag'].split()
+    assert words[:2] == ['iconformer', 'train']
+    assert load_config(words[2], words[4]).default_hooks.peft.type == 'PEFTHook'
+    (tmp_path / 'config.py').write_text(code['A config'])
+    assert load_config('config.py').custom_hooks[0].method.bottleneck == 64
+    exec(code['Python'].replace('pretrained=True', 'pretrained=False'), dict(torch=torch))
+    assert (tmp_path / 'adapter.safetensors').is_file()
+
+
+@pytest.mark.skipif(BROWSER is None, reason='there is no chromium')
+def test_in_a_browser(site, tmp_path):
+    """Search finds, a tab opens, dark mode is switched on, and nothing comes from elsewhere."""
+    (site / 'harness.html').write_text(HARNESS)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=site)
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_port}/harness.html'
+        command = [BROWSER, *FLAGS, f'--user-data-dir={tmp_path}', '--virtual-time-budget=20000', '--dump-dom', address]
+        page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        server.shutdown()
+    (site / 'harness.html').unlink()
+    assert '<title>done</title>' in page, page[-3000:]
+    seen = json.loads(unescape(re.search(r'<pre id="result">(.*?)</pre>', page, re.DOTALL)[1]))
+    assert any('filter_norm' in link for link in seen['found'])
+    assert len(seen['first']) == 1 and '--peft icon' in seen['first'][0]
+    assert len(seen['third']) == 1 and 'timm.create_model' in seen['third'][0]
+    assert {seen['before'], seen['after']} == {'default', 'slate'}
+    assert all(address.endswith('versions.json') for address in seen['elsewhere']), seen['elsewhere']
+
+
+def test_the_version_is_the_package_s():
+    assert re.fullmatch(r'\d+\.\d+\.\d+', iconformer_mm.__version__)
