@@ -7,6 +7,7 @@ one child of ``MODELS``; methods are no modules, so theirs stands alone.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -67,3 +68,20 @@ def is_type(part: Any, *names: str) -> bool:
     kind = part.get('type') if isinstance(part, Mapping) else type(part)
     found = {base.__name__ for base in kind.__mro__} if isinstance(kind, type) else {type_name(part)}
     return not found.isdisjoint(names)
+
+
+def accepted(target: Any) -> set[str]:
+    """Names of the arguments that a class or a function takes; with ``**kwargs``, those of the base classes, too."""
+    functions = [target]
+    if isinstance(target, type):
+        functions = [vars(base)['__init__'] for base in target.__mro__ if '__init__' in vars(base)]
+    names: set[str] = set()
+    for function in functions:
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):
+            break
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names - {'self'}
