@@ -17,6 +17,9 @@ from iconformer_mm.comparison.results import Board
 from iconformer_mm.comparison.runs import Sitting
 from iconformer_mm.comparison.spec import Comparison, ComparisonError, load_comparison
 from iconformer_mm.comparison.tables import report
+from iconformer_mm.extras import require_extra
+
+from .errors import user_errors
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,9 +60,11 @@ def render_scenes(comparison: Comparison, tasks: Collection[str]) -> None:
                 make_data(Path(folder), *(['--seed', '2'] if 'search' in folder else []))
 
 
+@user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse_args(argv)
+    require_extra('plot', 'the report of a comparison')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run outlives the tool
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:

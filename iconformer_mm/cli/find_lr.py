@@ -22,6 +22,7 @@ from iconformer_mm.analysis.lr_range_test import LRRangeTest, LRRangeTestHook, p
 from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.engine import build_runner, leave_process_group, load_config
 from iconformer_mm.engine.config import method_of
+from iconformer_mm.extras import require_extra
 
 from .errors import user_errors
 from .parser import guard, make_parser
@@ -90,6 +91,7 @@ def report(test: LRRangeTest, settings: dict[str, Any], folder: Path, console: C
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse_args(argv)
+    require_extra('plot', 'the plot of a learning-rate range test')
     guard(args)
     console = Console(soft_wrap=True)
     test, settings, folder = sweep(args, console)
