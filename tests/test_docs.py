@@ -1,8 +1,8 @@
 """The documentation's code runs, its commands are those of the tools, and its links lead somewhere.
 
 Most pages are run as they are, block by block, in a process of their own (tests/run_page.py). The
-README, docs/adapters.md and docs/methods.md speak of models and files that are not there: their blocks are run here
-and in tests/test_readme.py on small ones.
+README, docs/adapters.md and docs/methods.md speak of models and files that are not there: tests/test_readme.py and
+this module run their blocks on small ones.
 """
 
 import io
@@ -11,14 +11,17 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 sys.path[:0] = [str(ROOT / 'tests' / 'tuning'), str(ROOT / 'tools')]
 from families import stir  # noqa: E402
-from mmengine.registry import HOOKS  # noqa: E402
+from mmengine.registry import HOOKS, MODELS, init_default_scope  # noqa: E402
 from rich.console import Console  # noqa: E402
 from run_page import read_blocks  # noqa: E402
 from test_switching import classifier  # noqa: E402
@@ -28,14 +31,16 @@ from iconformer_mm import active_adapter, inject, list_adapters, save_adapter  #
 from iconformer_mm.comparison.results import Board  # noqa: E402
 from iconformer_mm.comparison.spec import load_comparison  # noqa: E402
 from iconformer_mm.comparison.tables import report  # noqa: E402
+from iconformer_mm.engine import load_config  # noqa: E402
 from iconformer_mm.engine.config import find_config  # noqa: E402
 
 README = ROOT / 'README.md'
+ADAPTERS = ROOT / 'docs' / 'adapters.md'
 PAGES = [README, *sorted((ROOT / 'docs').rglob('*.md')), *sorted((ROOT / 'configs').rglob('*.md'))]
 # What these have in Python is run by the tests named.
 BY_OTHERS = {
-    'README.md': 'tests/test_readme.py, and test_adapters here',
-    'docs/adapters.md': 'test_adapters',
+    'README.md': 'tests/test_readme.py',
+    'docs/adapters.md': 'test_adapters, test_predict',
     'docs/methods.md': 'test_methods',
     'configs/_base_/peft/README.md': 'tests/test_method_files.py, as configs of the benchmarks',
 }
@@ -140,22 +145,7 @@ def test_reference():
     assert PAGE.read_text(encoding='utf-8') == write_page(), 'run python tools/docs_reference.py'
 
 
-def about_adapters(path):
-    """A page's blocks about adapter files that need no other model than an unadapted one."""
-    others = ('get_model', 'AdapterInferencer')
-    words = ('AdapterCheckpointHook', 'load_adapter(')
-    return [b for b in blocks(path) if any(w in b for w in words) and not any(w in b for w in others)]
-
-
-def test_every_block_of_the_readme_is_run():
-    from test_readme import HEADINGS, block
-
-    elsewhere = [block(heading) for heading in HEADINGS]
-    assert sorted([*elsewhere, *about_adapters(README)]) == sorted(blocks(README))
-
-
-@pytest.mark.parametrize('path', [README, ROOT / 'docs' / 'adapters.md'], ids=relative)
-def test_adapters(path, tmp_path, monkeypatch):
+def test_adapters(tmp_path, monkeypatch):
     """The blocks about adapter files, on a small model whose head reads 32 channels."""
     monkeypatch.chdir(tmp_path)
     for name, num_classes in (('birds', 10), ('cars', 196)):
@@ -165,12 +155,30 @@ def test_adapters(path, tmp_path, monkeypatch):
     model = classifier()
     inject(model, 'adaptformer')
     scope = dict(model=model, fresh_model=classifier(), classes=('a', 'b'))
-    code = about_adapters(path)
-    assert len(code) >= 2 and (path == README or code == blocks(path))
+    code = [block for block in blocks(ADAPTERS) if 'AdapterInferencer' not in block]
+    assert len(code) == len(blocks(ADAPTERS)) - 1 == 3
     for block in code:
         exec(block.replace('in_channels=1024', 'in_channels=32'), scope)
     assert HOOKS.build(scope['default_hooks']['checkpoint']).filename_tmpl == 'epoch_{}.safetensors'
     assert active_adapter(model) == 'cars' and 'default' in list_adapters(model)
+
+
+def test_predict(tmp_path, monkeypatch):
+    """The block about prediction, with small files of its names."""
+    monkeypatch.chdir(tmp_path)
+    digits = ROOT / 'configs' / 'quickstart' / 'vit-quickstart_icon_digits.py'
+    Path('config.py').write_text(f"_base_ = '{digits}'\n")
+    init_default_scope('mmpretrain')
+    model = MODELS.build(load_config(str(digits)).model)
+    torch.save(dict(state_dict=model.state_dict()), 'swin_base.pth')
+    inject(model)
+    for name in ('birds', 'dogs'):
+        save_adapter(model, f'{name}.safetensors')
+    cv2.imwrite('photo.jpg', np.zeros((40, 30, 3), np.uint8))
+    scope = {}
+    (code,) = [block for block in blocks(ADAPTERS) if 'AdapterInferencer' in block]
+    exec(code, scope)
+    assert scope['inferencer'].adapters == ['birds', 'dogs']
 
 
 def test_methods(tmp_path, monkeypatch):
