@@ -1,6 +1,7 @@
-"""A hook of MkDocs: links that leave ``docs/`` lead to the repository.
+"""A hook of MkDocs: links that the site does not have lead to the repository.
 
-The pages are read in the checkout and on the site. In the checkout ``../configs`` is a folder; the site has none.
+The pages are read in the checkout and on the site. In the checkout ``../configs`` is a folder, and ``docs/README.md`` the
+index; the site has neither.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BRANCH = 'main'
-LINK = re.compile(r'(?<=\]\()(?P<path>\.\./[^)\s#]*)(?P<anchor>#[^)\s]*)?(?=[)\s])')
+LINK = re.compile(r'(?<=\]\()(?P<path>\.\./[^)\s#]*|README\.md)(?P<anchor>#[^)\s]*)?(?=[)\s])')
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
@@ -29,7 +30,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
     def to_repository(link: re.Match) -> str:
         target = (source.parent / link['path']).resolve()
-        if target.is_relative_to(docs):
+        if target.is_relative_to(docs) and target != docs / 'README.md':
             return link[0]
         if not target.exists():
             raise FileNotFoundError(f'{page.file.src_uri} links to {link["path"]}, which is not there')
