@@ -6,6 +6,8 @@ from importlib import import_module
 import pytest
 from conftest import ROOT
 
+from iconformer_mm import registry
+
 MOVED = {
     'apis': {
         'inference': 'AdapterInferencer',
@@ -49,6 +51,16 @@ def test_an_old_name_is_the_new_thing_and_warns_once(old, new, name, recwarn):
 def test_a_name_that_never_was(module):
     with pytest.raises(AttributeError, match=f"module 'iconformer_mm.{module}' has no attribute 'nothing'"):
         import_module(f'iconformer_mm.{module}').nothing  # noqa: B018
+
+
+def test_adapters_need_not_be_registered(monkeypatch, recwarn):
+    monkeypatch.delitem(vars(registry), 'ADAPTERS', raising=False)
+    for _ in range(2):
+        exec('from iconformer_mm.registry import ADAPTERS\n@ADAPTERS.register_module()\nclass Own: pass\n', scope := {})
+        scope['ADAPTERS'].module_dict.clear()
+    assert [str(w.message).partition(' and')[0] for w in recwarn if 'iconformer_mm' in str(w.message)] == [
+        'iconformer_mm.registry.ADAPTERS is deprecated'
+    ]
 
 
 def test_an_import_statement_warns_where_it_stands(recwarn):

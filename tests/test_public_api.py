@@ -22,8 +22,6 @@ STABLE = {
     'iconformer_mm.ops': 'dynamic_depthwise_conv2d dynamic_depthwise_conv_tokens filter_norm',
 }
 REGISTERED = {
-    ('iconformer_mm', 'ADAPTERS'): """AdaptFormerAdapter ConvpassAdapter DeltaAdapter DoRAAdapter HoulsbyAdapter
-        ICoNAdapter LoRAAdapter LoRandAdapter MonaAdapter PromptAdapter SSFAdapter""",
     ('mmengine', 'HOOKS'): 'AdapterCheckpointHook AdapterStatisticsHook PEFTHook WeightsHook',
     ('mmengine', 'OPTIM_WRAPPERS'): 'BFloat16OptimWrapper',
     ('mmengine', 'OPTIM_WRAPPER_CONSTRUCTORS'): 'PEFTOptimWrapperConstructor',

@@ -15,8 +15,8 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
+from iconformer_mm.engine.config import peft_hooks
 from iconformer_mm.figures import REFERENCE, new_figure, save_figure
-from iconformer_mm.registry import is_type
 
 SMOOTHING = 0.9
 DIVERGENCE = 4.0
@@ -161,9 +161,8 @@ def prepare_config(cfg: Config, num_iters: int) -> None:
     cfg.visualizer = None
     cfg.log_level = 'WARNING'
     cfg.merge_from_dict({'default_hooks.checkpoint': None, 'log_processor.by_epoch': False})
-    for hook in [*(cfg.get('custom_hooks') or []), *cfg.default_hooks.values()]:
-        if hook and is_type(hook, 'PEFTHook'):
-            hook['save_adapter'] = False
+    for hook in peft_hooks(cfg):
+        hook['save_adapter'] = False
 
 
 def plot_lr_range_test(test: LRRangeTest, path: Path) -> None:

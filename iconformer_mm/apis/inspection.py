@@ -4,6 +4,6 @@ from iconformer_mm.deprecation import moved
 
 __getattr__ = moved(
     __name__,
-    {'iconformer_mm.engine.config': ['build_model', 'hooks_of', 'method_of', 'names_weights']},
+    {'iconformer_mm.engine.config': ['build_model', 'method_of', 'names_weights']},
     rest='iconformer_mm.analysis.inspection',
 )

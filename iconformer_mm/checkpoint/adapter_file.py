@@ -21,6 +21,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from iconformer_mm.files import expanded
 from iconformer_mm.tuning.accounting import (
     WeightsError,
     adopt_output_norms,
@@ -38,7 +39,7 @@ from iconformer_mm.tuning.switching import add_selected, delete_adapter
 from iconformer_mm.version import __version__
 
 from .divergence import diverged_error, find_diverged
-from .safetensors_io import DamagedFileError, expanded, parse_json, read_safetensors, save_safetensors, shortened
+from .safetensors_io import DamagedFileError, parse_json, read_safetensors, save_safetensors, shortened
 from .training_checkpoint import is_checkpoint
 from .tuned_state import base_state, file_names, heads_of, tuned_state
 

@@ -32,10 +32,10 @@ from iconformer_mm.checkpoint import (
 )
 from iconformer_mm.checkpoint.divergence import diverged_error, find_diverged
 from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
-from iconformer_mm.checkpoint.safetensors_io import expanded, written_whole
 from iconformer_mm.checkpoint.training_checkpoint import check_note, decode_checkpoint, is_checkpoint, raw_state
 from iconformer_mm.checkpoint.tuned_state import file_names
 from iconformer_mm.cli.parser import Parser
+from iconformer_mm.files import expanded, written_whole
 from iconformer_mm.messages import one_line
 from iconformer_mm.tuning import get_injection, inject
 from iconformer_mm.tuning.accounting import (

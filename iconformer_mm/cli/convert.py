@@ -24,9 +24,9 @@ from iconformer_mm.checkpoint.foreign_adapters import (
     read_mmpretrain_lora,
 )
 from iconformer_mm.checkpoint.reading import guard_loading
-from iconformer_mm.checkpoint.safetensors_io import expanded
 from iconformer_mm.engine import load_config
 from iconformer_mm.engine.config import build_model, names_weights
+from iconformer_mm.files import expanded
 from iconformer_mm.messages import one_line
 from iconformer_mm.tuning.injection import find_backbone
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from iconformer_mm.checkpoint import DamagedFileError, save_safetensors
 from iconformer_mm.checkpoint.reading import UntrustedFileError, read_checkpoint, state_dict_of
-from iconformer_mm.checkpoint.safetensors_io import expanded
+from iconformer_mm.files import expanded
 
 from .parser import Parser
 

@@ -6,7 +6,6 @@ python tools/find_lr.py CONFIG --peft icon
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -19,10 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from iconformer_mm.analysis.lr_range_test import LRRangeTest, LRRangeTestHook, plot_lr_range_test, prepare_config
-from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.engine import build_runner, leave_process_group, load_config
 from iconformer_mm.engine.config import method_of
 from iconformer_mm.extras import require_extra
+from iconformer_mm.files import write_json, written_whole
 
 from .errors import user_errors
 from .parser import guard, make_parser
@@ -70,8 +69,7 @@ def report(test: LRRangeTest, settings: dict[str, Any], folder: Path, console: C
     # JSON knows no NaN, which is what a loss may end with.
     curves = {name: [x if math.isfinite(x) else None for x in getattr(test, name)] for name in CURVES}
     content = dict(settings, suggestions=suggestions, diverged=test.diverged, **curves)
-    with written_whole(folder / 'find_lr.json') as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+    write_json(folder / 'find_lr.json', content)
     with written_whole(folder / 'find_lr.png') as temporary:
         plot_lr_range_test(test, temporary)
     end = f'{len(test.rates)} steps, {test.rates[0]:.2g} to {test.rates[-1]:.2g}'

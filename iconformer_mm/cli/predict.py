@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from mmengine.structures import BaseDataElement
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from iconformer_mm.checkpoint.safetensors_io import expanded, written_whole
+from iconformer_mm.files import expanded, write_json
 from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.inference.drawing import SCORE_THRESHOLD, draw_prediction
 from iconformer_mm.messages import one_line
@@ -140,12 +139,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '--score', type=float, default=SCORE_THRESHOLD, help=f'smallest score of instances ({SCORE_THRESHOLD})'
     )
     return parser.parse_args(argv)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n', encoding='utf-8')
 
 
 @user_errors

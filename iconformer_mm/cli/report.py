@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.extras import require_extra
+from iconformer_mm.files import written_whole
 from iconformer_mm.reports.comparison_page import report_comparison
 from iconformer_mm.reports.report_page import MIB, ReportError, render_page
 from iconformer_mm.reports.run_report import report_run

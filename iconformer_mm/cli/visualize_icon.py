@@ -24,12 +24,13 @@ from iconformer_mm.analysis.saliency import attention_map, find_block, grad_cam
 from iconformer_mm.analysis.statistics import compare_images, describe_layers
 from iconformer_mm.checkpoint.reading import guard_loading
 from iconformer_mm.extras import require_extra
+from iconformer_mm.files import write_json
 from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.tuning import get_injection
 
 from .errors import user_errors
 from .parser import Parser
-from .predict import find_images, output_names, read_image, skip, write_json
+from .predict import find_images, output_names, read_image, skip
 
 OTHER = 'compare'
 LAYERS_OF_FEATURES = 6

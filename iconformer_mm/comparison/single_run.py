@@ -23,8 +23,8 @@ from torch import nn
 
 import iconformer_mm
 from iconformer_mm import summarize
-from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.engine import add_peft, build_runner, load_config
+from iconformer_mm.files import written_whole
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import find_backbone

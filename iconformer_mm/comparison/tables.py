@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from iconformer_mm.checkpoint.safetensors_io import written_whole
+from iconformer_mm.files import written_whole
 
 from .experiments import print_table, to_markdown
 from .plots import CurvePanel, TradeoffPanel, plot_curves, plot_tradeoff

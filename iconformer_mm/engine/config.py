@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -106,14 +106,14 @@ def add_peft(cfg: Config, method: str | dict) -> None:
     else:
         hook = dict(type='PEFTHook', method=dict(type=method) if isinstance(method, str) else method)
     build_method(hook.get('method', 'icon'))
-    cfg.custom_hooks = [other for other in cfg.get('custom_hooks') or [] if not is_type(other, 'PEFTHook')]
+    replaced = [id(other) for other in peft_hooks(cfg)]
+    cfg.custom_hooks = [other for other in cfg.get('custom_hooks') or [] if id(other) not in replaced]
     cfg.merge_from_dict({'default_hooks': {'peft': hook}})
 
 
 def _read_method(path: str) -> dict:
     """The PEFTHook of a method's file."""
-    hooks = Config.fromfile(find_config(path)).get('custom_hooks') or []
-    found = [hook for hook in hooks if is_type(hook, 'PEFTHook')]
+    found = peft_hooks(Config.fromfile(find_config(path)))
     if len(found) != 1:
         raise ValueError(
             f'{path} is no file of a PEFT method: it needs one PEFTHook in its `custom_hooks`, as '
@@ -160,20 +160,22 @@ def check_precision(cfg: Config) -> None:
         )
 
 
-def hooks_of(cfg: Config) -> Iterator[Any]:
-    """The configs of all hooks; one that is built already is given as it is."""
-    for hook in [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]:
-        if hook:
-            yield hook
+def peft_hooks(cfg: Config) -> list[Any]:
+    """The PEFTHooks of a config, among its custom and its default hooks; one that is built already is as it is.
+
+    Args:
+        cfg: The config.
+    """
+    hooks = [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]
+    return [hook for hook in hooks if hook and is_type(hook, 'PEFTHook')]
 
 
 def method_of(cfg: Config) -> dict[str, Any] | None:
     """Arguments for :func:`iconformer_mm.inject`, of a config's PEFTHook; None if it has none."""
-    for hook in hooks_of(cfg):
-        if is_type(hook, 'PEFTHook'):
-            if not isinstance(hook, Mapping):  # built already
-                hook = {name: getattr(hook, name) for name in accepted(type(hook))}
-            return {key: value for key, value in hook.items() if key not in ('type', 'save_adapter', 'priority')}
+    for hook in peft_hooks(cfg):
+        if not isinstance(hook, Mapping):  # built already
+            hook = {name: getattr(hook, name) for name in accepted(type(hook))}
+        return {key: value for key, value in hook.items() if key not in ('type', 'save_adapter', 'priority')}
     return None
 
 

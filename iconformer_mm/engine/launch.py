@@ -16,8 +16,8 @@ from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint import DamagedFileError, load_safetensors
 from iconformer_mm.checkpoint.filename_template import FilenameTemplate
-from iconformer_mm.checkpoint.safetensors_io import expanded
 from iconformer_mm.checkpoint.training_checkpoint import is_seed
+from iconformer_mm.files import expanded
 from iconformer_mm.registry import is_type
 
 from .hooks import WeightsHook

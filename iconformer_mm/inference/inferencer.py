@@ -21,9 +21,9 @@ from torch import nn
 
 from iconformer_mm.checkpoint import put_adapter, read_adapter
 from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
-from iconformer_mm.checkpoint.safetensors_io import expanded
 from iconformer_mm.engine import load_config
 from iconformer_mm.engine.config import build_model, method_of, names_weights
+from iconformer_mm.files import expanded
 from iconformer_mm.tuning import active_adapter, get_injection, inject, list_adapters, set_adapter
 from iconformer_mm.tuning.accounting import LoadRecord, check_training, require_all
 from iconformer_mm.tuning.injection import DEFAULT_NAME, find_backbone
