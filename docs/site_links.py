@@ -1,7 +1,7 @@
 """A hook of MkDocs: links that the site does not have lead to the repository.
 
-The pages are read in the checkout and on the site. In the checkout ``../configs`` is a folder, and ``docs/README.md`` the
-index; the site has neither.
+The pages are read in the checkout and on the site. In the checkout ``../configs`` is a folder, and ``docs/README.md``
+the index; the site has neither.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ import re
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 from conftest import ROOT
 from packaging.requirements import Requirement
 
@@ -18,7 +18,7 @@ from iconformer_mm.cli.main import main
 from iconformer_mm.extras import EXTRAS, MissingExtraError, require_extra
 from iconformer_mm.figures import new_figure
 
-# Projects and folders of the packages of extras. MMEngine needs matplotlib itself, to train; torch needs Jinja to compile.
+# Folders of the packages of extras. MMEngine needs matplotlib itself, to train; torch needs Jinja to compile.
 PROJECTS = {'numba': 'numba|llvmlite', 'jinja2': 'jinja2', 'markdown_it': 'markdown_it(_py)?|mdurl'}
 PROJECTS['sklearn'] = 'sklearn|scikit_learn'
 HIDDEN = re.compile(rf'(?i)(iconformer_mm|{"|".join(PROJECTS.values())})(-.*|\.py|\.libs)?|.*\.pth')
@@ -113,7 +113,13 @@ def test_extras_are_those_of_the_distribution():
     projects = {'sklearn': 'scikit-learn', 'markdown_it': 'markdown-it-py'}
     for extra, packages in EXTRAS.items():
         assert {projects.get(package, package) for package in packages} <= set(names(extra)), extra
-    assert {Requirement(line).name for line in project['dependencies']} == {'numpy', 'pillow', 'rich', 'safetensors', 'torch'}
+    assert {Requirement(line).name for line in project['dependencies']} == {
+        'numpy',
+        'pillow',
+        'rich',
+        'safetensors',
+        'torch',
+    }
 
 
 @pytest.mark.parametrize('command', ['compare', 'find-lr'])
@@ -142,4 +148,6 @@ def test_without_mmengine(without_extras, tmp_path):
     command = [sys.executable, '-S', '-c', 'import iconformer_mm']
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith('ImportError: iconformer_mm needs MMEngine, which is not installed.')
+    assert result.stderr.splitlines()[-1].startswith(
+        'ImportError: iconformer_mm needs MMEngine, which is not installed.'
+    )

@@ -11,11 +11,12 @@ from iconformer_mm.registry import PEFT_METHODS
 
 # What docs/api.md calls stable. Names may be added; one goes by the steps of docs/deprecation.md.
 STABLE = {
-    'iconformer_mm': """__version__ active_adapter add_adapter datasets delete_adapter disabled engine inject list_adapters
-        load_adapter merge models remove save_adapter set_adapter summarize unmerge""",
+    'iconformer_mm': """__version__ active_adapter add_adapter datasets delete_adapter disabled engine inject
+        list_adapters load_adapter merge models remove save_adapter set_adapter summarize unmerge""",
     'iconformer_mm.checkpoint': """AdapterFileError DamagedFileError base_difference base_of base_parameters
         describe_adapter describe_base fingerprint hash_parameters initialise_base load_adapter load_safetensors
-        parse_adapter put_adapter read_adapter read_safetensors same_base save_adapter save_safetensors write_adapter""",
+        parse_adapter put_adapter read_adapter read_safetensors same_base save_adapter save_safetensors
+        write_adapter""",
     'iconformer_mm.engine': """AdapterCheckpointHook AdapterStatisticsHook BFloat16OptimWrapper CheckedRunner PEFTHook
         PEFTOptimWrapperConstructor WeightsHook add_peft build_runner leave_process_group load_config""",
     'iconformer_mm.inference': 'AdapterInferencer draw_prediction',
@@ -31,7 +32,9 @@ REGISTERED = {
     ('mmdet', 'MODELS'): 'ICoNSwinTransformer',
     ('mmseg', 'MODELS'): 'DepthDeconvHead ICoNSwinTransformer ICoNTIMMBackbone ICoNVisionTransformer',
 }
-METHODS = """adapter adaptformer bitfit convpass dora frozen full icon icon-static lora lorand mona norm partial ssf vpt"""
+METHODS = (
+    'adapter adaptformer bitfit convpass dora frozen full icon icon-static lora lorand mona norm partial ssf vpt'
+)
 PACKAGES = sorted(
     '.'.join(path.parent.relative_to(ROOT).parts)
     for path in Path(ROOT, 'iconformer_mm').rglob('__init__.py')

@@ -74,5 +74,5 @@ def test_scripts_that_are_named():
     assert {'tools/quickstart.sh', 'tools/run_tests.sh'} <= scripts
     for path in scripts:
         assert (ROOT / path).is_file(), path
-    assert ['bash tools/quickstart.sh\n'] == [b for b in blocks('bash') if 'quickstart' in b]
-    assert ['bash tools/run_tests.sh\n'] == [b for b in blocks('bash') if 'run_tests' in b]
+    assert [b for b in blocks('bash') if 'quickstart' in b] == ['bash tools/quickstart.sh\n']
+    assert [b for b in blocks('bash') if 'run_tests' in b] == ['bash tools/run_tests.sh\n']

@@ -125,7 +125,11 @@ def test_public_names_are_in_the_reference(site, package):
     path = 'iconformer_mm' + (f'.{package}' if package != 'index' else '')
     page = text(site / 'reference' / (package if package != 'index' else '') / 'index.html')
     module = importlib.import_module(path)
-    names = [name for name in getattr(module, '__all__', ()) if not hasattr(getattr(module, name), '__path__') and name != '__version__']
+    names = [
+        name
+        for name in getattr(module, '__all__', ())
+        if not hasattr(getattr(module, name), '__path__') and name != '__version__'
+    ]
     # A name may stand under the module that defines it.
     assert [name for name in names if not re.search(rf'id="{path}(\.\w+)*\.{name}"', page)] == []
 

@@ -32,7 +32,9 @@ def test_up_to_the_upload(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(f'iconformer_mm-{__version__}.dist-info/METADATA').decode()
         assert 'iconformer_mm/.mim/model-index.yml' in archive.namelist()
-    needed = {line.split('>')[0] for line in metadata.splitlines() if line.startswith('Requires-Dist') and ';' not in line}
+    needed = {
+        line.split('>')[0] for line in metadata.splitlines() if line.startswith('Requires-Dist') and ';' not in line
+    }
     assert needed == {f'Requires-Dist: {name}' for name in ('numpy', 'pillow', 'rich', 'safetensors', 'torch')}
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
