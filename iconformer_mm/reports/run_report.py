@@ -6,12 +6,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from iconformer_mm.checkpoint import AdapterFileError, read_adapter
+from iconformer_mm.tuning import Summary
+from iconformer_mm.tuning.summary import SUMMARY_FILE
 
 from .figures import HistoryPanel, draw_history
 from .report_page import IMAGE_KINDS, Page, Picture, ReportError, Section, Table, format_value, read_picture
@@ -19,28 +21,10 @@ from .report_page import IMAGE_KINDS, Page, Picture, ReportError, Section, Table
 MAX_PICTURES = 48
 MAX_PANELS = 12
 TIMESTAMP = re.compile(r'\d{8}_\d{6}')  # MMEngine's name of the folder of one start
-SUMMARY = 'PEFT method: '  # begins what PEFTHook logs
 NO_METRIC = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory', 'lr', 'base_lr', 'grad_norm'}
 # By the last part of a metric's name, such as top1 of accuracy/top1.
 LOWER_IS_BETTER = re.compile(r'loss|rmse|_rel$|log10|silog')
 HIGHER_IS_BETTER = re.compile(r'[aA]cc|^top|precision|recall|f1|AP|AR@|IoU|Dice|auc|^d[123]$')
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the log says that was trained, in numbers of parameters.
-
-    Attributes:
-        method: Name of the PEFT method.
-        parts: Of each part of the model: trained, frozen, all.
-        share: Share of the backbone.
-        adapted: Adapted modules in words.
-    """
-
-    method: str
-    parts: dict[str, tuple[int, int, int]]
-    share: str
-    adapted: str
 
 
 @dataclass
@@ -53,7 +37,7 @@ class Run:
         train: What was logged of training, a dictionary every few steps.
         val: What was logged of validations, a dictionary each.
         config: The dumped config of the last start that has one.
-        log: The log of the last start, of those with a summary if there are any.
+        log: The log of the last start.
         problems: What could not be read.
     """
 
@@ -101,9 +85,8 @@ def read_run(folder: Path) -> Run:
         config, log = start / 'vis_data' / 'config.py', start / f'{start.name}.log'
         if config.is_file():
             run.config = config.read_text(encoding='utf-8', errors='replace')
-        text = log.read_text(encoding='utf-8', errors='replace') if log.is_file() else ''
-        if SUMMARY in text or (text and SUMMARY not in run.log):
-            run.log = text
+        if log.is_file():
+            run.log = log.read_text(encoding='utf-8', errors='replace') or run.log
     return run
 
 
@@ -144,25 +127,27 @@ def _append_start(run: Run, records: list[dict]) -> None:
     run.val = [record for record in run.val if record['step'] < begin_val] + val
 
 
-def read_trained(log: str) -> Trained | None:
-    """Read the summary that PEFTHook wrote to a log; the last, None if there is none.
+def read_summary(folder: Path, problems: list[str]) -> Summary | None:
+    """Read what PEFTHook wrote of a training.
 
     Args:
-        log: The log's text.
+        folder: The work directory.
+        problems: Gets a message if the file cannot be read.
+
+    Returns:
+        The summary; None if there is none.
     """
-    _, found, text = log.rpartition(SUMMARY)
-    if not found:
+    path = folder / SUMMARY_FILE
+    if not path.is_file():
         return None
-    text = re.split(r'^\d{4}/\d\d/\d\d ', text, maxsplit=1, flags=re.MULTILINE)[0]  # the next entry
-    rows = re.findall(r'^│ (.+?) +│ +([\d,]+) │ +([\d,]+) │ +([\d,]+) │$', text, re.MULTILINE)
-    parts = {}
-    for name, *counts in rows:
-        trained, frozen, whole = (int(count.replace(',', '')) for count in counts)
-        parts[name] = (trained, frozen, whole)
-    words = re.search(r'trained share of the backbone: (.*?); adapted: (.*)', ' '.join(text.split()))
-    if 'whole model' not in parts or words is None:
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        summary = Summary(**{part.name: content[part.name] for part in fields(Summary)})
+        str(summary)  # which fails where a value is not of its kind
+        return summary
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problems.append(f'{path.name} cannot be read: {type(error).__name__}: {error}')
         return None
-    return Trained(text.split(maxsplit=1)[0], parts, *words.groups())
 
 
 def read_environment(log: str) -> dict[str, str]:
@@ -228,15 +213,16 @@ def report_run(folder: Path, max_bytes: int) -> Page:
 
 
 def _summary(run: Run) -> Section:
-    section = Section('Summary', notes=list(run.problems))
-    trained = read_trained(run.log)
-    if trained is None:
-        section.notes.append('the log says nothing of trained parameters: no PEFTHook adapted the model')
+    section = Section('Summary')
+    summary = read_summary(run.folder, run.problems)
+    section.notes.extend(run.problems)
+    if summary is None:
+        section.notes.append(f'there is no {SUMMARY_FILE} to read: no PEFTHook adapted the model in training')
     else:
-        section.facts['method'] = trained.method
-        section.facts['trained share of the backbone'] = trained.share
-        section.facts['adapted modules'] = trained.adapted
-        rows = [[name, *map(format_value, counts)] for name, counts in trained.parts.items()]
+        section.facts['method'] = format_value(summary.method)
+        section.facts['trained share of the backbone'] = f'{summary.backbone_share:.3%}'
+        section.facts['adapted modules'] = summary.adapted
+        rows = [[name, *map(format_value, counts)] for name, counts in summary.rows.items()]
         section.tables.append(Table(['part', 'trained', 'frozen', 'parameters'], rows))
     if run.train:
         last = run.train[-1]

@@ -1,4 +1,5 @@
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,19 @@ def test_training_leaves_frozen_weights_as_they_were(tmp_path):
     assert optimized == {id(p) for p in runner.model.parameters() if p.requires_grad}
     # The schedulers act on the optimizer that is in use.
     assert runner.optim_wrapper.get_lr()['lr'] == [pytest.approx(1e-3)]
+
+
+def test_training_writes_its_summary_and_testing_leaves_it(tmp_path):
+    runner = build(tmp_path)
+    runner.train()
+    content = json.loads((tmp_path / 'peft_summary.json').read_text())
+    assert content['method'] == 'icon' and content['sites'] == {'mmpretrain ViT': ['layers.0', 'layers.1']}
+    trained = sum(p.numel() for p in runner.model.parameters() if p.requires_grad)
+    assert content['trainable'] == trained > content['parts']['adapters'][0] > 0
+    other = build(tmp_path, load_from=str(tmp_path / 'epoch_2.pth'))
+    (tmp_path / 'peft_summary.json').write_text('kept')
+    other.test()
+    assert (tmp_path / 'peft_summary.json').read_text() == 'kept'
 
 
 def test_adapter_file_reproduces_the_model(tmp_path):

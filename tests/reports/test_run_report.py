@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 import cv2
 import numpy as np
@@ -12,8 +13,9 @@ sys.path.insert(0, str(ROOT / 'tests' / 'tuning'))
 from test_switching import classifier  # noqa: E402
 
 from iconformer_mm import inject, save_adapter, summarize  # noqa: E402
+from iconformer_mm.files import write_json  # noqa: E402
 from iconformer_mm.reports.report_page import ReportError  # noqa: E402
-from iconformer_mm.reports.run_report import best_of, read_environment, read_run, read_trained, report_run  # noqa: E402
+from iconformer_mm.reports.run_report import best_of, read_environment, read_run, read_summary, report_run  # noqa: E402
 
 MIB = 2**20
 ENVIRONMENT = """2026/01/01 10:00:00 - mmengine - INFO -
@@ -104,19 +106,44 @@ def test_another_folder_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize('method', ['icon', 'lora', 'full'])
-def test_the_summary_is_read_as_it_was_written(method):
+def test_the_summary_is_read_as_it_was_written(method, tmp_path):
     model = classifier()
     inject(model, method)
     summary = summarize(model)
-    log = f'{ENVIRONMENT}2026/01/01 10:00:02 - mmengine - INFO - \n{summary}\n2026/01/01 10:00:03 - mmengine - x: y\n'
-    trained = read_trained(log)
-    assert trained.method == method and trained.share == f'{summary.backbone_share:.3%}'
-    expected = {name: (t, total - t, total) for name, (t, total) in summary.parts.items()}
-    whole = (summary.trainable, summary.frozen, summary.trainable + summary.frozen)
-    assert trained.parts == {**expected, 'whole model': whole}
-    for family, names in summary.sites.items():
-        assert f'{len(names)} x {family}' in trained.adapted
-    assert read_trained(ENVIRONMENT) is None
+    write_json(tmp_path / 'peft_summary.json', asdict(summary))
+    problems = []
+    read = read_summary(tmp_path, problems)
+    assert str(read) == str(summary) and read.method == method and not problems
+    assert read.rows['whole model'] == (summary.trainable, summary.frozen, summary.trainable + summary.frozen)
+    write_start(tmp_path / '20260101_100000', [])
+    page = report_run(tmp_path, 0)
+    assert page.sections[0].facts['method'] == method
+    assert page.sections[0].facts['adapted modules'] == summary.adapted
+
+
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        ('{"method": ', 'JSONDecodeError'),
+        ('[]', 'TypeError'),
+        ('{"method": "icon"}', "KeyError: 'trainable'"),
+        (None, 'there is no peft_summary.json to read'),
+    ],
+)
+def test_a_damaged_summary_is_named(content, words, tmp_path):
+    write_start(tmp_path / '20260101_100000', [])
+    if content is not None:
+        (tmp_path / 'peft_summary.json').write_text(content)
+    section = report_run(tmp_path, 0).sections[0]
+    assert any(words in note for note in section.notes) and 'method' not in section.facts
+
+
+def test_a_summary_with_a_value_of_another_kind_is_named(tmp_path):
+    content = asdict(summarize(classifier()))
+    for key, value in dict(parts=[1], backbone_share='much', sites=dict(ViT=3), trainable=None).items():
+        write_json(tmp_path / 'peft_summary.json', {**content, key: value})
+        problems = []
+        assert read_summary(tmp_path, problems) is None and 'peft_summary.json cannot be read' in problems[0]
 
 
 def test_the_environment_is_read_without_compiler_flags():
