@@ -22,7 +22,7 @@ MOVED = {
     'apis.saliency': {'analysis.saliency': 'attention_map find_block grad_cam'},
     'visualization': {
         'comparison.plots': 'CurvePanel TradeoffPanel plot_comparison plot_curves plot_tradeoff',
-        'comparison.predictions': 'PredictionRow draw_classes draw_instances plot_predictions',
+        'comparison.prediction_plots': 'PredictionRow draw_classes draw_instances plot_predictions',
     },
     'visualization.kernels': {'analysis.kernel_plots': 'plot_kernels plot_saliency'},
 }

@@ -27,7 +27,7 @@ from iconformer_mm.comparison.experiments import (
     print_table,
     to_markdown,
 )
-from iconformer_mm.comparison.predictions import PredictionRow, draw_classes, draw_instances, plot_predictions
+from iconformer_mm.comparison.prediction_plots import PredictionRow, draw_classes, draw_instances, plot_predictions
 from iconformer_mm.engine import load_config
 from iconformer_mm.tuning import Summary
 

@@ -14,13 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 from iconformer_mm.adapters import TokenGrid
 from iconformer_mm.inference import AdapterInferencer
+from iconformer_mm.inference.predictions import kind_of
 from iconformer_mm.tuning.grids import GridTracker, PatchEmbedTap, grid_of_call
 from iconformer_mm.tuning.injection import find_backbone
 from iconformer_mm.tuning.sites import FromPatchEmbed, Site, find_sites, no_site_error
 
 from .kernel_probe import whole_images
-
-TOP_INSTANCES = 10
 
 
 def find_block(model: nn.Module, name: str | None = None) -> Site:
@@ -55,14 +54,7 @@ def model_score(inferencer: AdapterInferencer, data: dict) -> Tensor:
     if inferencer.scope == 'mmpretrain':
         return model(**data, mode='tensor').max()
     (prediction,) = model(**data, mode='predict')
-    if 'pred_depth_map' in prediction:
-        return prediction.pred_depth_map.data.sum()
-    if 'seg_logits' in prediction:
-        return prediction.seg_logits.data.max(dim=0).values.mean()
-    if 'pred_instances' in prediction:
-        scores = prediction.pred_instances.scores
-        return scores.topk(min(TOP_INSTANCES, len(scores))).values.sum()
-    raise ValueError(f'there is no score in {type(prediction).__name__}: {list(prediction.keys())}')
+    return kind_of(prediction).score(prediction)
 
 
 def grad_cam(inferencer: AdapterInferencer, image: Any, block: str | None = None) -> np.ndarray | None:

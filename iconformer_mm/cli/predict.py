@@ -15,13 +15,12 @@ from typing import Any
 
 import cv2
 import numpy as np
-from mmengine.structures import BaseDataElement
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from iconformer_mm.files import expanded, write_json
 from iconformer_mm.inference import AdapterInferencer
-from iconformer_mm.inference.drawing import SCORE_THRESHOLD, draw_prediction
+from iconformer_mm.inference.predictions import SCORE_THRESHOLD, describe_prediction, draw_prediction, write_maps
 from iconformer_mm.messages import one_line
 
 from .errors import user_errors
@@ -77,28 +76,6 @@ def skip(path: Path, reason: str, console: Console, skipped: list[str]) -> None:
     console.print(one_line(f'skipped: {path} {reason}'), style='yellow', soft_wrap=True, markup=False)
 
 
-def describe(prediction: BaseDataElement, classes: Any, score_threshold: float) -> dict[str, Any]:
-    """A prediction as plain data."""
-
-    def name(label: int) -> str | int:
-        return classes[label] if classes is not None and label < len(classes) else label
-
-    if 'pred_depth_map' in prediction:
-        depth = prediction.pred_depth_map.data.float()
-        return dict(depth_m=dict(min=depth.min().item(), median=depth.median().item(), max=depth.max().item()))
-    if 'pred_sem_seg' in prediction:
-        labels, counts = prediction.pred_sem_seg.data.unique(return_counts=True)
-        shares = (counts / counts.sum()).tolist()
-        return dict(area={str(name(label)): share for label, share in zip(labels.tolist(), shares)})
-    if 'pred_instances' in prediction:
-        found = prediction.pred_instances
-        found = found[found.scores >= score_threshold]
-        rows = zip(found.labels.tolist(), found.scores.tolist(), found.bboxes.tolist())
-        return dict(instances=[dict(name=name(label), score=score, box=box) for label, score, box in rows])
-    label = int(prediction.pred_label)
-    return dict(label=label, name=name(label), score=prediction.pred_score.max().item())
-
-
 def check_finite(content: Any) -> None:
     """See that all numbers of a prediction are finite.
 
@@ -112,15 +89,6 @@ def check_finite(content: Any) -> None:
             check_finite(part)
     elif isinstance(content, float) and not math.isfinite(content):
         raise ValueError('the prediction holds numbers that are not finite')
-
-
-def write_maps(prediction: BaseDataElement, path: Path) -> None:
-    """Beside the picture: class indices as PNG, depth in metres as .npy."""
-    if 'pred_sem_seg' in prediction:
-        labels = prediction.pred_sem_seg.data.squeeze(0).cpu().numpy().astype(np.uint8)
-        cv2.imwrite(f'{path}_labels.png', labels)
-    elif 'pred_depth_map' in prediction:
-        np.save(f'{path}_depth.npy', prediction.pred_depth_map.data.squeeze().cpu().numpy().astype(np.float32))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -162,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             try:
                 (prediction,) = inferencer([image])
                 prediction = prediction.cpu()
-                described = describe(prediction, inferencer.classes, args.score)
+                described = describe_prediction(prediction, inferencer.classes, args.score)
                 check_finite(described)
                 draw_prediction(image[..., ::-1].copy(), prediction, f'{target}.png', inferencer.meta, args.score)
                 write_maps(prediction, target)

@@ -1,6 +1,6 @@
 """Prediction, and drawing what was predicted."""
 
-from .drawing import draw_prediction
 from .inferencer import AdapterInferencer
+from .predictions import describe_prediction, draw_prediction
 
-__all__ = ['AdapterInferencer', 'draw_prediction']
+__all__ = ['AdapterInferencer', 'describe_prediction', 'draw_prediction']

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import mmcv
 import numpy as np
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -268,6 +267,8 @@ def _num_channels(model: nn.Module) -> int | None:
 
 def _to_grey(image: str | np.ndarray) -> np.ndarray:
     """An image (H, W) of a file or of an image (H, W, 3), BGR."""
+    import mmcv
+
     if isinstance(image, str):
         grey = mmcv.imread(image, 'grayscale')
         if grey is None:

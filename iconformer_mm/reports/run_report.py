@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from iconformer_mm.checkpoint import AdapterFileError, read_adapter
+from iconformer_mm.inference.predictions import caption
 from iconformer_mm.tuning import Summary
 from iconformer_mm.tuning.summary import SUMMARY_FILE
 
@@ -305,8 +306,8 @@ def _predictions(run: Run, max_bytes: int) -> Section:
             left += 1
             continue
         name = str(file.relative_to(run.folder))
-        caption = f'{name}: {captions[file.stem]}' if folder in file.parents and file.stem in captions else name
-        picture = read_picture(file, caption, captioned=True)
+        words = f'{name}: {captions[file.stem]}' if folder in file.parents and file.stem in captions else name
+        picture = read_picture(file, words, captioned=True)
         if picture is None:
             damaged.append(name)
             continue
@@ -331,22 +332,10 @@ def _captions(path: Path, notes: list[str]) -> dict[str, str]:
         return {}
     try:
         content = json.loads(path.read_text(encoding='utf-8'))['predictions']
-        return {Path(name).stem: _describe(prediction) for name, prediction in content.items()}
+        return {Path(name).stem: caption(prediction) for name, prediction in content.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         notes.append(f'{path.name} cannot be read: {type(error).__name__}: {error}')
         return {}
-
-
-def _describe(prediction: Mapping[str, Any]) -> str:
-    if 'depth_m' in prediction:
-        depth = prediction['depth_m']
-        return f'depth {depth["min"]:.2f} to {depth["max"]:.2f} m'
-    if 'area' in prediction:
-        largest = sorted(prediction['area'].items(), key=lambda item: -item[1])[:3]
-        return ', '.join(f'{name} {share:.0%}' for name, share in largest)
-    if 'instances' in prediction:
-        return f'{len(prediction["instances"])} instances'
-    return f'{prediction["name"]} ({prediction["score"]:.2f})'
 
 
 def _adapter(run: Run) -> Section:

@@ -12,7 +12,7 @@ __getattr__ = moved(
             'plot_curves',
             'plot_tradeoff',
         ],
-        'iconformer_mm.comparison.predictions': [
+        'iconformer_mm.comparison.prediction_plots': [
             'PredictionRow',
             'draw_classes',
             'draw_instances',

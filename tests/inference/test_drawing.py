@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.structures import InstanceData
 
-from iconformer_mm.inference.drawing import draw_prediction
+from iconformer_mm.inference import draw_prediction
 
 pytest.importorskip('mmdet')
 

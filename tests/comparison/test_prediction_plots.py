@@ -1,7 +1,7 @@
 import cv2
 import numpy as np
 
-from iconformer_mm.comparison.predictions import PredictionRow, draw_classes, draw_instances, plot_predictions
+from iconformer_mm.comparison.prediction_plots import PredictionRow, draw_classes, draw_instances, plot_predictions
 
 PALETTE = [(200, 0, 0), (0, 200, 0)]
 
