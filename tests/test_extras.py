@@ -149,5 +149,5 @@ def test_without_mmengine(without_extras, tmp_path):
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith(
-        'ImportError: iconformer_mm needs MMEngine, which is not installed.'
+        'ImportError: iconformer_mm needs MMEngine, which is not installed: pip install onedl-mmengine'
     )
