@@ -1,5 +1,6 @@
 """Running a tool in a process of its own, as a user does; and what it logged."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -14,8 +15,7 @@ from conftest import ROOT
 
 # Tools that start a forkserver of their own.
 STARTS_SERVERS = ('compare.py', 'quickstart.py', 'scenes.py')
-_servers = multiprocessing.get_context('forkserver')
-_servers.set_forkserver_preload(['warm'])
+_processes = multiprocessing.get_context('forkserver')
 
 
 def call(*command, ok=True, cwd=ROOT, **environment):
@@ -40,7 +40,7 @@ def tool(name, *arguments, **kwargs):
     with tempfile.TemporaryDirectory() as folder:
         printed = Path(folder, 'printed')
         argv = [str(path), *map(str, arguments)]
-        process = _servers.Process(target=run_script, args=(argv, str(kwargs.get('cwd', ROOT)), str(printed)))
+        process = _processes.Process(target=run_script, args=(argv, str(kwargs.get('cwd', ROOT)), str(printed)))
         process.start()
         process.join()
         output = printed.read_text() if printed.exists() else ''
@@ -53,8 +53,8 @@ def run_script(argv, cwd, printed):
     out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    sys.stdout = open(1, 'w', buffering=1, closefd=False)
-    sys.stderr = open(2, 'w', buffering=1, closefd=False)
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, 'w', closefd=False), line_buffering=True)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, 'w', closefd=False), line_buffering=True)
     os.chdir(cwd)
     sys.argv = argv
     sys.path[0] = str(Path(argv[0]).parent)

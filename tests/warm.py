@@ -1,4 +1,4 @@
-"""What the process of ``commands.py`` imports that tools are copied from: the libraries, and nothing of ours that runs."""
+"""What the process imports that tools are copied from, see ``commands.py``."""
 
 import contextlib
 
