@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,7 +106,7 @@ def measure(name: str, config: str, folder: Path, rounds: int) -> list[dict]:
 
     row('iCoN, adapter checkpoint', small, save_small, lambda: read_into(model, optimizer, small, frozen))
     for kind, part in (('iCoN, adapter file with head', model), ('iCoN, adapter file of the backbone', model.backbone)):
-        row(kind, small, lambda part=part: save_adapter(part, small), lambda part=part: load_adapter(part, small))
+        row(kind, small, partial(save_adapter, part, small), partial(load_adapter, part, small))
     print(f'{name}: fingerprint of the base in {seconds(lambda: fingerprint(model), rounds):.2f} s', flush=True)
     return rows
 

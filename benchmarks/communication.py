@@ -30,10 +30,11 @@ def exchanged_bytes(config: str, size: int, method: str) -> int:
     wrapped = DistributedDataParallel(backbone)
     total = 0
 
-    def count(state, bucket):  # torch checks annotations as objects, not as the texts they would be here
+    # Without annotations: torch checks them as objects, not as the texts they would be here.
+    def count(state, bucket):  # type: ignore[no-untyped-def]
         nonlocal total
         total += bucket.buffer().nbytes
-        future = torch.futures.Future()
+        future: torch.futures.Future = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
 

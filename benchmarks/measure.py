@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.model import BaseModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
 
 from iconformer_mm.analysis import inspection
+from iconformer_mm.comparison.tables import to_markdown
 from iconformer_mm.engine import load_config
 from iconformer_mm.figures import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / 'tools'))
-from iconformer_mm.comparison.experiments import to_markdown  # noqa: E402
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -78,7 +76,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return dict(device=device, dtype=args.dtype, rounds=args.rounds, torch=torch.__version__)
 
 
-def build_model(config: str, changes: Mapping[str, Any] | None = None) -> nn.Module:
+def build_model(config: str, changes: Mapping[str, Any] | None = None) -> BaseModel:
     """The model of a config without its pre-trained weights, the same one each time.
 
     Args:

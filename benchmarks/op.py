@@ -15,6 +15,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +138,7 @@ def ways(device: str, compiled: bool) -> dict[str, Callable[[Tensor, Tensor], Te
         found['shifted products, torch.compile'] = torch.compile(shifted, dynamic=False)
     for name in ('triton', 'grouped') if device == 'cuda' else ('numba', 'auto'):
         if name == 'auto' or backends.find(name) is not None:
-            found[f'ours, {name}'] = lambda x, kernels, name=name: dynamic_depthwise_conv2d(x, kernels, name)
+            found[f'ours, {name}'] = partial(dynamic_depthwise_conv2d, backend=name)
     return found
 
 
@@ -154,7 +155,8 @@ class Problem:
     def run(self, way: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The output, the gradient of x and that of the kernels."""
         out = way(self.x, self.kernels)
-        return out, *torch.autograd.grad(out, (self.x, self.kernels), self.grad)
+        grad_x, grad_kernels = torch.autograd.grad(out, (self.x, self.kernels), self.grad)
+        return out, grad_x, grad_kernels
 
     def check(self, found: dict[str, Callable[[Tensor, Tensor], Tensor]]) -> None:
         """Whether all contestants compute the same thing.
@@ -177,7 +179,7 @@ def measure_case(
     problem = Problem(shape, device, dtype)
     found = ways(device, compiled)
     problem.check(found)
-    contestants: dict[str, Callable[[], object]] = {k: lambda way=way: problem.run(way) for k, way in found.items()}
+    contestants: dict[str, Callable[[], object]] = {k: partial(problem.run, way) for k, way in found.items()}
     source = torch.ones(COPIED, dtype=torch.uint8, device=device)
     target, copy = torch.empty_like(source), torch.empty_like(problem.grad)
     target.zero_()  # memory is given at the first touch
@@ -217,7 +219,9 @@ def measure_growth(
 ) -> list[dict]:
     """The rows of shapes that grow, for the default backend."""
     problems = {str(shape): Problem(shape, device, dtype) for shape in shapes}
-    calls = {key: lambda problem=problem: problem.run(dynamic_depthwise_conv2d) for key, problem in problems.items()}
+    calls: dict[str, Callable[[], object]] = {
+        key: partial(problem.run, dynamic_depthwise_conv2d) for key, problem in problems.items()
+    }
     if device == 'cuda':
         calls = {key: replayed(call) for key, call in calls.items()}
     rows = rows_of(interleave(calls, rounds, progress, name, device), {}, case=name)

@@ -26,10 +26,11 @@ from weakref import finalize
 import numpy as np
 import torch
 from mmengine.logging import MMLogger
+from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
@@ -140,7 +141,7 @@ def _detected(size: tuple[int, int]) -> Any:
 SAMPLES = {'mmpretrain': _labelled, 'mmseg': _segmented, 'mmdet': _detected}
 
 
-def make_data(model: nn.Module, case: Case, batch: int, training: bool) -> dict[str, Any]:
+def make_data(model: BaseModel, case: Case, batch: int, training: bool) -> dict[str, Any]:
     """Random images and their truth, through the model's own data preprocessor."""
     torch.manual_seed(0)
     make_sample = SAMPLES[DefaultScope.get_current_instance().scope_name]
@@ -149,7 +150,7 @@ def make_data(model: nn.Module, case: Case, batch: int, training: bool) -> dict[
     return model.data_preprocessor(dict(inputs=images, data_samples=samples), training)
 
 
-def build(case: Case, device: str) -> nn.Module:
+def build(case: Case, device: str) -> BaseModel:
     """The model of a case, with its random initialisation."""
     MMLogger.get_current_instance().setLevel('WARNING')  # of which it reports every tensor
     model = build_model(case.config, case.changes)
@@ -157,7 +158,7 @@ def build(case: Case, device: str) -> nn.Module:
     return model.to(device)
 
 
-def adapt(model: nn.Module, method: str) -> nn.Module:
+def adapt(model: BaseModel, method: str) -> BaseModel:
     """Put a method into a model, unless it is to stay as it is."""
     if method != UNADAPTED:
         device = next(model.parameters()).device
@@ -166,7 +167,7 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
     return model
 
 
-def build_all(case: Case, methods: Sequence[str], device: str) -> dict[str, nn.Module]:
+def build_all(case: Case, methods: Sequence[str], device: str) -> dict[str, BaseModel]:
     """A model a method.
 
     All that leave the parameters of the backbone as they are share them, so that large models fit into
@@ -180,7 +181,7 @@ def build_all(case: Case, methods: Sequence[str], device: str) -> dict[str, nn.M
     return {method: adapt(model, method) for method, model in copies.items()}
 
 
-def inference(model: nn.Module, data: dict, dtype: torch.dtype) -> Callable[[], None]:
+def inference(model: BaseModel, data: dict, dtype: torch.dtype) -> Callable[[], None]:
     """Prediction of a batch by a model in eval mode."""
     model.eval()
     device = data['inputs'].device.type
@@ -192,7 +193,7 @@ def inference(model: nn.Module, data: dict, dtype: torch.dtype) -> Callable[[], 
     return step
 
 
-def training(model: nn.Module, data: dict, dtype: torch.dtype) -> Callable[[], None]:
+def training(model: BaseModel, data: dict, dtype: torch.dtype) -> Callable[[], None]:
     """A training step of a model in train mode."""
     model.train()
     device = data['inputs'].device.type
@@ -244,7 +245,7 @@ def measure_growth(
 ) -> list[dict]:
     """The rows of training steps with larger and with more images; all of them take turns."""
     models = build_all(case, methods, device)
-    steps = {}
+    steps: dict[str, Callable[[], None]] = {}
     for size, batch in GROWTH:
         data = make_data(models[methods[0]], replace(case, size=size), batch, training=True)
         steps |= {f'{method} {size} {batch}': training(model, data, dtype) for method, model in models.items()}
@@ -357,7 +358,7 @@ def measure_memory(name: str, case: Case, methods: Sequence[str], *settings: Any
     Raises:
         RuntimeError: A process died, as one does for which there is not enough memory.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for method in progress.track(methods, description=f'{name}, memory'):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
             try:
@@ -366,11 +367,11 @@ def measure_memory(name: str, case: Case, methods: Sequence[str], *settings: Any
                 raise RuntimeError(f'{name}, {method}: the process died; is there enough memory?') from None
         rows.append(dict(case=name, contestant=method, **peaks))
     for column in ('peak (MiB)', 'live tensors (MiB)'):
-        peaks = {row['contestant']: row.get(column) for row in rows}
+        found = {row['contestant']: row.get(column) for row in rows}
         for row in rows:
             for reference in ('full', 'adaptformer'):
-                if peaks.get(reference):
-                    row[f'{column.removesuffix(" (MiB)")} to {reference}'] = row[column] / peaks[reference]
+                if found.get(reference):
+                    row[f'{column.removesuffix(" (MiB)")} to {reference}'] = row[column] / found[reference]
     return rows
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from conftest import ROOT
 
 # Tools that start a forkserver of their own.
-STARTS_SERVERS = ('compare.py', 'quickstart.py', 'scenes.py')
+STARTS_SERVERS = ('compare.py',)
 _processes = multiprocessing.get_context('forkserver')
 
 

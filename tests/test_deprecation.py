@@ -22,7 +22,8 @@ MOVED = {
     'apis.saliency': {'analysis.saliency': 'attention_map find_block grad_cam'},
     'visualization': {
         'comparison.plots': 'CurvePanel TradeoffPanel plot_comparison plot_curves plot_tradeoff',
-        'comparison.prediction_plots': 'PredictionRow draw_classes draw_instances plot_predictions',
+        'comparison.prediction_plots': 'PredictionRow plot_predictions',
+        'inference.drawing': 'draw_classes draw_instances',
     },
     'visualization.kernels': {'analysis.kernel_plots': 'plot_kernels plot_saliency'},
 }

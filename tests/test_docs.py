@@ -28,7 +28,7 @@ from test_switching import classifier  # noqa: E402
 from tool_parsers import parser_of_command, parser_of_tool  # noqa: E402
 
 from iconformer_mm import active_adapter, inject, list_adapters, save_adapter  # noqa: E402
-from iconformer_mm.comparison.results import Board  # noqa: E402
+from iconformer_mm.comparison.results import Results  # noqa: E402
 from iconformer_mm.comparison.spec import load_comparison  # noqa: E402
 from iconformer_mm.comparison.tables import report  # noqa: E402
 from iconformer_mm.engine import load_config  # noqa: E402
@@ -195,7 +195,7 @@ def test_learning_rates():
     """The table of starting points has the rates that the comparison's searches took."""
     text = (ROOT / 'docs' / 'methods.md').read_text(encoding='utf-8').partition('## Learning rates to begin with')[2]
     shown = dict(re.findall(r'^\| `([\w-]+)` \| (.+ \| .+) \|$', text, re.MULTILINE))
-    rows = json.loads((ROOT / 'docs' / 'comparison' / 'peft' / 'results.json').read_text())['rows']
+    rows = json.loads((ROOT / 'benchmarks' / 'results' / 'peft' / 'results.json').read_text())['rows']
     rates = {(row['method'], row['task']): f'{row["learning_rate"]:g}' for row in rows}
     expected = {m: ' | '.join(rates.get((m, task), '-') for task in ('digits', 'depth')) for m, _ in rates}
     assert {method: cells.replace('*', '') for method, cells in shown.items()} == expected
@@ -204,11 +204,14 @@ def test_learning_rates():
 @pytest.mark.parametrize('name', ['peft', 'ablation'])
 def test_comparison(name, tmp_path):
     """The tables of the report are those of its runs, and the runs those of the configs."""
-    folder = ROOT / 'docs' / 'comparison' / name
-    board = Board(load_comparison(ROOT / 'configs' / 'comparison' / f'{name}.yaml'), folder / 'cells')
-    assert not board.stale and len(board.finished) == len(list(folder.glob('cells/*/*/*.json')))
-    report(board, tmp_path, Console(file=io.StringIO()))
+    folder = ROOT / 'benchmarks' / 'results' / name
+    results = Results(load_comparison(ROOT / 'configs' / 'comparison' / f'{name}.yaml'), folder)
+    assert not results.stale and len(results.finished) == len(list(folder.glob('runs/*/*/*.json'))) > 300
+    report(results, tmp_path, Console(file=io.StringIO()))
     for file in ('table.md', 'search.md', 'results.csv'):
         assert (tmp_path / file).read_text() == (folder / file).read_text(), file
     lines = (folder / 'table.md').read_text().split('\n\n', 1)[1]
     assert lines in (ROOT / 'docs' / 'comparison.md').read_text(encoding='utf-8')
+    shown = sorted((ROOT / 'docs' / 'comparison' / name).iterdir())
+    assert [path.name for path in shown] == ['curves.png', 'search.md', 'tradeoff.png']
+    assert all(path.read_bytes() == (folder / path.name).read_bytes() for path in shown)

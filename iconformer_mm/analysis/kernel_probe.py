@@ -17,7 +17,7 @@ from iconformer_mm.tuning.injection import find_backbone
 
 
 @dataclass(frozen=True)
-class AdapterLook:
+class AdapterTrace:
     """What one iCoN adapter did with one image.
 
     Attributes:
@@ -60,7 +60,7 @@ def whole_images(model: nn.Module) -> Iterator[None]:
             model.test_cfg = given
 
 
-def look_at_adapters(inferencer: AdapterInferencer, image: Any) -> dict[str, AdapterLook]:
+def look_at_adapters(inferencer: AdapterInferencer, image: Any) -> dict[str, AdapterTrace]:
     """Predict on an image, and see what the iCoN adapters do meanwhile.
 
     Args:
@@ -95,7 +95,7 @@ def look_at_adapters(inferencer: AdapterInferencer, image: Any) -> dict[str, Ada
     finally:
         for handle in handles:
             handle.remove()
-    return {name: AdapterLook(kernels[name], before[name], after[name]) for name in kernels}
+    return {name: AdapterTrace(kernels[name], before[name], after[name]) for name in kernels}
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -138,7 +138,7 @@ def attention_map(inferencer: AdapterInferencer, image: Any, block: str | None =
     return seen.as_map((attention[0] if prefix else attention.mean(dim=0))[prefix:])
 
 
-class _Seen:
+class _TracedBlock:
     """A block while a model runs: the grid of its tokens."""
 
     def __init__(self, site: Site) -> None:
@@ -156,9 +156,9 @@ class _Seen:
 
 
 @contextmanager
-def _at_block(site: Site) -> Iterator[_Seen]:
+def _at_block(site: Site) -> Iterator[_TracedBlock]:
     """Within it the grid of a block's tokens is noted at each call."""
-    seen = _Seen(site)
+    seen = _TracedBlock(site)
     host, source = site.host, site.family.grid
     tracker, tap = None, None
     if host is not None and isinstance(source, FromPatchEmbed):

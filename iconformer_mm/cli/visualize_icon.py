@@ -16,7 +16,7 @@ from rich.progress import track
 
 from iconformer_mm.analysis import kernel_plots as pictures
 from iconformer_mm.analysis.kernel_probe import (
-    AdapterLook,
+    AdapterTrace,
     icon_adapters,
     look_at_adapters,
 )
@@ -103,7 +103,7 @@ def draw_differences(args: argparse.Namespace, compared: dict[str, Any], titles:
 
 def draw_features(
     args: argparse.Namespace,
-    looks: list[dict[str, AdapterLook]],
+    looks: list[dict[str, AdapterTrace]],
     titles: dict[str, str],
     images: list,
     names: list[str],
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     images: list[np.ndarray] = []
     names: list[str] = []
-    looks: list[dict[str, AdapterLook]] = []
+    looks: list[dict[str, AdapterTrace]] = []
     skipped: list[str] = []
     for path, name in zip(track(paths, description='looking at kernels', console=console), output_names(paths)):
         image = read_image(path, console, skipped)

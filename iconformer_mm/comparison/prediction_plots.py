@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from iconformer_mm.figures import new_figure, save_figure
@@ -26,44 +25,6 @@ class PredictionRow:
     title: str
     image: np.ndarray
     maps: Sequence[np.ndarray]
-
-
-def draw_classes(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
-    """Colour a map of class indices.
-
-    Args:
-        labels: (H, W), integers; those without a colour (such as 255, ignored) are black.
-        palette: RGB of each class.
-
-    Returns:
-        (H, W, 3), uint8.
-    """
-    colours = np.zeros((256, 3), np.uint8)
-    colours[: len(palette)] = palette
-    return colours[np.asarray(labels).astype(np.uint8)]
-
-
-def draw_instances(
-    image: np.ndarray, masks: np.ndarray, labels: Sequence[int], palette: Sequence[Sequence[int]]
-) -> np.ndarray:
-    """Draw instance masks over an image, each in its class's colour with an outline.
-
-    Args:
-        image: (H, W, 3), uint8, RGB.
-        masks: (N, H, W), bool.
-        labels: N class indices.
-        palette: RGB of each class.
-
-    Returns:
-        (H, W, 3), uint8.
-    """
-    drawn = np.ascontiguousarray(image // 3 + 40)
-    for mask, label in zip(masks, labels):
-        colour = np.array(palette[label])
-        drawn[mask] = (drawn[mask] * 0.35 + colour * 0.65).astype(np.uint8)
-        outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(drawn, outlines, -1, [int(c) for c in np.minimum(colour + 60, 255)], 1)
-    return drawn
 
 
 def plot_predictions(rows: Sequence[PredictionRow], columns: Sequence[str], path: str | os.PathLike) -> None:

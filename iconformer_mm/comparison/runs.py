@@ -17,9 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import iconformer_mm
 
-from .experiments import ROOT
-from .results import Board
-from .spec import Cell
+from .results import Results
+from .spec import ROOT, Run
 
 COLUMNS = (
     TextColumn('{task.description}'),
@@ -31,11 +30,11 @@ COLUMNS = (
 )
 
 
-class Sitting:
-    """Runs cells side by side until none is left, or no more time.
+class Scheduler:
+    """Runs runs side by side until none is left, or no more time.
 
     Args:
-        board: What is finished.
+        results: What is finished.
         tasks: Names of the tasks to run.
         methods: Names of the methods to run.
         args: The command line.
@@ -44,23 +43,23 @@ class Sitting:
 
     def __init__(
         self,
-        board: Board,
+        results: Results,
         tasks: Collection[str],
         methods: Collection[str],
         args: argparse.Namespace,
         console: Console,
     ) -> None:
-        self.board = board
+        self.results = results
         self.selection = (tasks, methods)
         self.args = args
         self.console = console
         self.begun: set[str] = set()
         self.failed: list[str] = []
-        self.running: dict[Any, tuple[Cell, BaseProcess]] = {}  # by sentinel
+        self.running: dict[Any, tuple[Run, BaseProcess]] = {}  # by sentinel
         self.context = get_context('forkserver')
 
     def run(self) -> None:
-        """Run the cells.
+        """Run the runs.
 
         Raises:
             SystemExit: The user interrupted; runs that go on are ended.
@@ -68,19 +67,19 @@ class Sitting:
         start_fork_server_environment()
         self.context.set_forkserver_preload(['iconformer_mm.comparison.single_run'])
         start = time.monotonic()
-        # The whole time counts for what remains: cells take from seconds to minutes.
+        # The whole time counts for what remains: runs take from seconds to minutes.
         with Progress(*COLUMNS, console=self.console, speed_estimate_period=1e6) as progress:
-            bar = progress.add_task('runs', total=self.board.left(*self.selection))
+            bar = progress.add_task('runs', total=self.results.left(*self.selection))
             try:
                 while True:
                     if self.args.minutes is None or time.monotonic() - start < 60 * self.args.minutes:
-                        self._start_cells()
+                        self._start_runs()
                     if not self.running:
                         break
                     for sentinel in wait(list(self.running)):
-                        self._end_cell(*self.running.pop(sentinel))
+                        self._end_run(*self.running.pop(sentinel))
                         done = len(self.begun) - len(self.running)
-                        total = done - len(self.failed) + self.board.left(*self.selection)
+                        total = done - len(self.failed) + self.results.left(*self.selection)
                         progress.update(bar, completed=done, total=total)
             except KeyboardInterrupt:
                 raise SystemExit('interrupted; what is finished is kept, and the same command goes on') from None
@@ -89,29 +88,27 @@ class Sitting:
                     process.terminate()
                     process.join()
 
-    def _start_cells(self) -> None:
-        ready = [cell for cell in self.board.ready(*self.selection) if cell.name not in self.begun]
-        for cell in ready[: self.args.jobs - len(self.running)]:
-            self.begun.add(cell.name)
-            job = (cell.settings, ROOT / cell.task.base, self._folder(cell), self.board.file(cell))
+    def _start_runs(self) -> None:
+        ready = [run for run in self.results.ready(*self.selection) if run.name not in self.begun]
+        for run in ready[: self.args.jobs - len(self.running)]:
+            self.begun.add(run.name)
+            pictures = run.task.pictures if run.seed == self.results.comparison.seeds[0] and not run.search else ()
+            job = (run.settings, ROOT / run.task.base, self.results.work_dir(run), self.results.file(run), pictures)
             process = self.context.Process(target=run_in_child, args=job)
             process.start()
-            self.running[process.sentinel] = (cell, process)
+            self.running[process.sentinel] = (run, process)
 
-    def _end_cell(self, cell: Cell, process: BaseProcess) -> None:
+    def _end_run(self, run: Run, process: BaseProcess) -> None:
         process.join()
-        self.board.refresh()
-        if process.exitcode == 0 and cell.name in self.board.finished:
-            self.console.print(f'{cell.name}: {describe(cell, self.board.finished[cell.name])}')
+        self.results.refresh()
+        if process.exitcode == 0 and run.name in self.results.finished:
+            self.console.print(f'{run.name}: {describe(run, self.results.finished[run.name])}')
             return
-        self.failed.append(cell.name)
-        log_file = self._folder(cell) / 'output.log'
+        self.failed.append(run.name)
+        log_file = self.results.work_dir(run) / 'output.log'
         tail = log_file.read_text(errors='replace').splitlines()[-15:] if log_file.is_file() else []
-        message = f'{cell.name} failed with exit code {process.exitcode}; the end of {log_file}:'
+        message = f'{run.name} failed with exit code {process.exitcode}; the end of {log_file}:'
         self.console.print('\n'.join([message, *tail]), style='red', markup=False, highlight=False)
-
-    def _folder(self, cell: Cell) -> Path:
-        return self.args.out / 'runs' / cell.name
 
 
 def start_fork_server_environment() -> None:
@@ -122,15 +119,15 @@ def start_fork_server_environment() -> None:
 
 
 def run_in_child(*job: Any) -> None:
-    """Run a cell; its module, which imports all libraries, is for the child only."""
-    from .single_run import run_cell
+    """Run a run; its module, which imports all libraries, is for the child only."""
+    from .single_run import train_and_validate
 
-    run_cell(*job)
+    train_and_validate(*job)
 
 
-def describe(cell: Cell, content: dict) -> str:
-    """One line on a finished cell."""
+def describe(run: Run, content: dict) -> str:
+    """One line on a finished run."""
     if content['score'] is None:
         return 'diverged'
-    task = cell.task
+    task = run.task
     return f'{task.title} {task.factor * content["score"]:.{task.digits}f}, {content["train_seconds"]:.0f} s'

@@ -5,33 +5,41 @@ The fork server imports this module, and by it the libraries, once for all runs.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import mmengine
+import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
+from safetensors.torch import load_file
 from torch import nn
 
 import iconformer_mm
 from iconformer_mm import summarize
 from iconformer_mm.engine import add_peft, build_runner, load_config
 from iconformer_mm.files import written_whole
+from iconformer_mm.inference.predictions import kind_of
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import find_backbone
 
-from .experiments import ROOT, check_tensors, load_base
+from .spec import ROOT
 
 CURVE_POINTS = 50
+SCORE = 0.5  # of instances that are drawn
 
 for _library in ('mmpretrain', 'mmdet', 'mmseg'):
     if find_spec(_library) is not None:
@@ -58,14 +66,17 @@ class DivergenceHook(Hook):
             raise Diverged
 
 
-def run_cell(settings: dict[str, Any], base: Path, folder: Path, result: Path) -> None:
+def train_and_validate(
+    settings: dict[str, Any], base: Path, folder: Path, result: Path, pictures: Sequence[int] = ()
+) -> None:
     """Train and validate on one core, and write the result.
 
     Args:
-        settings: All that determines the result, see :class:`iconformer_mm.comparison.spec.Cell`.
+        settings: All that determines the result, see :class:`iconformer_mm.comparison.spec.Run`.
         base: Pre-trained weights, which frozen ones are compared with.
         folder: Work folder with the output, ``output.log``; removed in the end.
         result: File to write.
+        pictures: Test images of which the predictions are kept, by index, in a file beside it (``.npz``).
 
     Raises:
         RuntimeError: A frozen tensor changed, or the validation lacks the metric.
@@ -88,6 +99,8 @@ def run_cell(settings: dict[str, Any], base: Path, folder: Path, result: Path) -
         frozen_weights_checked=check_frozen_weights(runner.model, base),
         versions={module.__name__: module.__version__ for module in (torch, mmengine, iconformer_mm)},
     )
+    if pictures and score is not None:
+        keep_predictions(runner, pictures, result.with_suffix('.npz'))
     # A key a line: short, and readable in a diff.
     lines = ',\n'.join(f'{json.dumps(key)}: {json.dumps(value)}' for key, value in content.items())
     with written_whole(result) as temporary:
@@ -179,3 +192,56 @@ def check_frozen_weights(model: nn.Module, base: Path) -> bool:
         raise RuntimeError(f'{base} lacks {missing[0]}, which is frozen: it is not the base of this backbone')
     check_tensors(weights, state, 'after training')
     return True
+
+
+def load_base(path: Path) -> dict[str, torch.Tensor]:
+    """Read the pre-trained weights of a backbone, by their names in it."""
+    return {name.removeprefix('backbone.'): value for name, value in load_file(path).items()}
+
+
+def check_tensors(weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], where: object) -> None:
+    """Compare a backbone's tensors with the base's, bit by bit.
+
+    Args:
+        weights: The base's tensors; those that the backbone lacks are left out.
+        state: The backbone's.
+        where: What the backbone's are from, for the message.
+
+    Raises:
+        RuntimeError: A tensor changed, or there is none to compare.
+    """
+    # A backbone may lack some: the norms of stages that its head does not read.
+    names = [name for name in weights if name in state]
+    if not names:
+        raise RuntimeError(f'{where}: there are none of the weights of the base')
+    for name in names:
+        if not torch.equal(weights[name], state[name]):
+            raise RuntimeError(f'{where}: the frozen tensor backbone.{name} changed in training')
+
+
+def keep_predictions(runner: Runner, indices: Sequence[int], path: Path) -> None:
+    """Write what a trained model predicts on some test images, as maps to be drawn.
+
+    Args:
+        runner: The run, with dense predictions.
+        indices: The images.
+        path: File to write, with ``images`` (N, H, W, 3), and ``truth`` and ``predicted``: maps (N, H, W) in metres,
+            or pictures (N, H, W, 3).
+    """
+    model = runner.model
+    dataset = DATASETS.build(runner.cfg.test_dataloader.dataset)
+    palette = (dataset.metainfo or {}).get('palette') or ()
+    items = [dataset[index] for index in indices]
+    images = [np.ascontiguousarray(item['inputs'].permute(1, 2, 0).numpy()[..., ::-1]) for item in items]
+    samples = [copy.deepcopy(item['data_samples']) for item in items]
+    model.eval()
+    with torch.no_grad():
+        predictions = model.test_step(pseudo_collate(items))
+    kind = kind_of(predictions[0])
+    drawn: dict[str, Any] = dict(
+        images=np.stack(images),
+        truth=np.stack([kind.picture(s, i, palette, 'gt') for s, i in zip(samples, images)]),
+        predicted=np.stack([kind.picture(s, i, palette, 'pred', SCORE) for s, i in zip(predictions, images)]),
+    )
+    with written_whole(path) as temporary, open(temporary, 'wb') as file:
+        np.savez_compressed(file, **drawn)

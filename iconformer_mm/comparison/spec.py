@@ -13,7 +13,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from .experiments import ROOT
+from iconformer_mm.compat import config_folder
+
+ROOT = config_folder('iconformer_mm').parent  # the checkout; of an installed package its .mim
 
 
 class ComparisonError(ValueError):
@@ -30,13 +32,14 @@ class Task:
         base: File of the pre-trained weights, which frozen weights are compared with.
         metric: Name of the score in mmengine's log.
         title: Title of the score in tables and plots.
-        learning_rates: The rates that are searched, for every method alike;
+        learning_rates: The rates that are searched, for every method that has none of its own;
             a single one is taken as it is.
         factor: What the score is multiplied by for tables and plots.
         digits: Digits after the point.
         higher_is_better: Whether a higher score is the better one.
         options: Settings that override the config's, in every run.
         search_options: Further ones in the search, such as other validation data.
+        pictures: Images of the test data, by index, of which the predictions are drawn.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Task:
     higher_is_better: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     search_options: dict[str, Any] = field(default_factory=dict)
+    pictures: tuple[int, ...] = ()
 
     def key(self, score: float | None) -> float:
         """Sorts scores, the best first; that of a diverged run, None, comes last."""
@@ -67,6 +71,7 @@ class Method:
         title: Its name in tables and plots.
         method: Config of the PEFT method.
         tasks: Names of the tasks it is defined on.
+        learning_rates: By task, rates in place of those of the task.
         options: Settings that override the config's and the task's.
     """
 
@@ -74,11 +79,12 @@ class Method:
     title: str
     method: dict[str, Any]
     tasks: tuple[str, ...] = ()
+    learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Cell:
+class Run:
     """One training run of a comparison: in the search of the learning rate, or one of the seeds."""
 
     task: Task
@@ -135,15 +141,20 @@ class Comparison:
             if task.name in tasks and method.name in methods and task.name in method.tasks
         ]
 
-    def searches(self, task: Task, method: Method) -> list[Cell]:
-        """The search of a method's learning rate on a task; none of a single rate."""
-        if len(task.learning_rates) == 1:
-            return []
-        return [Cell(task, method, rate, self.search_seed, search=True) for rate in task.learning_rates]
+    def rates(self, task: Task, method: Method) -> tuple[float, ...]:
+        """The learning rates that are searched for a method on a task; a single one is taken as it is."""
+        return method.learning_rates.get(task.name, task.learning_rates)
 
-    def runs(self, task: Task, method: Method, learning_rate: float) -> list[Cell]:
+    def searches(self, task: Task, method: Method) -> list[Run]:
+        """The search of a method's learning rate on a task; none of a single rate."""
+        rates = self.rates(task, method)
+        if len(rates) == 1:
+            return []
+        return [Run(task, method, rate, self.search_seed, search=True) for rate in rates]
+
+    def runs(self, task: Task, method: Method, learning_rate: float) -> list[Run]:
         """The compared runs of a method on a task, at the rate that the search found."""
-        return [Cell(task, method, learning_rate, seed, search=False) for seed in self.seeds]
+        return [Run(task, method, learning_rate, seed, search=False) for seed in self.seeds]
 
 
 class _Loader(yaml.SafeLoader):
@@ -201,6 +212,8 @@ def _task(name: str, content: Any, folder: Path) -> Task:
     for key, kind in (('metric', str), ('title', str), ('factor', float), ('digits', int), ('higher_is_better', bool)):
         if key in content:
             content[key] = _value(f'{where}.{key}', content[key], kind)
+    if 'pictures' in content:
+        content['pictures'] = _list(f'{where}.pictures', content['pictures'], int)
     for key in ('options', 'search_options'):
         content[key] = _dictionary(f'{where}.{key}', content.get(key, {}))
     return Task(name, **content)
@@ -216,6 +229,11 @@ def _method(name: str, content: Any, tasks: Collection[str]) -> Method:
     for task in content['tasks']:
         if task not in tasks:
             raise ComparisonError(f"{where}.tasks: unknown task '{task}'{_hint(task, tasks)}")
+    rates = _dictionary(f'{where}.learning_rates', content.get('learning_rates', {}))
+    for task in rates:
+        if task not in tasks:
+            raise ComparisonError(f"{where}.learning_rates: unknown task '{task}'{_hint(task, tasks)}")
+    content['learning_rates'] = {t: _list(f'{where}.learning_rates.{t}', rates[t], float) for t in rates}
     content['options'] = _dictionary(f'{where}.options', content.get('options', {}))
     return Method(name, **content)
 

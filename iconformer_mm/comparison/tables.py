@@ -1,4 +1,4 @@
-"""Tables and plots of a comparison, from its finished cells."""
+"""Tables and plots of a comparison, from its finished runs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from iconformer_mm.files import written_whole
 
-from .experiments import print_table, to_markdown
 from .plots import CurvePanel, TradeoffPanel, plot_curves, plot_tradeoff
-from .results import Board
+from .prediction_plots import PredictionRow, plot_predictions
+from .results import Results
 from .spec import Method, Task
 
+PICTURES = 'predictions.png'  # of tasks with pictures
 FILES = ('results.json', 'results.csv', 'table.md', 'search.md', 'tradeoff.png', 'curves.png')
 
 
@@ -61,17 +65,17 @@ class Row:
 Rows = dict[tuple[str, str], Row]
 
 
-def make_row(board: Board, task: Task, method: Method) -> Row | None:
+def make_row(results: Results, task: Task, method: Method) -> Row | None:
     """Sum a method's runs on a task up; None before the first is finished."""
-    if not board.searched(task, method):
+    if not results.searched(task, method):
         return None
-    rate = board.best_rate(task, method)
-    cells = board.results(task, method)
+    rate = results.best_rate(task, method)
+    runs = results.of_seeds(task, method)
     if rate is None:
-        cells = [board.finished[cell.name] for cell in board.comparison.searches(task, method)]
-    if not cells:
+        runs = [results.finished[run.name] for run in results.comparison.searches(task, method)]
+    if not runs:
         return None
-    scores = [None if cell['score'] is None else task.factor * cell['score'] for cell in cells]
+    scores = [None if run['score'] is None else task.factor * run['score'] for run in runs]
     numbers = [score for score in scores if score is not None]
     whole = len(numbers) == len(scores)
     return Row(
@@ -79,23 +83,23 @@ def make_row(board: Board, task: Task, method: Method) -> Row | None:
         method=method.name,
         mean=statistics.mean(numbers) if whole else None,
         std=statistics.stdev(numbers) if whole and len(numbers) > 1 else None,
-        seeds=0 if rate is None else len(cells),
+        seeds=0 if rate is None else len(runs),
         diverged=scores.count(None),
         learning_rate=rate,
-        trained_parameters=cells[0]['trained_parameters'],
-        trained_backbone=cells[0]['trained_backbone'],
-        backbone_share=cells[0]['backbone_share'],
-        train_seconds=statistics.mean(cell['train_seconds'] for cell in cells),
+        trained_parameters=runs[0]['trained_parameters'],
+        trained_backbone=runs[0]['trained_backbone'],
+        backbone_share=runs[0]['backbone_share'],
+        train_seconds=statistics.mean(run['train_seconds'] for run in runs),
         scores=() if rate is None else tuple(scores),
     )
 
 
-def make_rows(board: Board) -> Rows:
+def make_rows(results: Results) -> Rows:
     """The rows of all tasks and methods, ranked."""
     rows: Rows = {}
-    for task in board.comparison.tasks.values():
-        pairs = board.comparison.pairs([task.name], board.comparison.methods)
-        found = [row for pair in pairs if (row := make_row(board, *pair)) is not None]
+    for task in results.comparison.tasks.values():
+        pairs = results.comparison.pairs([task.name], results.comparison.methods)
+        found = [row for pair in pairs if (row := make_row(results, *pair)) is not None]
         keys = [task.key(row.mean) for row in found]
         for row, key in zip(found, keys):
             row.rank = sum(other < key for other in keys) + (keys.count(key) + 1) / 2
@@ -103,7 +107,7 @@ def make_rows(board: Board) -> Rows:
     return rows
 
 
-def score_cell(task: Task, row: Row | None, best: bool, planned: int, bold: str) -> str:
+def score_text(task: Task, row: Row | None, best: bool, planned: int, bold: str) -> str:
     """A method's score on a task, as the table shows it."""
     if row is None:
         return '-'
@@ -117,18 +121,18 @@ def score_cell(task: Task, row: Row | None, best: bool, planned: int, bold: str)
     return bold.format(text) if best else text
 
 
-def backbones(board: Board) -> list[list[str]]:
+def backbones(results: Results) -> list[list[str]]:
     """The tasks, those on the same backbone together."""
     groups: dict[str, list[str]] = {}
-    for task in board.comparison.tasks.values():
+    for task in results.comparison.tasks.values():
         groups.setdefault(task.base, []).append(task.name)
     return list(groups.values())
 
 
-def table(board: Board, rows: Rows, bold: str) -> tuple[list[str], list[list[str]]]:
+def table(results: Results, rows: Rows, bold: str) -> tuple[list[str], list[list[str]]]:
     """Titles and cells of the table, methods as rows."""
-    comparison = board.comparison
-    groups = backbones(board)
+    comparison = results.comparison
+    groups = backbones(results)
     titles = ['method']
     titles += ['backbone share' + (f': {", ".join(group)}' if len(groups) > 1 else '') for group in groups]
     titles += [task.title for task in comparison.tasks.values()] + ['mean rank']
@@ -142,7 +146,7 @@ def table(board: Board, rows: Rows, bold: str) -> tuple[list[str], list[list[str
         for task, row in zip(comparison.tasks.values(), own):
             ranks = [other.rank for other in rows.values() if other.task == task.name]
             best = row is not None and row.rank == min(ranks)
-            line.append(score_cell(task, row, best, len(comparison.seeds), bold))
+            line.append(score_text(task, row, best, len(comparison.seeds), bold))
         line.append(mean_rank([row.rank for row in own if row is not None], len(own)))
         lines.append(line)
     return titles, lines
@@ -156,24 +160,28 @@ def mean_rank(ranks: list[float], tasks: int) -> str:
     return f'{statistics.mean(ranks):.1f}{note}'
 
 
-def search_text(board: Board) -> str:
+def search_text(results: Results) -> str:
     """The searched rates and their scores, a Markdown table a task."""
     parts = ['# Search of the learning rates\n']
-    parts.append(f"Seed {board.comparison.search_seed}, on data apart from the comparison's. Bold: taken.\n")
-    for task in board.comparison.tasks.values():
+    parts.append(f"Seed {results.comparison.search_seed}, on data apart from the comparison's. Bold: taken.\n")
+    for task in results.comparison.tasks.values():
+        methods = [method for _, method in results.comparison.pairs([task.name], results.comparison.methods)]
+        searches = {method.title: results.comparison.searches(task, method) for method in methods}
+        rates = sorted({run.learning_rate for runs in searches.values() for run in runs})
         lines = []
-        for method in board.comparison.methods.values():
-            if task.name not in method.tasks:
-                continue
-            best = board.best_rate(task, method) if board.searched(task, method) else None
-            cells = [board.finished.get(cell.name) for cell in board.comparison.searches(task, method)]
-            lines.append([method.title, *(search_cell(task, cell, best) for cell in cells)])
-        parts.append(f'## {task.title}\n')
-        parts.append(to_markdown(['method', *(f'{rate:g}' for rate in task.learning_rates)], lines))
+        for method in methods:
+            best = results.best_rate(task, method) if results.searched(task, method) else None
+            found = {run.learning_rate: results.finished.get(run.name) for run in searches[method.title]}
+            lines.append([method.title, *(rate_text(task, found.get(rate), best) for rate in rates)])
+        if rates:
+            parts.append(f'## {task.title}\n')
+            parts.append(to_markdown(['method', *(f'{rate:g}' for rate in rates)], lines))
+    if len(parts) == 2:
+        parts[1] = 'There was no search: the file of the comparison has one rate for each task and method.\n'
     return '\n'.join(parts)
 
 
-def search_cell(task: Task, content: dict | None, best: float | None) -> str:
+def rate_text(task: Task, content: dict | None, best: float | None) -> str:
     """The score at one rate."""
     if content is None:
         return '-'
@@ -188,12 +196,12 @@ def axis_title(task: Task) -> str:
     return task.title if task.higher_is_better else f'{task.title}, lower is better'
 
 
-def tradeoff_panels(board: Board, rows: Rows) -> list[TradeoffPanel]:
+def tradeoff_panels(results: Results, rows: Rows) -> list[TradeoffPanel]:
     """What is plotted of scores against trained parameters: a panel a task that was run."""
     panels = []
-    for task in board.comparison.tasks.values():
+    for task in results.comparison.tasks.values():
         points = {
-            board.comparison.methods[row.method].title: (row.trained_backbone, row.mean, row.std or 0.0)
+            results.comparison.methods[row.method].title: (row.trained_backbone, row.mean, row.std or 0.0)
             for row in rows.values()
             if row.task == task.name and row.mean is not None
         }
@@ -201,18 +209,43 @@ def tradeoff_panels(board: Board, rows: Rows) -> list[TradeoffPanel]:
     return [panel for panel in panels if panel.points] or panels
 
 
-def curve_panels(board: Board, rows: Rows) -> list[CurvePanel]:
+def curve_panels(results: Results, rows: Rows) -> list[CurvePanel]:
     """What is plotted of the training: the mean over the seeds of the runs that did not diverge."""
     panels = []
-    for task in board.comparison.tasks.values():
+    for task in results.comparison.tasks.values():
         curves = {}
         for row in rows.values():
-            method = board.comparison.methods[row.method]
+            method = results.comparison.methods[row.method]
             if row.task == task.name and row.mean is not None:
-                runs = [cell['curve'] for cell in board.results(task, method)]
+                runs = [run['curve'] for run in results.of_seeds(task, method)]
                 curves[method.title] = [(points[0][0], statistics.mean(p[1] for p in points)) for points in zip(*runs)]
         panels.append(CurvePanel(f'{task.name}: training loss', curves))
     return [panel for panel in panels if panel.curves] or panels
+
+
+def plot_pictures(results: Results, path: Path) -> bool:
+    """Plot what the first seed of each method predicts on some images, beside the ground truth.
+
+    Args:
+        results: The results.
+        path: Image file to write.
+
+    Returns:
+        Whether there was something to plot: the tasks have pictures, and all methods on them have a finished run.
+    """
+    rows, methods = [], list(results.comparison.methods.values())
+    for task in results.comparison.tasks.values():
+        files = [file for method in methods if (file := results.pictures_of(task, method)) is not None]
+        if len(files) < len(methods):
+            continue
+        kept = [dict(np.load(file)) for file in files]
+        for index, image in enumerate(kept[0]['images']):
+            maps = [kept[0]['truth'][index], *(one['predicted'][index] for one in kept)]
+            rows.append(PredictionRow(task.name, image, maps))
+    if rows:
+        columns = ['ground truth', *(method.title for method in methods)]
+        write(path, lambda temporary: plot_predictions(rows, columns, temporary))
+    return bool(rows)
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -230,27 +263,52 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-def report(board: Board, folder: Path, console: Console) -> None:
+def report(results: Results, folder: Path, console: Console) -> None:
     """Write tables and plots of what is finished, and print the table.
 
     Args:
-        board: What is finished.
+        results: What is finished.
         folder: Where the files are written, see ``FILES``.
         console: Where to print.
     """
-    comparison = board.comparison
-    rows = make_rows(board)
+    comparison = results.comparison
+    rows = make_rows(results)
     title = f'{comparison.title}, mean ± std over {len(comparison.seeds)} seeds'
-    titles, lines = table(board, rows, '[bold]{}[/bold]')
+    titles, lines = table(results, rows, '[bold]{}[/bold]')
     print_table(title, [textwrap.wrap(words, 12) for words in titles], lines, console)
-    markdown = f'{title}\n\n' + to_markdown(*table(board, rows, '**{}**'))
-    results = dict(title=comparison.title, rows=[asdict(row) for row in rows.values()])
-    write(folder / 'results.json', lambda path: path.write_text(json.dumps(results, indent=2) + '\n', 'utf-8'))
+    markdown = f'{title}\n\n' + to_markdown(*table(results, rows, '**{}**'))
+    content = dict(title=comparison.title, rows=[asdict(row) for row in rows.values()])
+    write(folder / 'results.json', lambda path: path.write_text(json.dumps(content, indent=2) + '\n', 'utf-8'))
     write(folder / 'results.csv', lambda path: write_csv(rows.values(), path))
     write(folder / 'table.md', lambda path: path.write_text(markdown, 'utf-8'))
-    write(folder / 'search.md', lambda path: path.write_text(search_text(board), 'utf-8'))
+    write(folder / 'search.md', lambda path: path.write_text(search_text(results), 'utf-8'))
     names = [method.title for method in comparison.methods.values()]
     full = next((method.title for method in comparison.methods.values() if method.method['type'] == 'full'), None)
-    write(folder / 'tradeoff.png', lambda path: plot_tradeoff(tradeoff_panels(board, rows), names, path, full))
-    write(folder / 'curves.png', lambda path: plot_curves(curve_panels(board, rows), names, path, full))
-    console.print(f'wrote {", ".join(FILES)} to {folder}')
+    write(folder / 'tradeoff.png', lambda path: plot_tradeoff(tradeoff_panels(results, rows), names, path, full))
+    write(folder / 'curves.png', lambda path: plot_curves(curve_panels(results, rows), names, path, full))
+    drawn = plot_pictures(results, folder / PICTURES)
+    console.print(f'wrote {", ".join([*FILES, *([PICTURES] if drawn else [])])} to {folder}')
+
+
+def print_table(title: str, titles: Sequence[Sequence[str]], rows: Iterable[Sequence[str]], console: Console) -> None:
+    """Print a table, first column to the left and the others to the right.
+
+    Args:
+        title: Title of the table.
+        titles: Lines of each column's title.
+        rows: The cells.
+        console: Where to.
+    """
+    table = Table(title=title, title_justify='left', box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for index, words in enumerate(titles):
+        table.add_column('\n'.join(words), justify='right' if index else 'left', no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def to_markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, first column to the left and the others to the right."""
+    lines = ['| ' + ' | '.join(titles) + ' |', '|---' + '|---:' * (len(titles) - 1) + '|']
+    lines += ['| ' + ' | '.join(row) + ' |' for row in rows]
+    return '\n'.join(lines) + '\n'

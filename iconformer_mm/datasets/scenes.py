@@ -10,12 +10,16 @@ the target under conditions that change from scene to scene.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
 import numpy as np
+from rich.progress import track
 
 SHAPES = ('disc', 'box', 'cone', 'diamond', 'cross')
 SURFACES = ('wall', 'floor')
@@ -276,3 +280,46 @@ WRITERS: dict[str, Callable[[Path, str, Iterator[Scene]], None]] = {
     'nyu': write_nyu,
     'classification': write_classification,
 }
+
+
+# Every part has scenes of its own: seeds never meet.
+SEEDS = {
+    ('source', 'train'): 0,
+    ('source', 'val'): 1,
+    ('target', 'train'): 2,
+    ('target', 'val'): 3,
+    ('mixed', 'train'): 1_000_002,
+    ('mixed', 'val'): 1_000_003,
+}
+
+
+def write_scenes(
+    out: Path,
+    style: str,
+    formats: Iterable[str] = tuple(WRITERS),
+    train: int = 400,
+    val: int = 100,
+    size: tuple[int, int] = (96, 128),
+    seed: int = 0,
+) -> None:
+    """Render the data sets of one style, each complete or not there at all.
+
+    Args:
+        out: Folder to write; the data sets are ``<style>/<format>`` in it, and replace those that are there.
+        style: One of ``STYLES``.
+        formats: Keys of ``WRITERS``. Defaults to all.
+        train: Training scenes. Defaults to 400.
+        val: Validation scenes. Defaults to 100.
+        size: Height and width in pixels. Defaults to 96 x 128.
+        seed: Other seeds give other scenes. Defaults to 0.
+    """
+    for name in formats:
+        folder = out / style / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            for split, number in (('train', train), ('val', val)):
+                items = scenes(number, 4 * seed + SEEDS[style, split], style, size)
+                items = iter(track(items, f'{style} {name} {split}', total=number))
+                WRITERS[name](Path(temporary) / name, split, items)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(Path(temporary) / name, folder)

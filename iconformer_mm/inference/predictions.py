@@ -12,7 +12,7 @@ import numpy as np
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from .drawing import draw_depth, enlarge
+from .drawing import draw_classes, draw_depth, draw_instances, enlarge
 
 SCORE_THRESHOLD = 0.3
 TOP_INSTANCES = 10
@@ -49,6 +49,28 @@ class PredictionKind:
         """Write what a picture does not show; see :func:`write_maps`."""
         return []
 
+    def picture(
+        self,
+        sample: BaseDataElement,
+        image: np.ndarray,
+        palette: Sequence[Sequence[int]],
+        which: str = 'pred',
+        score_threshold: float = SCORE_THRESHOLD,
+    ) -> np.ndarray:
+        """What a data sample says, to be seen beside others: a picture (H, W, 3), or a map (H, W) in metres.
+
+        Args:
+            sample: The data sample.
+            image: (H, W, 3), uint8, RGB.
+            palette: RGB of each class.
+            which: ``'pred'`` for the prediction, ``'gt'`` for the ground truth. Defaults to ``'pred'``.
+            score_threshold: Predicted instances of a smaller score are left out. Defaults to 0.3.
+
+        Raises:
+            ValueError: There are no such pictures of this kind.
+        """
+        raise ValueError(f'there is no picture of a {type(self).__name__.lower()} to see beside others')
+
     def score(self, prediction: BaseDataElement) -> Tensor:
         """What the model says, as one number that can be differentiated."""
         raise NotImplementedError
@@ -82,6 +104,17 @@ class Depth(PredictionKind):
         file = Path(f'{path}_depth.npy')
         np.save(file, prediction.pred_depth_map.data.squeeze().cpu().numpy().astype(np.float32))
         return [file]
+
+    def picture(
+        self,
+        sample: BaseDataElement,
+        image: np.ndarray,
+        palette: Sequence[Sequence[int]],
+        which: str = 'pred',
+        score_threshold: float = SCORE_THRESHOLD,
+    ) -> np.ndarray:
+        """The depths."""
+        return sample.get(f'{which}_depth_map').data[0].cpu().numpy()
 
     def score(self, prediction: BaseDataElement) -> Tensor:
         """The sum of the map, in metres."""
@@ -122,6 +155,17 @@ class Segmentation(PredictionKind):
         cv2.imwrite(str(file), prediction.pred_sem_seg.data.squeeze(0).cpu().numpy().astype(np.uint8))
         return [file]
 
+    def picture(
+        self,
+        sample: BaseDataElement,
+        image: np.ndarray,
+        palette: Sequence[Sequence[int]],
+        which: str = 'pred',
+        score_threshold: float = SCORE_THRESHOLD,
+    ) -> np.ndarray:
+        """The classes in their colours."""
+        return draw_classes(sample.get(f'{which}_sem_seg').data[0].cpu().numpy(), palette)
+
     def score(self, prediction: BaseDataElement) -> Tensor:
         """The mean logit of the predicted classes."""
         return prediction.seg_logits.data.max(dim=0).values.mean()
@@ -156,6 +200,21 @@ class Instances(PredictionKind):
     def caption(self, described: Mapping[str, Any]) -> str:
         """How many there are."""
         return f'{len(described["instances"])} instances'
+
+    def picture(
+        self,
+        sample: BaseDataElement,
+        image: np.ndarray,
+        palette: Sequence[Sequence[int]],
+        which: str = 'pred',
+        score_threshold: float = SCORE_THRESHOLD,
+    ) -> np.ndarray:
+        """The masks over the image."""
+        if which == 'gt':
+            truth = sample.gt_instances
+            return draw_instances(image, truth.masks.masks.astype(bool), truth.labels.tolist(), palette)
+        found = sample.pred_instances[sample.pred_instances.scores >= score_threshold].cpu()
+        return draw_instances(image, found.masks.numpy(), found.labels.tolist(), palette)
 
     def score(self, prediction: BaseDataElement) -> Tensor:
         """The sum of the ten largest scores; 0 if nothing is found."""

@@ -10,6 +10,8 @@ from typing import Any
 
 from iconformer_mm.extras import require_extra
 
+from iconformer_mm.comparison.results import result_files
+
 from .report_page import Page, ReportError, Section, Table, format_value, read_picture
 
 RUN_COLUMNS = {
@@ -47,24 +49,24 @@ def report_comparison(folder: Path) -> Page:
             f'{path} is no result of tools/compare.py ({type(error).__name__}: {error}); write it anew with '
             '`python tools/compare.py COMPARISON --report-only --out FOLDER`'
         ) from None
-    cells, problems = read_cells(folder / 'cells')
+    finished, problems = read_runs(folder)
     versions: dict[str, set[str]] = {}
-    for cell in cells.values():
-        for package, version in cell.get('versions', {}).items():
+    for run in finished.values():
+        for package, version in run.get('versions', {}).items():
             versions.setdefault(package, set()).add(version)
-    settings = '\n'.join(f'{name}: {json.dumps(cell.get("settings"))}' for name, cell in cells.items())
+    settings = '\n'.join(f'{name}: {json.dumps(run.get("settings"))}' for name, run in finished.items())
     sections = [
         _markdown_section('Summary', folder / 'table.md'),
         _plots(folder),
         Section('Runs', notes=problems, tables=[runs]),
         _markdown_section('Search of learning rates', folder / 'search.md'),
         Section('Environment', facts={package: ', '.join(sorted(found)) for package, found in versions.items()}),
-        Section('Settings', folded={f'what determined each of {len(cells)} runs': settings} if cells else {}),
+        Section('Settings', folded={f'what determined each of {len(finished)} runs': settings} if finished else {}),
     ]
     for section in sections[-2:]:
-        if not cells:
-            section.notes.append('no finished runs were found in the folder `cells`')
-    return Page(title, f'comparison in {folder}, {len(cells)} finished runs', sections)
+        if not finished:
+            section.notes.append('no finished runs were found in the folder `runs`')
+    return Page(title, f'comparison in {folder}, {len(finished)} finished runs', sections)
 
 
 def _run_row(row: Mapping[str, Any]) -> list[str]:
@@ -76,27 +78,26 @@ def _run_row(row: Mapping[str, Any]) -> list[str]:
     return [formats.get(key, format_value)(row[key]) for key in RUN_COLUMNS]
 
 
-def read_cells(folder: Path) -> tuple[dict[str, dict], list[str]]:
+def read_runs(folder: Path) -> tuple[dict[str, dict], list[str]]:
     """Read the finished runs of a comparison.
 
     Args:
-        folder: The folder ``cells``.
+        folder: The comparison's folder.
 
     Returns:
         Their contents by name, and messages on what could not be read.
     """
-    cells, problems = {}, []
-    for path in sorted(folder.rglob('*.json')):
-        name = str(path.relative_to(folder).with_suffix(''))
+    finished, problems = {}, []
+    for name, path in result_files(folder).items():
         try:
             content = json.loads(path.read_text(encoding='utf-8'))
         except (OSError, ValueError) as error:
             content = error
         if isinstance(content, dict):
-            cells[name] = content
+            finished[name] = content
         else:
             problems.append(f'the run {name} cannot be read: {content}')
-    return cells, problems
+    return finished, problems
 
 
 def _plots(folder: Path) -> Section:

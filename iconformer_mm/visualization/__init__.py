@@ -14,9 +14,8 @@ __getattr__ = moved(
         ],
         'iconformer_mm.comparison.prediction_plots': [
             'PredictionRow',
-            'draw_classes',
-            'draw_instances',
             'plot_predictions',
         ],
+        'iconformer_mm.inference.drawing': ['draw_classes', 'draw_instances'],
     },
 )

@@ -210,8 +210,6 @@ TOOLS = {
     'export_backbone': (['a.pth', 'b', '--prefx', 'x'], '--prefix'),
     'report': (['folder', '--max-mb', '3'], '--max-mib'),
     'compare': (['a.yaml', '--minute', '3', '--task-s', 'x'], '--tasks'),
-    'quickstart': (['--seds', '3'], '--seeds'),
-    'scenes': (['--metods', 'icon'], '--methods'),
     'make_scenes': (['--stiles', 'target'], '--styles'),
     'nyu': (['a', 'b', '--ot', 'x', '--outt', 'y'], '--out'),
 }

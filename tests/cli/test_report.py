@@ -142,9 +142,9 @@ def test_in_a_browser(run, report):
 
 @in_browser
 def test_a_comparison_in_a_browser(tmp_path):
-    tool('report.py', ROOT / 'docs' / 'comparison' / 'peft', '--out', tmp_path / 'peft.html')
+    tool('report.py', ROOT / 'benchmarks' / 'results' / 'peft', '--out', tmp_path / 'peft.html')
     phone, desktop = browse(tmp_path, ('peft.html', 375), ('peft.html', 1280))
-    results = json.loads((ROOT / 'docs' / 'comparison' / 'peft' / 'results.json').read_text())
+    results = json.loads((ROOT / 'benchmarks' / 'results' / 'peft' / 'results.json').read_text())
     for page in (phone, desktop):
         assert page['title'] == results['title'] and page['sections'][:3] == ['Summary', 'Curves', 'Runs']
         assert all(width > 0 for _, width, _ in page['images']) and len(page['images']) == 2

@@ -12,8 +12,8 @@ from commands import tool
 from conftest import ROOT
 from rich.console import Console
 
-from iconformer_mm.cli.compare import main
-from iconformer_mm.comparison.results import Board
+from iconformer_mm.cli.compare import main, take_seeds
+from iconformer_mm.comparison.results import Results, result_files
 from iconformer_mm.comparison.spec import ComparisonError, load_comparison
 from iconformer_mm.comparison.tables import make_rows, report, search_text, table
 from iconformer_mm.engine import load_config
@@ -45,8 +45,8 @@ def write(path, content):
     return path
 
 
-def cells(out):
-    return {str(path.relative_to(out / 'cells')): path.stat().st_mtime_ns for path in out.glob('cells/*/*/*.json')}
+def files(out):
+    return {f'{name}.json': path.stat().st_mtime_ns for name, path in result_files(out).items()}
 
 
 def test_runs_are_resumed(tmp_path, capsys):
@@ -57,55 +57,55 @@ def test_runs_are_resumed(tmp_path, capsys):
     output = tool('compare.py', path, '--out', out, '--jobs', 2, ok=False)
     assert "unknown option 'bottlenek'" in output and '2 runs failed: digits/broken/search_lr0.003' in output
     assert '3 runs are left' in output
-    first = cells(out)
+    first = files(out)
     names = ('search_lr0.003', 'search_lr1e+30', 'seed0')
     assert set(first) == {f'digits/{method}/{name}.json' for method in ('full', 'icon') for name in names}
-    runs = [path for path in (out / 'runs').rglob('*') if path.is_file()]
-    assert {path.name for path in runs if 'broken' not in str(path)} == set()
+    work_dirs = {path.relative_to(out / 'runs').as_posix() for path in (out / 'runs').glob('*/*/*') if path.is_dir()}
+    assert work_dirs == {'digits/broken/search_lr0.003', 'digits/broken/search_lr1e+30'}  # the others are removed
 
     for method in ('full', 'icon'):
-        diverged, cell = (json.loads((out / f'cells/digits/{method}/{name}.json').read_text()) for name in names[1:])
+        diverged, run = (json.loads((out / f'runs/digits/{method}/{name}.json').read_text()) for name in names[1:])
         assert diverged['score'] is None and diverged['settings']['learning_rate'] == 1e30
-        assert cell['settings']['learning_rate'] == 3e-3 and cell['settings']['seed'] == 0
-        assert cell['settings']['config'] == 'configs/quickstart/vit-quickstart_full_digits.py'
-        assert 10 < cell['score'] <= 100 and cell['train_seconds'] > 0
-        assert [step for step, _ in cell['curve']] == [1, 2, 3, 4] and 1 < cell['curve'][0][1] < 5
-        assert cell['frozen_weights_checked'] == (method == 'icon')
-        assert set(cell['versions']) == {'torch', 'mmengine', 'iconformer_mm'}
+        assert run['settings']['learning_rate'] == 3e-3 and run['settings']['seed'] == 0
+        assert run['settings']['config'] == 'configs/quickstart/vit-quickstart_full_digits.py'
+        assert 10 < run['score'] <= 100 and run['train_seconds'] > 0
+        assert [step for step, _ in run['curve']] == [1, 2, 3, 4] and 1 < run['curve'][0][1] < 5
+        assert run['frozen_weights_checked'] == (method == 'icon')
+        assert set(run['versions']) == {'torch', 'mmengine', 'iconformer_mm'}
         with open(out / 'results.csv') as file:
             (row,) = [row for row in csv.DictReader(file) if row['method'] == method]
-        assert float(row['mean']) == cell['score'] and row['std'] == '' and row['seeds'] == '1'
+        assert float(row['mean']) == run['score'] and row['std'] == '' and row['seeds'] == '1'
         assert float(row['learning_rate']) == 3e-3
-        assert int(row['trained_parameters']) == cell['trained_parameters']
+        assert int(row['trained_parameters']) == run['trained_parameters']
     # iCoN of bottleneck 4 in 4 blocks of width 96, and the head.
     adapters = 4 * (2 * 96 * 4 + 4 + 96 + 4 * 9 * 4 + 2 * 9 * 4)
-    assert (cell['trained_backbone'], cell['trained_parameters']) == (adapters, adapters + 970)
+    assert (run['trained_backbone'], run['trained_parameters']) == (adapters, adapters + 970)
 
     content['methods']['icon']['method']['bottleneck'] = 8
     del content['methods']['broken']
     output = tool('compare.py', write(path, content), '--out', out, '--jobs', 2)
     assert 'digits/icon/search_lr0.003 was finished with another method' in output
-    second = cells(out)
+    second = files(out)
     assert second.keys() == first.keys()
     assert {name for name in first if second[name] != first[name]} == {name for name in first if 'icon' in name}
 
     main([str(path), '--out', str(out)])
     output = capsys.readouterr().out
-    assert cells(out) == second and 'another' not in output and 'left' not in output
+    assert files(out) == second and 'another' not in output and 'left' not in output
 
 
-def finish(board, cell, score, share=0.05, steps=3):
-    """Write a cell as a run would."""
-    path = board.file(cell)
+def finish(results, run, score, share=0.05, steps=3):
+    """Write a run as a run would."""
+    path = results.file(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     counts = dict(trained_parameters=int(1e6 * share) + 100, trained_backbone=int(1e6 * share), backbone_share=share)
     curve = [[step, 1 / step] for step in range(1, steps + 1)]
-    content = dict(settings=cell.settings, score=score, curve=curve, train_seconds=2.0, **counts)
+    content = dict(settings=run.settings, score=score, curve=curve, train_seconds=2.0, **counts)
     path.write_text(json.dumps(content))
-    board.refresh()
+    results.refresh()
 
 
-def make_board(tmp_path, methods=('full', 'frozen', 'icon'), **changes):
+def make_results(tmp_path, methods=('full', 'frozen', 'icon'), **changes):
     content = deepcopy(COMPARISON)
     content['seeds'] = [0, 1]
     content['tasks'] = dict(
@@ -114,64 +114,101 @@ def make_board(tmp_path, methods=('full', 'frozen', 'icon'), **changes):
     )
     content['methods'] = {name: dict(title=name, method=dict(type=name)) for name in methods}
     content['methods']['icon']['tasks'] = ['up']
-    return Board(load_comparison(write(tmp_path / 'c.yaml', content)), tmp_path / 'cells')
+    return Results(load_comparison(write(tmp_path / 'c.yaml', content)), tmp_path)
 
 
-def finish_pair(board, task, method, searched, scores, share=0.05):
-    task, method = board.comparison.tasks[task], board.comparison.methods[method]
-    for cell, score in zip(board.comparison.searches(task, method), searched):
-        finish(board, cell, score, share)
-    for cell, score in zip([cell for cell in board.cells(task, method) if not cell.search], scores):
-        finish(board, cell, score, share)
+def finish_pair(results, task, method, searched, scores, share=0.05):
+    task, method = results.comparison.tasks[task], results.comparison.methods[method]
+    for run, score in zip(results.comparison.searches(task, method), searched):
+        finish(results, run, score, share)
+    for run, score in zip([run for run in results.known(task, method) if not run.search], scores):
+        finish(results, run, score, share)
 
 
 def test_the_search_comes_first_and_of_equal_rates_the_smaller_is_taken(tmp_path):
-    board = make_board(tmp_path)
-    names = [cell.name for cell in board.ready(['up'], ['icon'])]
+    results = make_results(tmp_path)
+    names = [run.name for run in results.ready(['up'], ['icon'])]
     assert names == ['up/icon/search_lr0.001', 'up/icon/search_lr0.003', 'up/icon/search_lr0.01']
-    assert board.left(['up'], ['icon']) == 5
-    finish_pair(board, 'up', 'icon', [0.5, 0.7, 0.7], [])
-    ready = board.ready(['up'], ['icon'])
-    assert [(cell.name, cell.learning_rate) for cell in ready] == [('up/icon/seed0', 3e-3), ('up/icon/seed1', 3e-3)]
+    assert results.left(['up'], ['icon']) == 5
+    finish_pair(results, 'up', 'icon', [0.5, 0.7, 0.7], [])
+    ready = results.ready(['up'], ['icon'])
+    assert [(run.name, run.learning_rate) for run in ready] == [('up/icon/seed0', 3e-3), ('up/icon/seed1', 3e-3)]
     # Of errors the smaller is better; where all rates diverge, nothing is run.
-    finish_pair(board, 'up', 'full', [None, None, None], [])
-    assert board.ready(['up'], ['full']) == [] and board.left(['up'], ['full']) == 0
-    ready = [cell.name for cell in board.ready(['down'], ['full', 'icon'])]
+    finish_pair(results, 'up', 'full', [None, None, None], [])
+    assert results.ready(['up'], ['full']) == [] and results.left(['up'], ['full']) == 0
+    ready = [run.name for run in results.ready(['down'], ['full', 'icon'])]
     assert ready == ['down/full/search_lr0.01', 'down/full/search_lr0.03']
 
 
 def test_a_single_rate_is_not_searched(tmp_path):
     content = deepcopy(COMPARISON)
     content['tasks']['digits']['learning_rates'] = [1e-2]
-    board = Board(load_comparison(write(tmp_path / 'c.yaml', content)), tmp_path / 'cells')
-    cells = board.ready(['digits'], ['icon'])
-    assert [(cell.name, cell.learning_rate) for cell in cells] == [('digits/icon/seed0', 1e-2)]
-    finish(board, cells[0], 50.0)
-    assert make_rows(board)['digits', 'icon'].mean == 50 and board.left(['digits'], ['icon']) == 0
+    results = Results(load_comparison(write(tmp_path / 'c.yaml', content)), tmp_path)
+    runs = results.ready(['digits'], ['icon'])
+    assert [(run.name, run.learning_rate) for run in runs] == [('digits/icon/seed0', 1e-2)]
+    finish(results, runs[0], 50.0)
+    assert make_rows(results)['digits', 'icon'].mean == 50 and results.left(['digits'], ['icon']) == 0
+
+
+def test_a_method_has_rates_of_its_own(tmp_path):
+    content = deepcopy(COMPARISON)
+    content['tasks']['digits']['learning_rates'] = [1e-2]
+    content['methods']['icon']['learning_rates'] = dict(digits=[1e-3, 3e-3])
+    results = Results(load_comparison(write(tmp_path / 'c.yaml', content)), tmp_path)
+    names = [run.name for run in results.ready(['digits'], ['full', 'icon'])]
+    assert names == ['digits/full/seed0', 'digits/icon/search_lr0.001', 'digits/icon/search_lr0.003']
+    finish_pair(results, 'digits', 'icon', [30.0, 40.0], [50.0])
+    finish_pair(results, 'digits', 'full', [], [60.0])
+    rows = make_rows(results)
+    assert rows['digits', 'icon'].learning_rate == 3e-3 and rows['digits', 'full'].learning_rate == 1e-2
+    assert '| iCoN | 30.0 | **40.0** |' in search_text(results) and '| full fine-tuning | - | - |' in search_text(
+        results
+    )
+
+
+def test_runs_of_version_0_1_count(tmp_path):
+    """They were in a folder `cells`."""
+    results = make_results(tmp_path)
+    finish_pair(results, 'up', 'icon', [0.4, 0.5, 0.5], [0.75])
+    (tmp_path / 'runs').rename(tmp_path / 'cells')
+    again = Results(results.comparison, tmp_path)
+    assert again.finished == results.finished and len(again.finished) == 4
+    assert list(result_files(tmp_path)) == sorted(again.finished)
+    (run, *_) = again.comparison.searches(again.comparison.tasks['up'], again.comparison.methods['icon'])
+    finish(again, run, 0.9)
+    assert result_files(tmp_path)[run.name].parts[-4] == 'runs'
+
+
+def test_the_first_seeds(tmp_path):
+    comparison = load_comparison(ROOT / 'configs' / 'comparison' / 'small.yaml')
+    assert take_seeds(comparison, None) is comparison and take_seeds(comparison, 2).seeds == (0, 1)
+    for number in (0, 4):
+        with pytest.raises(SystemExit, match=f'--seeds must be from 1 to 3, .* got {number}'):
+            take_seeds(comparison, number)
 
 
 def test_report(tmp_path):
-    board = make_board(tmp_path)
-    finish_pair(board, 'up', 'full', [0.5, 0.7, None], [0.71, 0.73], share=1.0)
-    finish_pair(board, 'up', 'frozen', [0.4, None, None], [0.71, None], share=0.0)
-    finish_pair(board, 'up', 'icon', [0.4, 0.5, 0.5], [0.75])
-    finish_pair(board, 'down', 'full', [0.9, 1.0], [0.9, 0.7], share=1.0)
-    finish_pair(board, 'down', 'frozen', [None, None], [], share=0.0)
-    rows = make_rows(board)
+    results = make_results(tmp_path)
+    finish_pair(results, 'up', 'full', [0.5, 0.7, None], [0.71, 0.73], share=1.0)
+    finish_pair(results, 'up', 'frozen', [0.4, None, None], [0.71, None], share=0.0)
+    finish_pair(results, 'up', 'icon', [0.4, 0.5, 0.5], [0.75])
+    finish_pair(results, 'down', 'full', [0.9, 1.0], [0.9, 0.7], share=1.0)
+    finish_pair(results, 'down', 'frozen', [None, None], [], share=0.0)
+    rows = make_rows(results)
     assert rows['up', 'full'].mean == pytest.approx(72) and rows['up', 'full'].std == statistics.stdev([71, 73])
     ranks = {key: row.rank for key, row in rows.items()}
     expected = {('up', 'full'): 2, ('up', 'frozen'): 3, ('up', 'icon'): 1, ('down', 'full'): 1, ('down', 'frozen'): 2}
     assert ranks == expected
-    titles, lines = table(board, rows, '**{}**')
+    titles, lines = table(results, rows, '**{}**')
     assert titles == ['method', 'backbone share', 'up (%)', 'down (m)', 'mean rank']
     assert lines == [
         ['full', '100.00%', '72.0 ± 1.4', '**0.800 ± 0.141**', '1.5'],
         ['frozen', '0.00%', 'diverged (1 of 2)', 'diverged', '2.5'],
         ['icon', '5.00%', '**75.0 (n=1)**', '-', '1.0 (1 of 2)'],
     ]
-    search = search_text(board)
+    search = search_text(results)
     assert '| full | 50.0 | **70.0** | diverged |' in search and '| icon | 40.0 | **50.0** | 50.0 |' in search
-    report(board, tmp_path / 'report', Console(quiet=True))
+    report(results, tmp_path / 'report', Console(quiet=True))
     for name in ('tradeoff.png', 'curves.png'):
         assert cv2.imread(str(tmp_path / 'report' / name)).std() > 5
     assert len((tmp_path / 'report' / 'results.csv').read_text().splitlines()) == 6
@@ -179,17 +216,17 @@ def test_report(tmp_path):
 
 
 def test_a_damaged_cell(tmp_path):
-    board = make_board(tmp_path)
-    (cell, *_) = board.ready(['up'], ['icon'])
-    finish(board, cell, 0.5)
-    board.file(cell).write_text('{"settings": ')
+    results = make_results(tmp_path)
+    (run, *_) = results.ready(['up'], ['icon'])
+    finish(results, run, 0.5)
+    results.file(run).write_text('{"settings": ')
     with pytest.raises(ComparisonError, match='search_lr0.001.json is damaged; remove it'):
-        Board(board.comparison, board.folder)
+        Results(results.comparison, results.folder)
 
 
 def test_a_report_of_nothing(tmp_path):
-    board = make_board(tmp_path)
-    report(board, tmp_path, Console(quiet=True))
+    results = make_results(tmp_path)
+    report(results, tmp_path, Console(quiet=True))
     assert '| icon | - | - | - | - |' in (tmp_path / 'table.md').read_text()
 
 
@@ -217,6 +254,9 @@ def test_rates_like_1e_3_are_numbers(tmp_path):
         ('tasks.digits.learning_rates', ['fast'], "tasks.digits.learning_rates must be float, it is 'fast'"),
         ('methods.icon.method', dict(bottleneck=4), 'methods.icon.method needs a type'),
         ('methods.icon.tasks', ['digit'], "methods.icon.tasks: unknown task 'digit' (did you mean 'digits'?)"),
+        ('methods.icon.learning_rates', dict(digit=[1.0]), "methods.icon.learning_rates: unknown task 'digit'"),
+        ('methods.icon.learning_rates', dict(digits=[]), 'methods.icon.learning_rates.digits must be a list'),
+        ('tasks.digits.pictures', ['a'], "tasks.digits.pictures must be int, it is 'a'"),
         ('methods.icon.title', 'full fine-tuning', "two methods have the title 'full fine-tuning'"),
     ],
 )
@@ -273,6 +313,8 @@ def test_comparisons_in_configs(path):
             for name in key.split('.')[:-1]:
                 part = part[int(name)] if isinstance(part, list) else part[name]
     pairs = comparison.pairs(comparison.tasks, comparison.methods)
+    for task, method in pairs:
+        assert comparison.rates(task, method)
     runs = sum(len(comparison.searches(*pair)) + len(comparison.seeds) for pair in pairs)
     readme = (path.parent / 'README.md').read_text(encoding='utf-8')
     assert f'| `{path.name}` | {runs} |' in readme

@@ -1,25 +1,7 @@
 import cv2
 import numpy as np
 
-from iconformer_mm.comparison.prediction_plots import PredictionRow, draw_classes, draw_instances, plot_predictions
-
-PALETTE = [(200, 0, 0), (0, 200, 0)]
-
-
-def test_classes_are_coloured():
-    drawn = draw_classes(np.array([[0, 1], [255, 1]]), PALETTE)
-    assert drawn.tolist() == [[[200, 0, 0], [0, 200, 0]], [[0, 0, 0], [0, 200, 0]]]
-
-
-def test_instances_are_drawn_over_the_image():
-    image = np.full((20, 20, 3), 90, np.uint8)[..., ::-1]  # a view, as pipelines give it
-    mask = np.zeros((1, 20, 20), bool)
-    mask[0, 5:15, 5:15] = True
-    drawn = draw_instances(image, mask, [1], PALETTE)
-    assert drawn[0, 0].tolist() == [70, 70, 70] and drawn[10, 10, 1] > 150 > drawn[10, 10, 0]
-    assert drawn[5, 5].tolist() == [60, 255, 60]  # the outline
-    assert np.array_equal(draw_instances(image, mask[:0], [], PALETTE), np.full((20, 20, 3), 70))
-    assert (image == 90).all()
+from iconformer_mm.comparison.prediction_plots import PredictionRow, plot_predictions
 
 
 def test_a_picture_with_depth_and_colours(tmp_path):

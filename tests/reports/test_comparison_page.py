@@ -9,7 +9,7 @@ from conftest import ROOT
 from iconformer_mm.reports.comparison_page import report_comparison
 from iconformer_mm.reports.report_page import ReportError, render_page
 
-PEFT = ROOT / 'docs' / 'comparison' / 'peft'
+PEFT = ROOT / 'benchmarks' / 'results' / 'peft'
 
 
 def test_numbers_are_those_of_the_files():
@@ -32,20 +32,20 @@ def test_numbers_are_those_of_the_files():
                 for cell in line.strip('|').split('|'):
                     place = sections[title].html.index(cell.strip(' *'), place)
     assert [picture.kind for picture in sections['Curves'].pictures] == ['png', 'png']
-    cells = len(list(PEFT.glob('cells/*/*/*.json')))
-    assert f'{cells} finished runs' in page.subtitle and 'torch' in sections['Environment'].facts
+    runs = len(list(PEFT.glob('runs/*/*/*.json')))
+    assert f'{runs} finished runs' in page.subtitle and 'torch' in sections['Environment'].facts
 
 
 def test_what_is_missing_or_damaged_is_said(tmp_path):
     shutil.copy(PEFT / 'results.json', tmp_path)
     (tmp_path / 'curves.png').write_bytes((PEFT / 'curves.png').read_bytes()[:5000])
     (tmp_path / 'table.md').write_text('<script>1</script> ![x](http://x/y.png)\n\n| a |\n|---|\n| <b>**2**</b> |\n')
-    (tmp_path / 'cells' / 'a').mkdir(parents=True)
-    (tmp_path / 'cells' / 'a' / 'seed0.json').write_text('{"settings": ')
+    (tmp_path / 'runs' / 'task' / 'a').mkdir(parents=True)
+    (tmp_path / 'runs' / 'task' / 'a' / 'seed0.json').write_text('{"settings": ')
     page = report_comparison(tmp_path)
     notes = [note for section in page.sections for note in section.notes]
     assert notes[:2] == ['tradeoff.png is missing or damaged', 'curves.png is missing or damaged']
-    assert notes[2].startswith('the run a/seed0 cannot be read') and notes[3] == 'search.md is missing'
+    assert notes[2].startswith('the run task/a/seed0 cannot be read') and notes[3] == 'search.md is missing'
     text = render_page(page)
     assert '<script' not in text and '<img' not in text and '<strong>2</strong>' in text
 
