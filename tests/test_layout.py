@@ -82,10 +82,9 @@ def test_modules_of_a_part_import_one_another_one_way():
 
 
 TOOLS = [*(ROOT / 'tools').glob('*.py'), *(ROOT / 'tools' / 'dataset_converters').glob('*.py')]
-WRITERS_OF_PAGES = ('docs_reference.py', 'list_api.py')  # of docs/, for those who work on the project
 
 
-@pytest.mark.parametrize('path', [p for p in TOOLS if p.name not in WRITERS_OF_PAGES], ids=lambda path: path.name)
+@pytest.mark.parametrize('path', TOOLS, ids=lambda path: path.name)
 def test_tools_hold_no_code_of_their_own(path):
     text = path.read_text(encoding='utf-8')
     assert len(text.splitlines()) <= 10 and 'from iconformer_mm.cli.' in text
