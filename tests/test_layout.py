@@ -9,6 +9,7 @@ from conftest import ROOT
 PACKAGE = ROOT / 'iconformer_mm'
 # Each imports from those before it only. Those of one line do not know one another.
 LAYERS = (
+    ('extras',),
     ('version', 'compat', 'messages', 'files', 'figures', 'registry', 'deprecation'),
     ('ops',),
     ('adapters',),

@@ -32,9 +32,7 @@ REGISTERED = {
     ('mmdet', 'MODELS'): 'ICoNSwinTransformer',
     ('mmseg', 'MODELS'): 'DepthDeconvHead ICoNSwinTransformer ICoNTIMMBackbone ICoNVisionTransformer',
 }
-METHODS = (
-    'adapter adaptformer bitfit convpass dora frozen full icon icon-static lora lorand mona norm partial ssf vpt'
-)
+METHODS = 'adapter adaptformer bitfit convpass dora frozen full icon icon-static lora lorand mona norm partial ssf vpt'
 PACKAGES = sorted(
     '.'.join(path.parent.relative_to(ROOT).parts)
     for path in Path(ROOT, 'iconformer_mm').rglob('__init__.py')

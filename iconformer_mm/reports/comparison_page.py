@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from iconformer_mm.extras import require_extra
-
 from iconformer_mm.comparison.results import result_files
+from iconformer_mm.extras import require_extra
 
 from .report_page import Page, ReportError, Section, Table, format_value, read_picture
 
