@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ multiprocessing.set_forkserver_preload(
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What is true of the checkout, whichever libraries are installed, is checked once.
+not_with_the_originals = pytest.mark.skipif(
+    any(found.name == 'mmengine' for found in distributions()),
+    reason='the tools of a release and of the site are in the environment of the maintained builds',
+)
 
 
 def free_port() -> str:

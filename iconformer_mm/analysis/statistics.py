@@ -6,11 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from iconformer_mm.extras import require_extra
+
 from .kernel_probe import in_units_of_norm, share_between_images, stack_layers
 
 
 def compare_images(kernels: dict[str, np.ndarray]) -> dict[str, Any]:
-    """How the kernels (N, c, K, K) of each layer differ between images: distances, principal components and shares."""
+    """How the kernels (N, c, K, K) of each layer differ between images: distances, principal components and shares.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    require_extra('analysis', 'comparing kernels')
     from sklearn.decomposition import PCA
     from sklearn.metrics import pairwise_distances
 

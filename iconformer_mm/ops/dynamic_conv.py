@@ -71,7 +71,8 @@ def _backend(name: str, tokens: Tensor, height: int, width: int) -> ModuleType:
     if name != 'auto':
         found = backends.find(name)
         if found is None:
-            raise RuntimeError(f"backend '{name}' needs the package {name}, which cannot be imported here")
+            extra = "; pip install 'iconformer_mm[cpu]'" if name == 'numba' else ''
+            raise RuntimeError(f"backend '{name}' needs the package {name}, which cannot be imported here{extra}")
         backends.check_device(found, tokens)
         return reference_backend if is_empty else found
     if is_empty:

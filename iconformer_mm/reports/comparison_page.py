@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from markdown_it import MarkdownIt
-from markupsafe import Markup
-
 from iconformer_mm.comparison.results import result_files
 from iconformer_mm.comparison.tables import PICTURES
+from iconformer_mm.extras import require_extra
 
 from .report_page import Page, ReportError, Section, Table, format_value, read_picture
 
@@ -124,6 +122,9 @@ def _markdown_section(title: str, path: Path) -> Section:
     """The tables of a Markdown file; only tables, headings and bold text are known, the rest is shown as text."""
     if not path.is_file():
         return Section(title, notes=[f'{path.name} is missing'])
+    require_extra('report', 'a report')
+    from markdown_it import MarkdownIt
+
     reader = MarkdownIt('zero').enable(['table', 'heading', 'emphasis'])
     tokens = reader.parse(re.sub(r'\A# .*', '', path.read_text(encoding='utf-8', errors='replace')))
     for token in tokens:
@@ -131,4 +132,4 @@ def _markdown_section(title: str, path: Path) -> Section:
             token.tag = 'h3'
     html = reader.renderer.render(tokens, reader.options, {})
     html = html.replace('<table>', '<div class="scroll" tabindex="0"><table>').replace('</table>', '</table></div>')
-    return Section(title, html=Markup(html))
+    return Section(title, html=html)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
+
+from iconformer_mm.extras import require_extra
 
 MIB = 2**20
 IMAGE_KINDS = {'.png': 'png', '.jpg': 'jpeg', '.jpeg': 'jpeg', '.webp': 'webp'}
@@ -76,7 +76,7 @@ TEMPLATE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ page.title }}</title>
-<style>{{ style }}</style>
+<style>{{ style | safe }}</style>
 </head>
 <body>
 <header>
@@ -107,7 +107,7 @@ TEMPLATE = """<!doctype html>
 {% endfor %}
 </tbody></table></div>
 {% endfor %}
-{{ section.html }}
+{{ section.html | safe }}
 {% if section.pictures %}
 <div class="pictures {{ section.look }}">
 {% for picture in section.pictures %}
@@ -184,7 +184,7 @@ class Section:
     notes: list[str] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
-    html: Markup = Markup()
+    html: str = ''
     pictures: list[Picture] = field(default_factory=list)
     look: str = ''
     folded: dict[str, str] = field(default_factory=dict)
@@ -240,6 +240,12 @@ def render_page(page: Page) -> str:
 
     Args:
         page: The page.
+
+    Raises:
+        MissingExtraError: Jinja is not installed.
     """
+    require_extra('report', 'a report')
+    from jinja2 import Environment, StrictUndefined
+
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    return environment.from_string(TEMPLATE).render(page=page, style=Markup(STYLE))
+    return environment.from_string(TEMPLATE).render(page=page, style=STYLE)

@@ -8,6 +8,8 @@ import numpy as np
 from mmpretrain.datasets import BaseDataset
 from mmpretrain.registry import DATASETS
 
+from iconformer_mm.extras import require_extra
+
 
 @DATASETS.register_module()
 class Digits(BaseDataset):
@@ -43,6 +45,7 @@ class Digits(BaseDataset):
 
     def load_data_list(self) -> list[dict]:
         """Take the images of the split out of scikit-learn."""
+        require_extra('quickstart', 'the data set Digits')
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
