@@ -292,7 +292,7 @@ def adopt_output_norms(injection: Any, names: Iterable[str]) -> None:
 
     Args:
         injection: The model's injection.
-        names: Base parameters that the file records as trained, by their full names.
+        names: Base parameters that the file records as trained, by their names in the file.
     """
     wanted = set(names)
     for path, account in injection.accounts.items():
