@@ -34,7 +34,7 @@ def check_gradients_pass(backbone: nn.Module, method: str) -> None:
     quantised = find_quantised(backbone)
     if quantised:
         raise ValueError(
-            f'{len(quantised)} layers of {type(backbone).__name__} are quantised, such as {quantised[0]}. No gradient '
+            f'{len(quantised)} layers of {type(backbone).__name__} are quantised, such as {quantised[0]}; no gradient '
             f"passes through them, so method '{method}' would train on wrong gradients. Adapt the model before "
             "quantisation, or train only the head with method 'frozen'"
         )
