@@ -22,10 +22,10 @@ class AdapterMethod(PEFTMethod):
         input: What an adapter reads. Parallel to the branch: ``'normed'`` for
             ``LN(x)``, which the branch reads, or ``'residual'`` for ``x``. In post-norm
             blocks (SwinV2) both are ``x``. After the branch: ``'output'`` for the branch's
-            output, or ``'sum'`` for the output plus ``x``. Defaults to None, the method's
-            default.
-        sites: The branches that get an adapter: ``'ffn'``, ``'attention'``. Defaults to
-            None, the method's default.
+            output, or ``'sum'`` for the output plus ``x``. None (default) selects the
+            method's default.
+        sites: The branches that get an adapter: ``'ffn'``, ``'attention'``. None
+            (default) selects the method's default.
         **adapter_options: Arguments of the adapter.
 
     Raises:
