@@ -1,4 +1,4 @@
-"""Prediction, and drawing what was predicted."""
+"""Prediction, and drawing of predictions."""
 
 from .drawing import draw_prediction
 from .inferencer import AdapterInferencer

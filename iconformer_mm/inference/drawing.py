@@ -1,4 +1,4 @@
-"""One prediction, drawn as its library draws it."""
+"""Draws a prediction with the visualizer of its library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmengine.structures import BaseDataElement
 from iconformer_mm.figures import new_figure, save_figure
 
 SCORE_THRESHOLD = 0.3
-SHORT_SIDE = 400  # pixels, at least, of a picture with boxes
+SHORT_SIDE = 400  # pixels, minimum for a picture with boxes
 
 
 def draw_prediction(
@@ -25,20 +25,20 @@ def draw_prediction(
     meta: Mapping[str, Any] | None = None,
     score_threshold: float = SCORE_THRESHOLD,
 ) -> None:
-    """Draw what a model says of an image, by the visualizer of its library.
+    """Draw the prediction for an image with the visualizer of its library.
 
-    Labels with their scores, boxes and masks, maps of classes over the image, or a depth map
-    beside the image with a bar in metres. Images with a short side below 400 pixels are enlarged for boxes.
+    It draws labels with scores, boxes and masks, a class map over the image, or a depth map next to the image with a
+    colour bar in metres. Before boxes are drawn, images with a short side below 400 pixels are enlarged.
 
     Args:
         image: (H, W, 3), uint8, RGB.
         prediction: Data sample of MMPretrain, MMDetection or MMSegmentation.
-        path: Image file to write; its folder is made.
-        meta: ``classes`` and ``palette``, where they are known.
-        score_threshold: Instances of a smaller score are not drawn. Defaults to 0.3.
+        path: Image file to write. Its folder is created.
+        meta: ``classes`` and ``palette``, if known. Defaults to None.
+        score_threshold: Instances with a lower score are not drawn. Defaults to 0.3.
 
     Raises:
-        ValueError: The data sample holds no prediction that is known.
+        ValueError: The data sample holds no known kind of prediction.
     """
     meta = dict(meta or {})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -63,19 +63,19 @@ def draw_prediction(
 
         visualizer = UniversalVisualizer()
         short = min(image.shape[:2])
-        # A label needs some room.
+        # A label needs space.
         visualizer.visualize_cls(**options, classes=meta.get('classes'), resize=224 if short < 224 else None)
     else:
-        raise ValueError(f'there is no prediction to draw in {type(prediction).__name__}: {list(prediction.keys())}')
+        raise ValueError(f'{type(prediction).__name__} holds no prediction to draw, only {list(prediction.keys())}')
 
 
 def _enlarge(image: np.ndarray, prediction: BaseDataElement) -> tuple[np.ndarray, BaseDataElement]:
-    """A small image and its instances several times as large, since text and lines are of a fixed size."""
+    """Enlarge a small image and its instances, because text and lines have a fixed size."""
     factor = math.ceil(SHORT_SIDE / min(image.shape[:2]))
     if factor == 1:
         return image, prediction
     prediction = prediction.clone()
-    instances = prediction.pred_instances = prediction.pred_instances.clone()  # the first copy shares it
+    instances = prediction.pred_instances = prediction.pred_instances.clone()  # the copy above shares them
     instances.bboxes = instances.bboxes * factor
     if 'masks' in instances:
         instances.masks = instances.masks.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
@@ -83,7 +83,7 @@ def _enlarge(image: np.ndarray, prediction: BaseDataElement) -> tuple[np.ndarray
 
 
 def _draw_depth(image: np.ndarray, depth: np.ndarray, path: str | os.PathLike) -> None:
-    """The image and its depth map (H, W) in metres."""
+    """Draw the image and its depth map (H, W) in metres."""
     height, width = depth.shape
     figure = new_figure(8.6, 4 * height / width + 0.4)
     left, right = figure.subplots(1, 2)

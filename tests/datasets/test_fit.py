@@ -193,7 +193,7 @@ def test_a_name_where_a_tuple_is_meant(kind, part, sound, tmp_path):
 
 
 def test_lists_of_classes(tmp_path):
-    assert 'is no name' in find_class_list_fault(dict(type='D', metainfo=dict(classes=[1, 2])))
+    assert 'is not a name' in find_class_list_fault(dict(type='D', metainfo=dict(classes=[1, 2])))
     assert 'empty' in find_class_list_fault(dict(type='D', classes=[]))
     assert "the word 'ab'" in find_class_list_fault(
         dict(type='C', datasets=[dict(type='D'), dict(type='D', classes='ab')])
