@@ -207,7 +207,7 @@ def _metainfo_of(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metrics_of(evaluator: Any) -> list[Any]:
-    """Build the metrics of a config that restrict their data. Others are not built: they may need files."""
+    """Build the metrics of a config that constrain the data. Others are not built: they may need files."""
     metrics = evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]
     return [METRICS.build(metric) for metric in metrics if metric and is_type(metric, 'DepthMetric', 'Accuracy')]
 

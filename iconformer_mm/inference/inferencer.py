@@ -144,8 +144,8 @@ class AdapterInferencer:
         born = name == DEFAULT_NAME and name in self.adapters
         if born and parts:
             raise ValueError(
-                f"adapter '{name}' exists already: the config builds a backbone with an adapter of this name, which uses "
-                'the neck and head of that config. Give the adapter with its own config another name'
+                f"adapter '{name}' exists already: the config builds a backbone with an adapter of this name, and it "
+                'uses the neck and head of the config. Give the adapter with its own config another name'
             )
         loaded = self._record.loaded()
         content, tensors = read_adapter(file)

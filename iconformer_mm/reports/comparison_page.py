@@ -1,4 +1,4 @@
-"""What is known of a comparison, from the ``--out`` folder of ``tools/compare.py``, as a page."""
+"""A page about a comparison, from the ``--out`` folder of ``tools/compare.py``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RUN_COLUMNS = {
 
 
 def report_comparison(folder: Path) -> Page:
-    """The page of a comparison.
+    """Build the page of a comparison.
 
     Args:
         folder: ``--out`` folder of ``tools/compare.py``.
@@ -45,7 +45,7 @@ def report_comparison(folder: Path) -> Page:
         title = str(results['title'])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(
-            f'{path} is no result of tools/compare.py ({type(error).__name__}: {error}); write it anew with '
+            f'{path} is not a result of tools/compare.py ({type(error).__name__}: {error}); write it again with '
             '`python tools/compare.py COMPARISON --report-only --out FOLDER`'
         ) from None
     cells, problems = read_cells(folder / 'cells')
@@ -60,7 +60,7 @@ def report_comparison(folder: Path) -> Page:
         Section('Runs', notes=problems, tables=[runs]),
         _markdown_section('Search of learning rates', folder / 'search.md'),
         Section('Environment', facts={package: ', '.join(sorted(found)) for package, found in versions.items()}),
-        Section('Settings', folded={f'what determined each of {len(cells)} runs': settings} if cells else {}),
+        Section('Settings', folded={f'settings of the {len(cells)} runs': settings} if cells else {}),
     ]
     for section in sections[-2:]:
         if not cells:
@@ -84,7 +84,7 @@ def read_cells(folder: Path) -> tuple[dict[str, dict], list[str]]:
         folder: The folder ``cells``.
 
     Returns:
-        Their contents by name, and messages on what could not be read.
+        The contents by run name, and messages about files that could not be read.
     """
     cells, problems = {}, []
     for path in sorted(folder.rglob('*.json')):
@@ -112,7 +112,7 @@ def _plots(folder: Path) -> Section:
 
 
 def _markdown_section(title: str, path: Path) -> Section:
-    """The tables of a Markdown file; only tables, headings and bold text are known, the rest is shown as text."""
+    """Render a Markdown file: tables, headings and bold text. Everything else is shown as plain text."""
     if not path.is_file():
         return Section(title, notes=[f'{path.name} is missing'])
     reader = MarkdownIt('zero').enable(['table', 'heading', 'emphasis'])
