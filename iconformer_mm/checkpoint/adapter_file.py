@@ -334,10 +334,10 @@ def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str
     buffers = ('base_buffers', 'base_buffers_fingerprint')
     for key, other in (buffers, buffers[::-1]):
         if other in content and key not in content:
-            raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{key}`')
+            raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no valid `{key}`')
     fault = next((key for key, is_proper in _PROPER.items() if not is_proper(content.get(key))), None)
     if fault is not None:
-        raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{fault}`')
+        raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no valid `{fault}`')
     return content
 
 
@@ -349,7 +349,7 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-# What the values of the metadata are.
+# Checks of the metadata values.
 _PROPER: dict[str, Callable[[Any], bool]] = {
     'method': lambda value: isinstance(value, dict) and isinstance(value.get('type'), str),
     'sites': _are_texts,

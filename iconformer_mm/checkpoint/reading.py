@@ -214,7 +214,7 @@ def state_dict_of(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise DamagedFileError(f'{path} is no checkpoint: it holds no `state_dict` of tensors')
+        raise DamagedFileError(f'{path} is not a checkpoint: it holds no `state_dict` of tensors')
     return dict(content)
 
 

@@ -95,7 +95,7 @@ class _Encoder:
             if isinstance(value, kind) and not hasattr(value, '_fields'):
                 items = [self.encode(item, f'{place}/{index}') for index, item in enumerate(value)]
                 return items if kind is list else self._tagged(kind.__name__, items=items)
-        raise TypeError(f'{place}: a {type(value).__name__} cannot be kept')
+        raise TypeError(f'{place}: a {type(value).__name__} cannot be stored')
 
     @staticmethod
     def _tagged(kind: str, **content: Any) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def decode_checkpoint(metadata: dict[str, str], tensors: dict[str, Tensor], path
                 # On resuming, MMEngine would run it as Python code. Current releases no longer write it.
                 checkpoint['meta'].pop('config', None)
                 if not _describes_data(checkpoint['meta'].get('dataset_meta')):
-                    raise ValueError('its `dataset_meta` has no proper `classes`')
+                    raise ValueError('its `dataset_meta` has no valid `classes`')
                 return checkpoint
     except _MALFORMED as error:
         raise DamagedFileError(
@@ -234,10 +234,10 @@ def check_note(note: Any, path: Any) -> None:
         raise DamagedFileError(f'{path} is no intact training checkpoint: its note is a {type(note).__name__}')
     for key, is_proper in _NOTE.items():
         if key not in note or not is_proper(note[key]):
-            raise DamagedFileError(f'{path} is no intact training checkpoint: its note has no proper `{key}`')
+            raise DamagedFileError(f'{path} is no intact training checkpoint: its note has no valid `{key}`')
     for key, is_proper in _LATER_NOTE.items():
         if note.get(key) is not None and not is_proper(note[key]):
-            raise DamagedFileError(f'{path} is no intact training checkpoint: its note has no proper `{key}`')
+            raise DamagedFileError(f'{path} is no intact training checkpoint: its note has no valid `{key}`')
 
 
 def _are_texts(value: Any) -> bool:
@@ -312,7 +312,7 @@ def check_resumable(checkpoint: dict[str, Any], runner: Runner) -> None:
     meta, hub = checkpoint['meta'], checkpoint.get('message_hub')
     fault = None
     if any(type(meta.get(key)) is not int or meta[key] < 0 for key in ('epoch', 'iter')):
-        fault = 'it has no proper `epoch` and `iter`'
+        fault = 'it has no valid `epoch` and `iter`'
     elif meta.get('seed') is not None and not is_seed(meta['seed']):
         fault = 'its `seed` is not an integer from 0 to 2**32 - 1'
     elif (
@@ -323,9 +323,9 @@ def check_resumable(checkpoint: dict[str, Any], runner: Runner) -> None:
         )
         or not all(value is True for value in hub['resumed_keys'].values())
     ):
-        fault = 'it has no proper `message_hub`'
+        fault = 'it has no valid `message_hub`'
     elif 'ema_state_dict' in checkpoint and not _is_state_dict(checkpoint['ema_state_dict']):
-        fault = 'it has no proper `ema_state_dict`'
+        fault = 'it has no valid `ema_state_dict`'
     elif 'optimizer' not in checkpoint:
         fault = (
             'it holds no optimizer, like those that scored best (best_*). Resume from a checkpoint of an epoch or '
@@ -338,7 +338,7 @@ def check_resumable(checkpoint: dict[str, Any], runner: Runner) -> None:
         if fault is None and built and not _alike(schedulers, [scheduler.state_dict() for scheduler in own]):
             fault = 'its `param_schedulers` do not match those of this run'
     if fault is not None:
-        raise DamagedFileError(f'{runner._load_from} is no checkpoint to resume from: {fault}')
+        raise DamagedFileError(f'{runner._load_from} cannot be resumed from: {fault}')
 
 
 def is_seed(value: Any) -> bool:

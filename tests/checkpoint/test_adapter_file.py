@@ -199,7 +199,7 @@ def test_files_without_a_fingerprint_of_buffers_still_load(tmp_path):
     assert torch.equal(target(x)[0], source(x)[0])
     content['base_buffers'] = ['bn1.running_mean']
     write_adapter(path, content, tensors)
-    assert_refused(adapted_resnet(), path, 'its metadata has no proper `base_buffers_fingerprint`')
+    assert_refused(adapted_resnet(), path, 'its metadata has no valid `base_buffers_fingerprint`')
 
 
 def test_a_base_with_more_than_that_of_the_file_is_another(tmp_path):
