@@ -138,7 +138,7 @@ class CheckedPipeline(Compose):
         ignored = ' or '.join(map(str, sorted(self.ignored)))
         return (
             f'the label map holds {", ".join(map(str, wrong[:5]))}, but the data set has {self.num_classes} classes, '
-            f'0 to {self.num_classes - 1}, and {ignored} for what is ignored (counted after reduce_zero_label)'
+            f'0 to {self.num_classes - 1}, and {ignored} for ignored pixels (counted after reduce_zero_label)'
         )
 
     def _find_depth_fault(self, depth: np.ndarray, size: tuple[int, int]) -> str | None:

@@ -364,7 +364,7 @@ def test_a_background_that_is_ignored_leaves_one_class(value, data, tmp_path):
 
 def test_a_value_between(data, tmp_path):
     cfg = binary(data, tmp_path, lambda mask: 128 * mask)
-    refused(cfg, 'the label map holds 128, but the data set has 2 classes, 0 to 1, and 255 for what is ignored')
+    refused(cfg, 'the label map holds 128, but the data set has 2 classes, 0 to 1, and 255 for ignored pixels')
 
 
 def test_a_foreground_that_is_rare_is_looked_for(data, tmp_path):
@@ -394,7 +394,7 @@ def test_a_head_that_ignores_another_label(data, tmp_path):
     change_maps(
         data / 'ade20k' / 'annotations' / 'training', lambda labels: labels + 255 * (labels == 0).astype(np.uint8)
     )
-    refused(cfg, 'the label map holds 255, but the data set has 2 classes, 0 to 1, and 254 for what is ignored')
+    refused(cfg, 'the label map holds 255, but the data set has 2 classes, 0 to 1, and 254 for ignored pixels')
 
 
 # Depth.
