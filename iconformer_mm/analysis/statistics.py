@@ -1,4 +1,4 @@
-"""Numbers on iCoN's kernels: how they differ between images."""
+"""Statistics of iCoN's kernels: how they differ between images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compare_images(kernels: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def describe_layers(kernels: dict[str, np.ndarray], compared: dict[str, Any] | None) -> dict[str, Any]:
-    """The numbers of each layer as plain data."""
+    """Return the statistics of each layer as plain data."""
     layers = {}
     for name, layer in kernels.items():
         number, channels, size, _ = layer.shape

@@ -1,4 +1,4 @@
-"""What is known of a comparison, from the ``--out`` folder of ``tools/compare.py``, as a page."""
+"""A page about a comparison, from the ``--out`` folder of ``tools/compare.py``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RUN_COLUMNS = {
 
 
 def report_comparison(folder: Path) -> Page:
-    """The page of a comparison.
+    """Build the page of a comparison.
 
     Args:
         folder: ``--out`` folder of ``tools/compare.py``.
@@ -46,7 +46,7 @@ def report_comparison(folder: Path) -> Page:
         title = str(results['title'])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(
-            f'{path} is no result of tools/compare.py ({type(error).__name__}: {error}); write it anew with '
+            f'{path} is not a result of tools/compare.py ({type(error).__name__}: {error}); write it again with '
             '`python tools/compare.py COMPARISON --report-only --out FOLDER`'
         ) from None
     finished, problems = read_runs(folder)
@@ -86,7 +86,7 @@ def read_runs(folder: Path) -> tuple[dict[str, dict], list[str]]:
         folder: The comparison's folder.
 
     Returns:
-        Their contents by name, and messages on what could not be read.
+        The contents by run name, and messages about files that could not be read.
     """
     finished, problems = {}, []
     for name, path in result_files(folder).items():
@@ -119,7 +119,7 @@ def _predictions(folder: Path) -> list[Section]:
 
 
 def _markdown_section(title: str, path: Path) -> Section:
-    """The tables of a Markdown file; only tables, headings and bold text are known, the rest is shown as text."""
+    """Render a Markdown file: tables, headings and bold text. Everything else is shown as plain text."""
     if not path.is_file():
         return Section(title, notes=[f'{path.name} is missing'])
     require_extra('report', 'a report')

@@ -1,6 +1,7 @@
 """One self-contained HTML page: sections of facts, tables, pictures and texts.
 
-Nothing is fetched and nothing runs: the page holds its style and its pictures, and its policy forbids the rest.
+The page fetches nothing and runs nothing. It contains its style and its pictures, and its content security policy
+forbids everything else.
 """
 
 from __future__ import annotations
@@ -127,12 +128,12 @@ TEMPLATE = """<!doctype html>
 
 
 class ReportError(ValueError):
-    """A folder holds nothing to report, or nothing that can be read."""
+    """A folder holds nothing to report, or nothing readable."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the first of each names the row.
+    """Rows of cells. The first cell of each row names it.
 
     Attributes:
         titles: Titles of the columns.
@@ -145,13 +146,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture within the page.
+    """A picture embedded in the page.
 
     Attributes:
-        caption: What it shows.
-        content: The file.
-        kind: Its type, such as ``'png'`` or ``'svg+xml'``.
-        captioned: Whether the caption is shown below it, beside being its alternative text.
+        caption: What it shows. It is also the alternative text.
+        content: The bytes of the file.
+        kind: Its image type, such as ``'png'`` or ``'svg+xml'``.
+        captioned: Whether the caption is shown below the picture. Defaults to False.
     """
 
     caption: str
@@ -176,8 +177,8 @@ class Section:
         tables: Tables.
         html: Trusted HTML.
         pictures: Pictures.
-        look: How they are laid out: ``''`` small, ``'plot'``, or ``'plot wide'``, one a row.
-        folded: Long texts by title, folded up.
+        look: Layout of the pictures: ``''`` (small), ``'plot'``, or ``'plot wide'`` (one per row).
+        folded: Long texts by title, initially collapsed.
     """
 
     title: str
@@ -191,7 +192,7 @@ class Section:
 
     @property
     def id(self) -> str:
-        """Anchor."""
+        """The anchor of the section."""
         return self.title.lower().replace(' ', '-')
 
 
@@ -211,7 +212,7 @@ class Page:
 
 
 def format_value(value: Any) -> str:
-    """A number with six significant digits or thousands apart; a text as it is."""
+    """Format a float with six significant digits and an integer with thousands separators. Text is unchanged."""
     if value is None:
         return '–'
     if isinstance(value, float):
@@ -220,11 +221,11 @@ def format_value(value: Any) -> str:
 
 
 def read_picture(path: Path, caption: str, captioned: bool = False) -> Picture | None:
-    """Read a picture; None if it is damaged.
+    """Read a picture. Return None if it is damaged.
 
     Args:
         path: PNG, JPEG or WebP file.
-        caption: What it shows.
+        caption: What the picture shows.
         captioned: Whether the caption is shown. Defaults to False.
     """
     try:
@@ -236,7 +237,7 @@ def read_picture(path: Path, caption: str, captioned: bool = False) -> Picture |
 
 
 def render_page(page: Page) -> str:
-    """The page as HTML; all texts are escaped.
+    """Render a page as HTML. All texts are escaped.
 
     Args:
         page: The page.

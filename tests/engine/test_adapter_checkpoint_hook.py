@@ -424,5 +424,5 @@ def test_best_checkpoints_are_none_to_resume_from(tmp_path):
 def test_another_optimizer_is_refused(tmp_path):
     with pytest.raises(Interrupted):
         make(tmp_path, interrupt=6).train()
-    with pytest.raises(DamagedFileError, match='epoch_1.safetensors is no checkpoint to resume from'):
+    with pytest.raises(DamagedFileError, match='epoch_1.safetensors cannot be resumed from'):
         make(tmp_path, resume=True, param_scheduler=[]).train()
