@@ -26,6 +26,7 @@ from .backbones import (
     search,
     unwrap,
 )
+from .families import FromPatchEmbed, NoGrid
 from .freezing import ADAPTER, Freezing, FrozenParts, is_adapter
 from .frozen_precision import FrozenPrecision, check_frozen_dtype
 from .grids import GridTracker, PatchEmbedTap
@@ -33,7 +34,7 @@ from .methods import PEFTMethod, build_method
 from .quantised import check_gradients_pass
 from .recomputation import Recomputation
 from .selection import Selection
-from .sites import FromPatchEmbed, Site, find_sites, no_site_error
+from .sites import Site, find_sites, no_site_error
 from .summary import Summary
 from .trained_base import TrainedBase, set_values
 
@@ -338,15 +339,15 @@ class Injection:
         return self.taps[module]
 
     def _tracker(self, site: Site) -> GridTracker | None:
-        host, source = site.host, site.family.grid
-        if host is None or not isinstance(source, FromPatchEmbed):
+        module, source = site.patch_embed, site.grid
+        if site.host is None or module is None or not isinstance(source, FromPatchEmbed):
             return None
-        if host not in self.trackers:
-            tracker = GridTracker(host, source)
-            tap = PatchEmbedTap(host.get_submodule('patch_embed'), source, tracker)
+        if module not in self.trackers:
+            tracker = GridTracker(site.host, source)
+            tap = PatchEmbedTap(module, source, tracker)
             tap.replace()
-            self.trackers[host] = tracker, tap
-        return self.trackers[host][0]
+            self.trackers[module] = tracker, tap
+        return self.trackers[module][0]
 
     def check_unchanged(self, what: str) -> None:
         """Refuse what needs the base as it was, while some of it is trained in place.
@@ -508,11 +509,16 @@ def plan(backbone: nn.Module, method: PEFTMethod, selection: Selection, outside:
     """
 
     def tracker_of(site: Site) -> None:
-        if isinstance(site.family.grid, FromPatchEmbed) and site.host is None:
+        if isinstance(site.grid, FromPatchEmbed) and site.host is None:
             raise ValueError(
                 f'{type(backbone).__name__} has no `patch_embed` around its blocks, so the grid of its tokens is '
                 f"unknown, and method '{method.name}' asks for it; use one that does not, such as adaptformer, lora or "
-                'ssf, or add a BlockFamily of its own to iconformer_mm.tuning.sites.FAMILIES'
+                'ssf, or register_family(...) with a grid of its own'
+            )
+        if isinstance(site.grid, NoGrid):
+            raise ValueError(
+                f'{site.family.name} blocks have no grid for the adapters of {method.name!r}: {site.grid.reason}. Use a '
+                'method that asks for none, such as adaptformer, lora or ssf'
             )
 
     with torch.device('meta'):

@@ -52,12 +52,11 @@ class VPTMethod(PEFTMethod):
                 f'{site.family.name} blocks ({site.family.block}) take no prompt tokens: their attention is windowed '
                 'or depends on positions. Visual prompt tuning needs plain ViT blocks'
             )
-        if site.host is None:
+        if site.host is None or site.patch_embed is None:
             raise ValueError(
                 f'{site.name} has no `patch_embed` around it, whose size the first prompt tokens depend on'
             )
-        patch_embed = site.host.get_submodule('patch_embed')
-        convolution = next((m for m in patch_embed.modules() if isinstance(m, nn.Conv2d)), None)
+        convolution = next((m for m in site.patch_embed.modules() if isinstance(m, nn.Conv2d)), None)
         if convolution is None:
             raise ValueError(
                 f'the patch embedding of {type(site.host).__name__} has no convolution, so the size of a patch, which '
