@@ -123,7 +123,7 @@ TIMM: list[BlockFamily] = [
         _TIMM + 'vision_transformer.Block',
         (
             FromPatchEmbed(_read_pit, 0, module='', host=_TIMM + 'pit.Transformer', before=True),
-            FromPatchEmbed(_read_crossvit, 1, module=_crossvit_branch, host=_TIMM + 'crossvit.CrossViT'),
+            FromPatchEmbed(_read_crossvit, 1, module=_crossvit_branch, host=_TIMM + 'crossvit.CrossVit'),
             _NAFLEX,
             _PATCH_EMBED,
         ),
@@ -144,7 +144,8 @@ TIMM: list[BlockFamily] = [
     _block('timm EVA', _TIMM + 'eva.EvaBlock', (_NAFLEX, _PATCH_EMBED)),
     _postnorm('timm EVA post-norm', _TIMM + 'eva.EvaBlockPostNorm', _PATCH_EMBED),
     _block('timm BEiT', _TIMM + 'beit.Block', _PATCH_EMBED),
-    _block('timm ViT-SAM', _TIMM + 'vision_transformer_sam.Block', FromShape()),
+    # DropPath of attention sees windows.
+    _block('timm ViT-SAM', _TIMM + 'vision_transformer_sam.Block', FromShape(), attention_out=None),
     _block('timm ViT relative', _TIMM + 'vision_transformer_relpos.RelPosBlock', _PATCH_EMBED),
     _postnorm('timm ViT relative post-norm', _TIMM + 'vision_transformer_relpos.ResPostRelPosBlock', _PATCH_EMBED),
     _block('timm Swin', _TIMM + 'swin_transformer.SwinTransformerBlock', FromShape()),
