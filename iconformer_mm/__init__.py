@@ -9,6 +9,7 @@ from . import datasets, engine, models
 from .checkpoint import load_adapter, save_adapter
 from .compat import map_config_packages
 from .tuning import (
+    BlockFamily,
     active_adapter,
     add_adapter,
     delete_adapter,
@@ -16,6 +17,7 @@ from .tuning import (
     inject,
     list_adapters,
     merge,
+    register_family,
     remove,
     set_adapter,
     summarize,
@@ -26,6 +28,7 @@ from .version import __version__
 map_config_packages()
 
 __all__ = [
+    'BlockFamily',
     '__version__',
     'active_adapter',
     'add_adapter',
@@ -38,6 +41,7 @@ __all__ = [
     'load_adapter',
     'merge',
     'models',
+    'register_family',
     'remove',
     'save_adapter',
     'set_adapter',

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from iconformer_mm.adapters import TokenGrid
+from iconformer_mm.tuning.families import FromPatchEmbed
 from iconformer_mm.tuning.grids import GridTracker, PatchEmbedTap, grid_of_call
 from iconformer_mm.tuning.injection import find_backbone
-from iconformer_mm.tuning.families import FromPatchEmbed
 from iconformer_mm.tuning.sites import Site, find_sites, no_site_error
 
 from .inferencer import AdapterInferencer

@@ -26,7 +26,7 @@ from .backbones import (
     search,
     unwrap,
 )
-from .families import FromPatchEmbed, NoGrid
+from .families import BlockFamily, FromPatchEmbed, NoGrid, class_path, family_of, register_families
 from .freezing import ADAPTER, Freezing, FrozenParts, is_adapter
 from .frozen_precision import FrozenPrecision, check_frozen_dtype
 from .grids import GridTracker, PatchEmbedTap
@@ -655,6 +655,7 @@ def inject(
     unfreeze: Sequence[str] = (),
     freeze: Sequence[str] = (),
     backbones: Sequence[str] | None = None,
+    families: Sequence[BlockFamily | Mapping[str, Any]] = (),
     **options: Any,
 ) -> Summary:
     """Put a PEFT method into a model, in place.
@@ -693,6 +694,9 @@ def inject(
             ``['neck.*', 'decode_head.conv_seg']``. BatchNorm among them keeps its statistics. Defaults to none.
         backbones: Paths of the backbones in the model, needed where it has several: ``['image_encoder']``. Defaults
             to None, the only one.
+        families: Blocks that are to be known from now on, beside those that are: each a :class:`BlockFamily`, or what
+            :func:`register_family` takes, e.g. ``dict(like='mmdet Swin', block='my_project.swin.SwinBlock')``. They
+            win over known ones of the same class. Defaults to none.
         **options: Options of the method, such as ``bottleneck=32``.
 
     Returns:
@@ -714,6 +718,8 @@ def inject(
             f'{type(model).__name__} wraps the model and would not see parameters added now; inject into the bare '
             'model, then wrap it'
         )
+    for family in register_families(families):
+        _refuse_unmatched(model, family)
     built = build_method(method, **options)
     current = get_injection(model)
     if current is not None:
@@ -725,6 +731,21 @@ def inject(
     selection = Selection(blocks, unfreeze, freeze, paths)  # type: ignore[arg-type]
     adapt(model, built, selection, dtype, with_cp)
     return summarize(model)
+
+
+def _refuse_unmatched(model: nn.Module, family: BlockFamily) -> None:
+    """Refuse a family that is given for a model which has no block of it.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if any(family_of(module) is family for module in model.modules()):
+        return
+    paths = sorted({class_path(type(m)) for m in model.modules() if type(m).__module__.partition('.')[0] != 'torch'})
+    raise ValueError(
+        f"families: no module of {type(model).__name__} is a block of '{family.name}' ({family.block})"
+        f'{near(family.block, paths)}, or one that overrides its forward; there are: {", ".join(paths[:20])}'
+    )
 
 
 def adapt(

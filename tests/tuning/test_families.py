@@ -1,13 +1,10 @@
 """Every further block family with every method: exact at first, trained in all parts, removed without a trace."""
 
-import copy
-
 import pytest
 import torch
 from families import MORE_FAMILIES, flatten, image, stir
-from torch import nn
 
-from iconformer_mm import inject, remove, summarize
+from iconformer_mm import inject, remove
 from iconformer_mm.registry import PEFT_METHODS
 
 METHODS = sorted(set(PEFT_METHODS.module_dict) - {'full', 'frozen'})

@@ -51,6 +51,8 @@ class PEFTHook(WeightsHook):
         unfreeze: Patterns of the backbone's own parameters that are trained, too. Defaults to none.
         freeze: Patterns of parameters beside the backbone that are not trained. Defaults to none.
         backbones: Paths of the backbones in a model that has several. Defaults to None, the only one.
+        families: Blocks that are to be known beside those that are, see :func:`iconformer_mm.inject`, e.g.
+            ``[dict(like='mmdet Swin', block='my_project.swin.SwinBlock')]``. Defaults to none.
 
     Raises:
         ValueError: The model is adapted already or does not have what was selected, the runner has no config to
@@ -73,6 +75,7 @@ class PEFTHook(WeightsHook):
         unfreeze: Sequence[str] = (),
         freeze: Sequence[str] = (),
         backbones: Sequence[str] | None = None,
+        families: Sequence[dict] = (),
     ) -> None:
         super().__init__()
         if save_adapter not in (True, False, 'raw'):
@@ -85,6 +88,7 @@ class PEFTHook(WeightsHook):
         self.unfreeze = unfreeze
         self.freeze = freeze
         self.backbones = backbones
+        self.families = families
         self._injection: Injection | None = None
 
     def before_run(self, runner: Runner) -> None:
@@ -109,6 +113,7 @@ class PEFTHook(WeightsHook):
             unfreeze=self.unfreeze,
             freeze=self.freeze,
             backbones=self.backbones,
+            families=self.families,
         )
         self._injection = get_injection(model)
         runner.logger.info(f'\n{summary}')

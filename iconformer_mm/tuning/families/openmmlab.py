@@ -35,7 +35,9 @@ def _read_mobilevit(block: Any, inputs: tuple, output: Any) -> Size:
 def _read_pixels(pixel_embed: Any, inputs: tuple, output: Any) -> Size:
     """TNT: a patch is what the pixel embedding unfolds."""
     height, width = pixel_embed.img_size
-    patch_height, patch_width = (stride * size for stride, size in zip(pixel_embed.proj.stride, pixel_embed.new_patch_size))
+    patch_height, patch_width = (
+        stride * size for stride, size in zip(pixel_embed.proj.stride, pixel_embed.new_patch_size)
+    )
     return height // patch_height, width // patch_width
 
 
@@ -70,10 +72,7 @@ def _mvit_grid_after(block: Any, size: Size) -> Size:
     pool = block.pool_skip
     if pool is None:
         return size
-    height, width = (
-        (side + 2 * padding - kernel) // stride + 1
-        for side, padding, kernel, stride in zip(size, pool.padding, pool.kernel_size, pool.stride)
-    )
+    height, width = ((side + 2 * pool.padding - pool.kernel_size) // pool.stride + 1 for side in size)
     return height, width
 
 

@@ -101,9 +101,7 @@ _PATCH_EMBED = FromPatchEmbed(_read_patch_embed, 'num_prefix_tokens')
 _NAFLEX = FromPatchEmbed(_read_naflex, 'num_prefix_tokens', module='embeds', host=_TIMM + 'naflexvit.NaFlexVit')
 
 # Blocks with a DropPath for each branch, which is the identity where its rate is zero.
-_block = partial(
-    BlockFamily, norm='norm2', ffn='mlp', attention_out='drop_path1', ffn_out='drop_path2'
-)
+_block = partial(BlockFamily, norm='norm2', ffn='mlp', attention_out='drop_path1', ffn_out='drop_path2')
 _postnorm = partial(_block, norm=None, attention_norm=None)
 _parallel = partial(
     BlockFamily,
@@ -129,12 +127,8 @@ TIMM: list[BlockFamily] = [
         ),
         takes_prompts=True,
     ),
-    _postnorm(
-        'timm ViT post-norm', _TIMM + 'vision_transformer.ResPostBlock', _PATCH_EMBED, takes_prompts=True
-    ),
-    _parallel(
-        'timm ViT parallel', _TIMM + 'vision_transformer.ParallelScalingBlock', _PATCH_EMBED, takes_prompts=True
-    ),
+    _postnorm('timm ViT post-norm', _TIMM + 'vision_transformer.ResPostBlock', _PATCH_EMBED, takes_prompts=True),
+    _parallel('timm ViT parallel', _TIMM + 'vision_transformer.ParallelScalingBlock', _PATCH_EMBED, takes_prompts=True),
     _parallel(
         'timm ViT differential',
         _TIMM + 'vision_transformer.DiffParallelScalingBlock',

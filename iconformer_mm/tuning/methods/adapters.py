@@ -70,7 +70,7 @@ class AdapterMethod(PEFTMethod):
         if sites and not attachments:
             block = sites[0]
             raise ValueError(
-                f"{block.family.name} blocks have no {' or '.join(self.sites)} that an adapter of method "
+                f'{block.family.name} blocks have no {" or ".join(self.sites)} that an adapter of method '
                 f"'{self.name}' can stand at; they have {', '.join(block.branches)}, so set "
                 f'sites={list(block.branches)}'
             )

@@ -252,7 +252,9 @@ class LowRankMethod(PEFTMethod):
         """Adapt the maps of every block, in blocks without attention or without an FFN those that are there."""
         attachments: list[Attachment] = []
         for site in sites:
-            roles = [role for role in self.targets if ('ffn' if role in ('fc1', 'fc2') else 'attention') in site.branches]
+            roles = [
+                role for role in self.targets if ('ffn' if role in ('fc1', 'fc2') else 'attention') in site.branches
+            ]
             if roles:
                 targets = find_targets(site, roles)
                 adapter = self.adapter_class(targets, self.rank, self.alpha, self.dropout, self.rank_stabilized)
