@@ -115,4 +115,5 @@ def grid_of_call(site: Site, args: tuple, kwargs: dict, tracker: GridTracker | N
     size = argument(source.name, source.position)
     if source.width is not None:
         size = size, argument(source.width, source.position + 1)
-    return TokenGrid(*size, num_prefix_tokens=prefix)
+    height, width = size
+    return TokenGrid(height, width, prefix)

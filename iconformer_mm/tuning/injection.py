@@ -23,6 +23,7 @@ from .backbones import (
     find_copies,
     is_below,
     join,
+    near,
     search,
     unwrap,
 )
@@ -517,8 +518,8 @@ def plan(backbone: nn.Module, method: PEFTMethod, selection: Selection, outside:
             )
         if isinstance(site.grid, NoGrid):
             raise ValueError(
-                f'{site.family.name} blocks have no grid for the adapters of {method.name!r}: {site.grid.reason}. Use a '
-                'method that asks for none, such as adaptformer, lora or ssf'
+                f'{site.family.name} blocks have no grid for the adapters of {method.name!r}: {site.grid.reason}. '
+                'Use a method that asks for none, such as adaptformer, lora or ssf'
             )
 
     with torch.device('meta'):

@@ -150,7 +150,7 @@ def find_sites(backbone: nn.Module) -> list[Site]:
 
 
 def no_site_error(backbone: nn.Module) -> ValueError:
-    """What to raise for a backbone without sites: why, where that is known, or what was looked for and what was there."""
+    """What to raise for a backbone without sites: the reason, or what was looked for and what was there."""
     refused = why_refused(backbone)
     if refused:
         path, reason = next(iter(refused.items()))

@@ -176,6 +176,7 @@ class BranchAttachment(BlockAttachment):
             values['attention reads'] = x
             return x
         if self.joins_later:
+            tokens: Any
             if self.input == 'sum':
                 tokens = self._tokens(frame, x, place)
             elif self.input == 'output':

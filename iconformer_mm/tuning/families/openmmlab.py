@@ -35,10 +35,8 @@ def _read_mobilevit(block: Any, inputs: tuple, output: Any) -> Size:
 def _read_pixels(pixel_embed: Any, inputs: tuple, output: Any) -> Size:
     """TNT: a patch is what the pixel embedding unfolds."""
     height, width = pixel_embed.img_size
-    patch_height, patch_width = (
-        stride * size for stride, size in zip(pixel_embed.proj.stride, pixel_embed.new_patch_size)
-    )
-    return height // patch_height, width // patch_width
+    stride, pixels = pixel_embed.proj.stride, pixel_embed.new_patch_size
+    return height // (stride[0] * pixels[0]), width // (stride[1] * pixels[1])
 
 
 def head_by_head(weight: str, heads: int, query: int, value: int) -> Rows:

@@ -77,7 +77,7 @@ class AdapterMethod(PEFTMethod):
         return attachments
 
     def _fits(self, site: Site, branch: str) -> bool:
-        """Whether an adapter can stand at a branch. None stands parallel to attention that changes the tokens' number."""
+        """Whether an adapter can stand at a branch; it cannot parallel to attention that changes the tokens' number."""
         parallel = branch == ATTENTION and self.input in ('normed', 'residual')
         return branch in site.branches and not (parallel and site.reshapes)
 

@@ -195,7 +195,7 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
         ValueError: The block has no such map.
     """
     weights = {name: p for name, p in host_parameters(site.block) if p.dim() > 1}
-    found = {}
+    found: dict[str, Target] = {}
     for name, weight in weights.items():
         for role, (first, last) in _roles(site, name, weight, found).items():
             found[role] = Target(name, role, (first, last), weight[0].numel())
@@ -207,6 +207,11 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
             f'no linear map {", ".join(missing)} in {site.name} ({site.family.name}); its weights: {", ".join(weights)}'
         )
     return [found[role] for role in roles]
+
+
+def _branch(role: str) -> str:
+    """The branch that a map is in."""
+    return 'ffn' if role in ('fc1', 'fc2') else 'attention'
 
 
 def _roles(site: Site, name: str, weight: nn.Parameter, found: dict[str, Target]) -> dict[str, tuple[int, int]]:
@@ -252,9 +257,7 @@ class LowRankMethod(PEFTMethod):
         """Adapt the maps of every block, in blocks without attention or without an FFN those that are there."""
         attachments: list[Attachment] = []
         for site in sites:
-            roles = [
-                role for role in self.targets if ('ffn' if role in ('fc1', 'fc2') else 'attention') in site.branches
-            ]
+            roles = [role for role in self.targets if _branch(role) in site.branches]
             if roles:
                 targets = find_targets(site, roles)
                 adapter = self.adapter_class(targets, self.rank, self.alpha, self.dropout, self.rank_stabilized)
