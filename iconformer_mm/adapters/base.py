@@ -173,9 +173,12 @@ class Adapter(nn.Module):
         needs_grid: Whether the adapter asks where the tokens lie. Then ``N == grid.num_tokens``.
             An adapter that does not gets None for the grid, and works on any tokens,
             such as those that masked pre-training leaves. Defaults to True.
+        patch_only: Names of submodules that patch tokens alone pass. They are not trained where only class tokens
+            are read. Defaults to none.
     """
 
     needs_grid = True
+    patch_only: tuple[str, ...] = ()
 
     @staticmethod
     def on_maps(function: Callable[[Tensor], Tensor], z: Tensor, grid: TokenGrid) -> Tensor:

@@ -38,6 +38,7 @@ from .selection import Selection
 from .sites import Site, find_sites, no_site_error
 from .summary import Summary
 from .trained_base import TrainedBase, set_values
+from .unread import unread_patches
 
 _KEY = '_peft_injection'
 _MERGED = '_peft_merged'
@@ -313,6 +314,8 @@ class Injection:
         # The first one's names are those that a model with one adapter has.
         suffix = f'__{escape(name)}' if self.adapters else ''
         for path, backbone in self.backbones.items():
+            # What only unread tokens pass would get no gradient, and weight decay would change it all the same.
+            unread = unread_patches(find_sites(backbone))
             for attachment in make_attachments(backbone, method, selection, self.outside[path], self._tracker):
                 attachment.register(suffix, self.adapter_dtype)
                 attachment.joint = self.joint(attachment.module)
@@ -321,8 +324,10 @@ class Injection:
                     attachment.joint.with_cp = True
                 for tapped in attachment.handlers:
                     self._tap(backbone, tapped).users += 1
-                for key in attachment.adapters:
+                for key, made in attachment.adapters.items():
                     attachment.part(key).train(backbone.training)
+                    for part in getattr(made, 'patch_only', ()) if attachment.name in unread else ():
+                        made.get_submodule(part).requires_grad_(False)
                 adapter.attachments.append(attachment)
                 adapter.paths.append(path)
         self.adapters[name] = adapter

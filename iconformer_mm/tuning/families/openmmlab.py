@@ -315,5 +315,5 @@ OPENMMLAB: list[BlockFamily] = [
     _shared('mmseg Twins global', _MMSEG + 'twins.GSAEncoderLayer', Argument('hw_shape')),
     _swin('mmpose Swin', _MMPOSE + 'swin.SwinBlock'),
     _swin('mmpose PVT', _MMPOSE + 'pvt.PVTEncoderLayer'),
-    _shared('mmpose HRFormer', _MMPOSE + 'hrformer.HRFomerBlock', FromShape(), channels_first=('',)),
+    _shared('mmpose HRFormer', _MMPOSE + 'hrformer.HRFormerBlock', FromShape(), channels_first=('',)),
 ]
