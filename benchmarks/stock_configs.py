@@ -10,6 +10,7 @@ run on one image, adapted and not, and the outputs have to be equal to the last 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -37,7 +38,7 @@ PLACES = ('backbone', 'image_encoder', 'vision_encoder', 'visual_encoder', 'visi
 METHODS = ('icon', 'adaptformer', 'lora', 'bitfit')
 ATTENTION = re.compile(r'attention|attn|msa$|transformer', re.IGNORECASE)
 # Beyond this many parameters a backbone is not run.
-LIMIT = 130_000_000
+LIMIT = 60_000_000
 
 
 def image_encoder(model: Any) -> Any:
@@ -64,6 +65,11 @@ def build(cfg: dict, library: str) -> nn.Module:
     return model
 
 
+def has_attention(model: nn.Module) -> bool:
+    """Whether there is attention or a known block in a model."""
+    return bool(find_sites(model)) or any(ATTENTION.search(type(m).__name__) for m in model.modules())
+
+
 def tensors(outputs: Any) -> list[Tensor]:
     """All tensors of a nested output."""
     if isinstance(outputs, Tensor):
@@ -83,13 +89,15 @@ def run(model: nn.Module, cfg: dict) -> list[Tensor]:
 
 def classify(cfg: dict, library: str) -> tuple[str, str]:
     """What becomes of a backbone, with a note."""
+    with contextlib.suppress(Exception), torch.device('meta'):  # where this does, it takes no time
+        if not has_attention(build(cfg, library)):
+            return 'convolutional', ''
     try:
         model = build(cfg, library)
     except Exception as error:
         return 'not built', f'{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ""}'
     model.requires_grad_(False)
-    names = {type(m).__name__ for m in model.modules()}
-    if not find_sites(model) and not any(ATTENTION.search(name) for name in names):
+    if not has_attention(model):
         return 'convolutional', ''
     before, how = None, 'built only'
     if sum(p.numel() for p in model.parameters()) <= LIMIT:

@@ -383,7 +383,7 @@ MORE_FAMILIES = [
     ),
     Family(
         'Conformer',
-        _mmpretrain('Conformer', arch=dict(embed_dims=32, channel_ratio=1, num_heads=2, depths=12), base_channels=16),
+        _mmpretrain('Conformer', arch=dict(embed_dims=32, channel_ratio=1, num_heads=2, depths=12), base_channels=32),
         12,
         _SMALL,
     ),

@@ -31,7 +31,7 @@ STARTS_ELSEWHERE = ('ssf', 'mona', 'vpt')  # by their papers; all others start a
 REASONS = {
     'p': (
         'take no prompt tokens',
-        'attention is windowed or depends on the place of tokens, so it takes no prompt tokens',
+        'attention is windowed or depends on positions, and takes no prompt tokens',
     ),
     'e': ('has no convolution', 'the patch embedding is no convolution, whose size prompts are initialised by'),
     'g': ('have no grid', 'the tokens lie on no grid, or not in the order of the image'),
@@ -138,9 +138,9 @@ def main() -> int:
         'Written by `python tools/families_table.py`, and checked by `tests/tuning/test_families.py` and '
         '`tests/tuning/test_methods.py`, on a tiny model of each kind.',
         '',
-        '`yes` says that all of this holds: before training the outputs are those of the frozen backbone to the last bit '
-        '(`ssf`, `mona` and `vpt` start elsewhere, by their papers); every trained parameter gets a gradient, and nothing '
-        'of the base does; `remove` gives the backbone back.',
+        '`yes` says that all of this holds. Before training the outputs are those of the frozen backbone to the last '
+        'bit; `ssf`, `mona` and `vpt` start elsewhere, by their papers. Every trained parameter gets a gradient, and '
+        'nothing of the base does. `remove` gives the backbone back.',
         '',
         '| library | models | methods that work | refused, with the reason |',
         '|---|---|---|---|',

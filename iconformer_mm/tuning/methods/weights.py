@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from .base import PEFTMethod, TrackerOf
 
 _LINEAR = (nn.Linear, _ConvNd)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _NormBase)
+_NORM_NAMES = re.compile(r'(rms|layer)_?norm(2d)?$', re.IGNORECASE)  # of classes that libraries write themselves
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def find_layers(module: nn.Module, idle: Sequence[str] = ()) -> list[Layer]:
         if name.partition('.')[0] in idle:
             continue
         names = {n: f'{name}.{n}'.removeprefix('.') for n, _ in layer.named_parameters(recurse=False)}
-        is_norm = isinstance(layer, _NORMS)
+        is_norm = isinstance(layer, _NORMS) or bool('weight' in names and _NORM_NAMES.search(type(layer).__name__))
         if isinstance(layer, nn.MultiheadAttention) and 'in_proj_weight' in names:
             rows = layer.in_proj_weight.shape[0]
             layers.append(Layer(names['in_proj_weight'], names.get('in_proj_bias'), rows, False))
