@@ -1,7 +1,8 @@
 """What becomes of the stock configs of MMPretrain, MMDetection and MMSegmentation: adapted, refused, or crashed.
 
-Each distinct backbone is built once, without its weights, and adapted. The largest are built only; all others also
-run on one image, adapted and not, and the outputs have to be equal to the last bit.
+Each distinct backbone is built once, without its weights, with at most two blocks a stage where its config allows
+that, and adapted. The largest are built only. All others also run on one image, adapted and not, and the outputs
+have to be equal to the last bit. Of a class without attention one backbone stands for all.
 
     python benchmarks/stock_configs.py
     python benchmarks/stock_configs.py --library mmseg --only segformer --out stock.json
@@ -53,6 +54,31 @@ def image_encoder(model: Any) -> Any:
     return image_encoder(inner)
 
 
+def narrowed(cfg: dict) -> dict:
+    """The config of a backbone of at most two blocks a stage; the config itself where it is not clear how."""
+    cfg = copy.deepcopy(cfg)
+    cls = MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
+    zoo = getattr(cls, 'arch_zoo', getattr(cls, 'arch_settings', {}))
+    arch = cfg.get('arch')
+    settings = copy.deepcopy(zoo.get(arch.lower())) if isinstance(arch, str) else copy.deepcopy(arch)
+    plain = False
+    for values in (settings, cfg):
+        if not isinstance(values, dict) or 'downscale_indices' in values:
+            continue
+        for key in ('num_layers', 'depth', 'depths', 'layers'):
+            if isinstance(values.get(key), int):
+                values[key], plain = 2, True
+            elif isinstance(values.get(key), (list, tuple)):
+                values[key] = [min(number, 2) for number in values[key]]
+        if 'global_attn_indexes' in values:
+            values['global_attn_indexes'] = [1]
+    if isinstance(settings, dict):
+        cfg['arch'] = settings
+    if plain:
+        cfg.pop('out_indices', None)
+    return cfg
+
+
 def build(cfg: dict, library: str) -> nn.Module:
     """A backbone without its weights."""
     cfg = copy.deepcopy(cfg)
@@ -92,10 +118,16 @@ def classify(cfg: dict, library: str) -> tuple[str, str]:
     with contextlib.suppress(Exception), torch.device('meta'):  # where this does, it takes no time
         if not has_attention(build(cfg, library)):
             return 'convolutional', ''
+    model = None
+    with contextlib.suppress(Exception):
+        small = narrowed(cfg)
+        made = build(small, library)
+        run(made, small)
+        model, cfg = made, small
     try:
-        model = build(cfg, library)
+        model = model or build(cfg, library)
     except Exception as error:
-        return 'not built', f'{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ""}'
+        return 'not built', f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:120]}'
     model.requires_grad_(False)
     if not has_attention(model):
         return 'convolutional', ''
@@ -119,7 +151,7 @@ def classify(cfg: dict, library: str) -> tuple[str, str]:
             after = None if before is None else run(model, cfg)
         except Exception as error:
             return 'crashed', f'{method}: {type(error).__name__}: {error}'
-        if before is not None and not all(torch.equal(a, b) for a, b in zip(after, before, strict=True)):
+        if before is not None and not all(torch.equal(a, b) for a, b in zip(after or [], before, strict=True)):
             return 'crashed', f'{method}: outputs are others than before'
         if method == 'bitfit':
             return 'refused', reasons[0]
@@ -137,6 +169,7 @@ def main() -> int:
     warnings.filterwarnings('ignore')
     known: dict[str, tuple[str, str]] = {}
     results: dict[str, tuple[str, str]] = {}
+    without: dict[str, tuple[str, str]] = {}
     for library in args.library or LIBRARIES:
         spec = find_spec(library)
         if spec is None or not spec.submodule_search_locations:
@@ -155,9 +188,15 @@ def main() -> int:
             if cfg is None:
                 results[name] = 'no image encoder', ''
                 continue
+            kind = f'{library} {cfg["type"]}'
+            if kind in without:
+                results[name] = without[kind]
+                continue
             key = library + json.dumps(cfg, sort_keys=True, default=str)
             if key not in known:
                 known[key] = classify(cfg, library)
+                if known[key][0] == 'convolutional' and 'TIMM' not in kind:
+                    without[kind] = known[key]
                 gc.collect()
                 print(f'{known[key][0]:<14} {name}: {known[key][1]}', flush=True)
             results[name] = known[key]

@@ -747,7 +747,9 @@ def _refuse_unmatched(model: nn.Module, family: BlockFamily) -> None:
     """
     if any(family_of(module) is family for module in model.modules()):
         return
-    paths = sorted({class_path(type(m)) for m in model.modules() if type(m).__module__.partition('.')[0] != 'torch'})
+    paths = sorted(
+        {class_path(type(m)) for m in model.modules() if str(type(m).__module__).partition('.')[0] != 'torch'}
+    )
     raise ValueError(
         f"families: no module of {type(model).__name__} is a block of '{family.name}' ({family.block})"
         f'{near(family.block, paths)}, or one that overrides its forward; there are: {", ".join(paths[:20])}'

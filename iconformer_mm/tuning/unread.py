@@ -30,7 +30,7 @@ def unread_patches(sites: Sequence[Site]) -> set[str]:
 
 def _last_read(host: Any, num_blocks: int) -> list[int]:
     """The place of the last block that is read, if only its class tokens are."""
-    if not type(host).forward.__module__.startswith(_BACKBONES):
+    if not str(type(host).forward.__module__).startswith(_BACKBONES):
         return []
     if any(class_path(cls) in _CLASS_TOKEN_ALWAYS for cls in type(host).__mro__):
         return [num_blocks - 1]
