@@ -83,7 +83,7 @@ FAMILIES = [
         _mmpretrain('VisionTransformer', arch=VIT, img_size=64, with_cls_token=False, out_type='raw'),
         2,
     ),
-    Family('DeiT distilled', _mmpretrain('DistilledVisionTransformer', arch=VIT, img_size=64), 2),
+    Family('DeiT distilled', _mmpretrain('DistilledVisionTransformer', arch=VIT, img_size=64, out_type='raw'), 2),
     Family('DeiT III', _mmpretrain('DeiT3', arch=VIT, img_size=64, out_type='raw'), 2),
     Family('BEiT', _mmpretrain('BEiTViT', arch=VIT, img_size=64, out_type='raw'), 2, sizes=((64, 64),)),
     Family('EVA-02', _mmpretrain('ViTEVA02', arch=VIT, img_size=64, out_type='raw'), 2),
