@@ -54,10 +54,11 @@ def image_encoder(model: Any) -> Any:
     return image_encoder(inner)
 
 
-def narrowed(cfg: dict) -> dict:
+def narrowed(cfg: dict, library: str) -> dict:
     """The config of a backbone of at most two blocks a stage; the config itself where it is not clear how."""
     cfg = copy.deepcopy(cfg)
-    cls = MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
+    kind = cfg['type']
+    cls = MODELS.get(kind if '.' in kind else f'{library}.{kind}') if isinstance(kind, str) else kind
     zoo = getattr(cls, 'arch_zoo', getattr(cls, 'arch_settings', {}))
     arch = cfg.get('arch')
     settings = copy.deepcopy(zoo.get(arch.lower())) if isinstance(arch, str) else copy.deepcopy(arch)
@@ -120,7 +121,7 @@ def classify(cfg: dict, library: str) -> tuple[str, str]:
             return 'convolutional', ''
     model = None
     with contextlib.suppress(Exception):
-        small = narrowed(cfg)
+        small = narrowed(cfg, library)
         made = build(small, library)
         run(made, small)
         model, cfg = made, small
