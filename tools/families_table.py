@@ -33,7 +33,10 @@ REASONS = {
         'take no prompt tokens',
         'attention is windowed or depends on positions, and takes no prompt tokens',
     ),
-    'e': ('has no convolution', 'the patch embedding is no convolution, whose size prompts are initialised by'),
+    'e': (
+        'has no patch embedding by',
+        'no patch embedding, whose size prompts are initialised by, is around the blocks',
+    ),
     'g': ('have no grid', 'the tokens lie on no grid, or not in the order of the image'),
     'a': ('blocks have no attention', 'the blocks have no attention; with `sites=["ffn"]` the method works'),
     'q': ('blocks have no linear map', 'the blocks have no attention; with `targets=["fc1", "fc2"]` the method works'),

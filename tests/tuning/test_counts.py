@@ -13,7 +13,6 @@ from iconformer_mm.registry import PEFT_METHODS
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.attachments import WeightMergingAttachment
 
-
 # With all tokens read; where the class token alone is, the last block's filter is not trained.
 RAW = {'VisionTransformer': dict(out_type='raw')}
 

@@ -207,6 +207,25 @@ def test_blocks_that_change_the_grid():
     assert grids == [(16, 16), (8, 8), (8, 8), (4, 4)]
 
 
+def test_tokens_in_the_order_of_mask_units():
+    """Hiera's adapters see the map that Hiera itself makes of its tokens."""
+    model = families_table.make(by_name['timm Hiera'])
+    inject(model, 'icon', sites=['ffn'], input='residual')
+    stir(model)
+    seen, maps, handles = [], [], []
+    for i, block in enumerate(model.blocks):
+        block.adapter.register_forward_hook(lambda m, args, out: seen.append((args[0], args[1].height, out)))
+        handles.append(block.norm2.register_forward_pre_hook(lambda m, x, i=i: maps.append(model.reroll(x[0], i))))
+    run(model, image((64, 64)))
+    assert [height for _, height, _ in seen] == [16, 8, 4, 4, 2]
+    for (tokens, height, _), expected in zip(seen, maps, strict=True):
+        assert torch.equal(tokens.unflatten(1, (height, height)), expected)
+    for handle in handles:
+        handle.remove()
+    with pytest.raises(ValueError, match='with some of them masked they lie on no grid'):
+        model(image((64, 64)), mask=torch.tensor([[True, False, True, True]] * 2))
+
+
 def test_blocks_without_attention():
     model = families_table.make(by_name['PoolFormer'])
     with pytest.raises(ValueError, match=r"mmpretrain PoolFormer blocks have no attention .* set sites=\['ffn'\]"):

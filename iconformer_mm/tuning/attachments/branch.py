@@ -12,6 +12,7 @@ from iconformer_mm.adapters import Adapter, TokenGrid
 from iconformer_mm.compat import is_compiling
 
 from ..calls import Frame, run_in_frame
+from ..families import FromShape
 from ..grids import GridTracker
 from ..sites import Site
 from .base import BlockAttachment
@@ -83,7 +84,7 @@ class BranchAttachment(BlockAttachment):
         self.joins_later = at_attention and not joins_at_output and not self._joins_shared
         # DeiT III uses one norm twice, first before attention and then before the FFN.
         self._one_norm = family.norm is not None and family.norm == family.attention_norm
-        self._has_late_grid = site.reshapes and family.grid_after is None
+        self._has_late_grid = site.reshapes and isinstance(site.grid, FromShape)
         before: dict[str, list[Callable[[Frame, Tensor], Tensor]]] = {}
         after: dict[str, list[Callable[[Frame, Tensor], Tensor]]] = {}
         if self.at_ffn or self.joins_later:  # in post-norm blocks the FFN reads x' itself
@@ -115,6 +116,15 @@ class BranchAttachment(BlockAttachment):
         if self._has_late_grid and self.needs_grid:
             frame.grid = TokenGrid(*(x.shape[2:4] if first else x.shape[1:3]))
         return x.flatten(2).transpose(1, 2) if first else x.flatten(1, -2)
+
+    def _delta(self, key: str, frame: Frame, tokens: Tensor) -> Tensor:
+        """What an adapter makes of tokens (B, N, d)."""
+        grid, order = frame.grid, self.family.order
+        if order is None or grid is None:
+            return self.part(key)(tokens, grid)
+        size, places = order(self.module, (grid.height, grid.width), tokens.shape[1])
+        places = places.to(tokens.device)
+        return self.part(key)(tokens[:, places.argsort()], TokenGrid(*size))[:, places]
 
     def _like(self, tokens: Tensor, x: Tensor, place: str | None) -> Tensor:
         """Tokens (B, N, d) in the shape of what a submodule reads or returns."""
@@ -167,7 +177,7 @@ class BranchAttachment(BlockAttachment):
             tokens = self._skip(frame) + self._tokens(frame, out, place)
         else:
             tokens = self._parallel_input(frame)
-        return out + self._like(self.part('adapter_attention')(tokens, frame.grid), out, place)
+        return out + self._like(self._delta('adapter_attention', frame, tokens), out, place)
 
     def _between_branches(self, frame: Frame, x: Tensor) -> Tensor:
         """Sees x' on its way to the FFN; adds to it what the adapter of attention says, unless that was done before."""
@@ -185,7 +195,7 @@ class BranchAttachment(BlockAttachment):
                     tokens = self._tokens(frame, x, place) - self._skip(frame)
             else:
                 tokens = self._parallel_input(frame)
-            values['delta'] = self.part('adapter_attention')(tokens, frame.grid)
+            values['delta'] = self._delta('adapter_attention', frame, tokens)
             x = x + self._like(values['delta'], x, place)
         values['residual'] = self._tokens(frame, x, place)
         return x
@@ -227,5 +237,5 @@ class BranchAttachment(BlockAttachment):
                 tokens = values.get('ffn output')
                 if tokens is None:  # a family that does not name it
                     tokens = self._tokens(frame, out, '') - residual
-            out = out + self._like(self.part('adapter')(tokens, frame.grid), out, '')
+            out = out + self._like(self._delta('adapter', frame, tokens), out, '')
         return (*outputs[:stream], out, *outputs[stream + 1 :]) if isinstance(outputs, tuple) else out

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 Size = tuple[int, int]
 
@@ -123,6 +123,8 @@ class BlockFamily:
         reshapes: Whether attention of this very block changes number or width of the tokens. Then nothing can
             stand parallel to it. None where no block of the family does.
         grid_after: ``(block, (height, width))`` to the grid's size after attention that reshapes.
+        order: ``(block, (height, width), number of tokens)`` to the grid's size and the places (row by row) of the
+            tokens, in blocks whose tokens do not lie row by row. None where they do.
         rows: Where linear maps lie, of blocks where names do not tell. None where they do.
         where: Which blocks of the class belong to the family. None for all.
     """
@@ -146,6 +148,7 @@ class BlockFamily:
     channels_first: tuple[str, ...] = ()
     reshapes: Callable[[Any], bool] | None = None
     grid_after: Callable[[Any, Size], Size] | None = None
+    order: Callable[[Any, Size, int], tuple[Size, Tensor]] | None = None
     rows: Callable[[Any], Rows] | None = None
     where: Callable[[Any], bool] | None = None
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .base import Argument, BlockFamily, FromPatchEmbed, FromShape, NoGrid, Rows, Size
+from .base import Argument, BlockFamily, FromPatchEmbed, FromShape, Rows, Size
 from .openmmlab import head_by_head
 
 
@@ -58,6 +59,32 @@ def _read_tnt(pixel_embed: Any, inputs: tuple, output: Any) -> Size:
     """TNT: images of one size."""
     height, width = pixel_embed.grid_size
     return int(height), int(width)
+
+
+def _read_hiera(unroll: Any, inputs: tuple, output: Any) -> Size:
+    """Hiera: images of one size, whose patches are put into the order of mask units."""
+    height, width = unroll.size
+    return height, width
+
+
+def _hiera_order(block: Any, size: Size, num_tokens: int) -> tuple[Size, Tensor]:
+    """Hiera: of tokens in the order of mask units, the outermost is which of four neighbours a token is.
+
+    Each pooling of queries takes the outermost four together, so that the number of tokens tells the grid.
+    """
+    (height, width), pooled = size, 0
+    while height * width > num_tokens:
+        height, width, pooled = height // 2, width // 2, pooled + 1
+    if height * width != num_tokens:
+        raise ValueError(
+            f'Hiera ran on {num_tokens} tokens of a grid of {size[0]} x {size[1]}: with some of them masked they lie '
+            'on no grid; use a method that asks for none, such as adaptformer, lora or ssf'
+        )
+    places = torch.arange(num_tokens).view(1, height, width)
+    # After the block's own pooling a mask unit has this many tokens, four for each pooling that is to come.
+    for _ in range(block.attn.window_size.bit_length() // 2):
+        places = places.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 2, 4, 1, 3).flatten(0, 2)
+    return (height, width), places.flatten()
 
 
 def _tinyvit_rows(block: Any) -> Rows:
@@ -215,7 +242,8 @@ TIMM: list[BlockFamily] = [
     _block(
         'timm Hiera',
         _TIMM + 'hiera.HieraBlock',
-        NoGrid('its tokens lie in the order of mask units, not in that of the image'),
+        FromPatchEmbed(_read_hiera, 0, module='unroll', host=_TIMM + 'hiera.Hiera'),
         reshapes=lambda block: block.do_expand,
+        order=_hiera_order,
     ),
 ]

@@ -56,11 +56,12 @@ class VPTMethod(PEFTMethod):
             raise ValueError(
                 f'{site.name} has no `patch_embed` around it, whose size the first prompt tokens depend on'
             )
-        convolution = next((m for m in site.patch_embed.modules() if isinstance(m, nn.Conv2d)), None)
-        if convolution is None:
+        layers = (nn.Conv2d, nn.Linear)
+        layer = next((m for m in site.patch_embed.modules() if isinstance(m, layers)), None)
+        if layer is None or site.patch_embed is site.host:
             raise ValueError(
-                f'the patch embedding of {type(site.host).__name__} has no convolution, so the size of a patch, which '
-                'prompts are initialised by, is unknown'
+                f'{type(site.host).__name__} has no patch embedding by a convolution or a linear layer around its '
+                'blocks, so the size of a patch, which prompts are initialised by, is unknown'
             )
-        patch_dims = convolution.weight[0].numel()
+        patch_dims = layer.weight[0].numel()
         return PromptAdapter(site.embed_dims, patch_dims, self.num_tokens, self.dropout)
