@@ -1,2 +1,6 @@
-def looks_like(state):
-    return ''
+"""x"""
+
+
+def looks_like(state: dict) -> str:
+    """x."""
+    return ""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from iconformer_mm.checkpoint.foreign_backbones import looks_like
 from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
+from iconformer_mm.registry import is_type
 from iconformer_mm.tuning.accounting import is_derived, some
 from iconformer_mm.tuning.freezing import is_adapter
 
@@ -104,14 +105,13 @@ class TIMMFeatures(BaseModule):
         self._is_init = pretrained
         self.out_indices, self.out_channels, self.out_strides = self._choose(out_indices)
         self._options = self._call_options()
-        if hasattr(self.timm_model, 'prune_intermediate_layers'):
-            self.timm_model.prune_intermediate_layers(
-                list(self.out_indices), prune_norm=not norm, prune_head=True
-            )
+        model: Any = self.timm_model
+        if hasattr(model, 'prune_intermediate_layers'):
+            model.prune_intermediate_layers(list(self.out_indices), prune_norm=not norm, prune_head=True)
         self._fixed_size = self._find_fixed_size()
         self._patch_size = self._find_patch_size()
         if with_cp:
-            self.timm_model.set_grad_checkpointing(True)
+            model.set_grad_checkpointing(True)
 
     def _choose(self, indices: Sequence[int] | None) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Indices, channels and strides of the maps."""
@@ -173,14 +173,16 @@ class TIMMFeatures(BaseModule):
 
     def _find_patch_size(self) -> tuple[int, int] | None:
         """The patch size where images have to be padded to a multiple of it before the model sees them."""
-        size = getattr(getattr(self.timm_model, 'patch_embed', None), 'patch_size', None)
+        embedding = getattr(self.timm_model, 'patch_embed', None) or getattr(self.timm_model, 'embeds', None)
+        size = getattr(embedding, 'patch_size', None)
         if size is None or self._kwargs.get('dynamic_img_pad'):
             return None
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     def _call(self, x: Tensor) -> Any:
+        height, width = x.shape[-2:]
         if self._patch_size is not None:
-            (height, width), (rows, columns) = x.shape[-2:], self._patch_size
+            rows, columns = self._patch_size
             if height % rows or width % columns:
                 x = F.pad(x, (0, -width % columns, 0, -height % rows))
         if self._fixed_size is None or tuple(x.shape[-2:]) == self._fixed_size:
@@ -188,11 +190,10 @@ class TIMMFeatures(BaseModule):
         try:  # some of those that timm marks as fixed interpolate
             return self.timm_model.forward_intermediates(x, **self._options)
         except (AssertionError, RuntimeError) as error:
-            height, width = x.shape[-2:]
             raise ValueError(
                 f'{self.model_name} takes images of {self._fixed_size[0]} x {self._fixed_size[1]} pixels, got '
                 f'{height} x {width}. Resize or pad the images to one size, and give it as '
-                f'model_kwargs=dict(img_size=({height}, {width})): the positions of its weights are interpolated then'
+                f'model_kwargs=dict(img_size={tuple(x.shape[-2:])}): the positions of its weights are interpolated then'
             ) from error
 
     def forward(self, x: Tensor) -> tuple[Tensor | list[Tensor], ...]:
@@ -263,7 +264,7 @@ class ICoNTIMMFeatures(PEFTBackbone, TIMMFeatures):
 
 def _split_init(checkpoint: str | None, init_cfg: dict | None) -> tuple[str | None, str, dict | None]:
     """Checkpoint, prefix of its names, and what is left of ``init_cfg``."""
-    if isinstance(init_cfg, Mapping) and str(init_cfg.get('type')).rpartition('.')[2] in ('Pretrained', 'PretrainedInit'):
+    if init_cfg is not None and is_type(init_cfg, 'Pretrained', 'PretrainedInit'):
         if checkpoint:
             raise ValueError('give the weights once: as checkpoint, or as init_cfg')
         return init_cfg['checkpoint'], init_cfg.get('prefix') or '', None
