@@ -7,6 +7,8 @@ from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
+import iconformer_mm  # noqa: F401 (registers its parts)
+
 WIDTHS = (8, 16, 24, 32)
 
 
