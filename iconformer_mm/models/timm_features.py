@@ -43,7 +43,7 @@ class TIMMFeatures(BaseModule):
         out_indices: Which maps to give: indices of blocks for models without stages, of stages for others. Negative
             ones count from the end. Defaults to None: the last map of each stride, which is the last block's map for
             a ViT and all stages for Swin.
-        pretrained: Whether timm downloads its weights for the name. Defaults to False.
+        pretrained: Whether :meth:`init_weights` has timm download its weights for the name. Defaults to False.
         checkpoint: File or URL of weights: timm's own, and the originals that timm can read (DINOv2, DINOv3, MAE,
             EVA, BEiT, SAM, Swin). They are read without executing anything, by :meth:`init_weights`. Defaults to
             None. ``init_cfg=dict(type='Pretrained', checkpoint=...)`` is the same.
@@ -100,9 +100,8 @@ class TIMMFeatures(BaseModule):
         self.norm = norm
         self._weights_prefix = prefix
         self._kwargs = _complete(model_name, dict(model_kwargs or {}), in_channels)
-        self.timm_model: Any = _create(model_name, pretrained=pretrained, **self._kwargs)
-        # Weights that timm loaded as it built the model; MMEngine and the accounting of weights know them by this.
-        self._is_init = pretrained
+        self.pretrained = pretrained
+        self.timm_model: Any = _create(model_name, **self._kwargs)
         self.out_indices, self.out_channels, self.out_strides = self._choose(out_indices)
         self._options = self._call_options()
         model: Any = self.timm_model
@@ -213,7 +212,9 @@ class TIMMFeatures(BaseModule):
         return tuple(maps)
 
     def init_weights(self) -> None:
-        """Load ``checkpoint``; without one the model stays as timm initialised it.
+        """Load ``checkpoint``, or what timm has for the name; without either the model stays as timm initialised it.
+
+        Tests and predictions do not call it, so they need neither.
 
         Raises:
             ValueError: The file is of another family or size of model.
@@ -222,16 +223,28 @@ class TIMMFeatures(BaseModule):
         """
         if self.checkpoint:
             self._load(self.checkpoint)
+        elif self.pretrained:
+            self._take(_create(self.model_name, pretrained=True, **self._kwargs).state_dict())
         elif self.init_cfg and not self._is_init:
             super().init_weights()  # MMEngine's own; without an init_cfg it would have timm initialise anew
         self._is_init = True
+
+    def _own(self) -> dict[str, Tensor]:
+        """The model's tensors by timm's names, without adapters."""
+        return {n.removeprefix('timm_model.'): v for n, v in self.state_dict().items() if not is_adapter(n)}
+
+    def _take(self, state: Mapping[str, Tensor]) -> None:
+        """Load what fits, by load_state_dict, so that whoever watches loads sees it."""
+        own = self._own()
+        fitting = {f'timm_model.{n}': v for n, v in state.items() if n in own and v.shape == own[n].shape}
+        self.load_state_dict(fitting, strict=False)
 
     def _load(self, path: str) -> None:
         state = _read(path, self._weights_prefix)
         with torch.device('meta'):  # as built, without adapters and with all that files hold
             whole = _create(self.model_name, **self._kwargs)
         state = _fit(state, whole, path, self.model_name)
-        own = {n.removeprefix('timm_model.'): v for n, v in self.state_dict().items() if not is_adapter(n)}
+        own = self._own()
         wrong = [n for n, v in own.items() if n in state and state[n].shape != v.shape and not is_derived(n)]
         missing = [n for n in own if n not in state and not is_derived(n)]
         known = whole.state_dict()
@@ -251,8 +264,7 @@ class TIMMFeatures(BaseModule):
             )
         if left:
             print_log(f'{path}: not used by {self.model_name} here: {some(left, 8)}', logger='current')
-        fitting = {f'timm_model.{n}': v for n, v in state.items() if n in own and v.shape == own[n].shape}
-        self.load_state_dict(fitting, strict=False)
+        self._take(state)
 
 
 class ICoNTIMMFeatures(PEFTBackbone, TIMMFeatures):

@@ -166,6 +166,25 @@ def test_a_checkpoint_of_another_size_is_loaded_as_timm_loads_it(tmp_path, adapt
         torch.testing.assert_close(a, b)
 
 
+def test_pretrained_is_what_timm_has_for_the_name(monkeypatch):
+    """Asked for by init_weights alone: tests and predictions need no download."""
+    asked = []
+
+    def create(name, pretrained=False, **kwargs):
+        asked.append(pretrained)
+        model = timm_create(name, **kwargs)
+        if pretrained:
+            torch.nn.init.constant_(model.norm.bias, 7.0)
+        return model
+
+    timm_create = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', create)
+    model = small(DINOV2, pretrained=True, norm=True)
+    assert not any(asked)
+    model.init_weights()
+    assert (model.timm_model.norm.bias == 7).all()
+
+
 def test_init_cfg_is_the_same_as_checkpoint(tmp_path):
     other = timm.create_model(DINOV2, **SMALL)
     state = {f'backbone.{n}': v for n, v in other.state_dict().items()}
