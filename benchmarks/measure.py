@@ -18,12 +18,13 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from iconformer_mm.apis import inspection, load_config
-from iconformer_mm.visualization.figures import new_figure, save_figure
+from iconformer_mm.analysis import inspection
+from iconformer_mm.engine import load_config
+from iconformer_mm.figures import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / 'tools'))
-from experiments import to_markdown  # noqa: E402
+from iconformer_mm.comparison.experiments import to_markdown  # noqa: E402
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 

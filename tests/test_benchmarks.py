@@ -14,8 +14,8 @@ from conftest import ROOT, free_port
 from mmengine.runner import Runner
 
 from iconformer_mm import summarize
-from iconformer_mm.apis import add_peft, load_config
 from iconformer_mm.datasets.scenes import SHAPES, WRITERS, scenes
+from iconformer_mm.engine import add_peft, load_config
 
 SWIN = dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
 PYRAMID = [16, 32, 64, 128]

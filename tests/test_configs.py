@@ -7,8 +7,8 @@ from mmengine.registry import MODELS, init_default_scope
 
 import iconformer_mm  # noqa: F401
 from iconformer_mm import inject, summarize
-from iconformer_mm.apis import load_config
-from iconformer_mm.apis.inspection import find_mistakes
+from iconformer_mm.analysis.inspection import find_mistakes
+from iconformer_mm.engine import load_config
 
 CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*/*.py'))
 COUNTS = {'cifar100': 8, 'svhn': 8, 'food101': 8, 'quickstart': 5, 'coco': 32, 'ade20k': 24, 'nyu': 8, 'scenes': 13}

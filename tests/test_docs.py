@@ -23,11 +23,12 @@ from rich.console import Console  # noqa: E402
 from run_page import read_blocks  # noqa: E402
 from test_switching import classifier  # noqa: E402
 
-from comparison import Board, load_comparison  # noqa: E402
-from comparison_report import report  # noqa: E402
 from docs_reference import PAGE, parser_of, write_page  # noqa: E402
 from iconformer_mm import active_adapter, inject, list_adapters, save_adapter  # noqa: E402
-from iconformer_mm.apis.launch import find_config  # noqa: E402
+from iconformer_mm.comparison.results import Board  # noqa: E402
+from iconformer_mm.comparison.spec import load_comparison  # noqa: E402
+from iconformer_mm.comparison.tables import report  # noqa: E402
+from iconformer_mm.engine.config import find_config  # noqa: E402
 
 README = ROOT / 'README.md'
 PAGES = [README, *sorted((ROOT / 'docs').rglob('*.md')), *sorted((ROOT / 'configs').rglob('*.md'))]

@@ -11,8 +11,8 @@ from mmengine.registry import MODELS, init_default_scope
 from safetensors.torch import load_file
 
 from iconformer_mm import summarize
-from iconformer_mm.apis import add_peft, build_runner, load_config
 from iconformer_mm.datasets.scenes import WRITERS, scenes
+from iconformer_mm.engine import add_peft, build_runner, load_config
 from iconformer_mm.registry import PEFT_METHODS
 from iconformer_mm.tuning import build_method
 from iconformer_mm.tuning.injection import adapter_shapes

@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 import iconformer_mm  # noqa: F401
 from iconformer_mm import inject, save_adapter, summarize
-from iconformer_mm.apis import load_config
+from iconformer_mm.engine import load_config
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 

@@ -14,8 +14,6 @@ from typing import Any
 from unittest.mock import patch
 
 import iconformer_mm
-from iconformer_mm.apis import AdapterInferencer
-from iconformer_mm.checkpoint.safetensors_io import written_whole
 from iconformer_mm.engine import (
     AdapterCheckpointHook,
     AdapterStatisticsHook,
@@ -24,6 +22,8 @@ from iconformer_mm.engine import (
     PEFTHook,
     PEFTOptimWrapperConstructor,
 )
+from iconformer_mm.files import written_whole
+from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.models import mmdet_backbones, mmpretrain_backbones, mmseg_backbones, mmseg_depth_head
 from iconformer_mm.registry import PEFT_METHODS
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from iconformer_mm.checkpoint.safetensors_io import written_whole
+from iconformer_mm.files import written_whole
 from iconformer_mm.registry import PEFT_METHODS
 
 PACKAGE = 'iconformer_mm'
-MODULES = ('', '.apis', '.adapters', '.checkpoint', '.engine', '.ops', '.tuning', '.visualization')
+MODULES = ('', '.adapters', '.checkpoint', '.comparison', '.engine', '.inference', '.ops', '.tuning')
 REGISTRIES = (
-    ('iconformer_mm', 'ADAPTERS'),
     ('mmengine', 'HOOKS'),
     ('mmengine', 'OPTIM_WRAPPERS'),
     ('mmengine', 'OPTIM_WRAPPER_CONSTRUCTORS'),

@@ -11,7 +11,8 @@ from pathlib import Path
 from mmengine.registry import init_default_scope
 from rich.console import Console
 
-from experiments import (
+from iconformer_mm import inject
+from iconformer_mm.comparison.experiments import (
     ROOT,
     Run,
     add_run_arguments,
@@ -21,10 +22,9 @@ from experiments import (
     print_table,
     to_markdown,
 )
-from iconformer_mm import inject
-from iconformer_mm.apis import load_config
+from iconformer_mm.comparison.plots import plot_comparison
+from iconformer_mm.engine import load_config
 from iconformer_mm.tuning import Summary
-from iconformer_mm.visualization import plot_comparison
 
 CONFIGS = ROOT / 'configs' / 'quickstart'
 BASE = CONFIGS / 'vit-quickstart_strokes.safetensors'

@@ -4,6 +4,6 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash tools/setup_env.sh
+bash tools/setup_env.sh --classification
 export PIP_NO_INDEX=1  # nothing is installed from here on
 exec .venv/bin/python tools/quickstart.py "$@"

@@ -14,7 +14,9 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from rich.console import Console
 
-from experiments import (
+from iconformer_mm import inject
+from iconformer_mm.checkpoint.reading import read_checkpoint
+from iconformer_mm.comparison.experiments import (
     ROOT,
     Run,
     add_run_arguments,
@@ -25,11 +27,9 @@ from experiments import (
     print_table,
     to_markdown,
 )
-from iconformer_mm import inject
-from iconformer_mm.apis import load_config
-from iconformer_mm.checkpoint.reading import read_checkpoint
+from iconformer_mm.comparison.predictions import PredictionRow, draw_classes, draw_instances, plot_predictions
+from iconformer_mm.engine import load_config
 from iconformer_mm.tuning import Summary
-from iconformer_mm.visualization import PredictionRow, draw_classes, draw_instances, plot_predictions
 
 CONFIGS = ROOT / 'configs' / 'scenes'
 BASE = CONFIGS / 'swin-scenes_source.safetensors'

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import BottleneckAdapter
 
 
-@ADAPTERS.register_module()
 class AdaptFormerAdapter(BottleneckAdapter):
     """Bottleneck MLP parallel to the FFN (AdaptFormer, Chen et al., NeurIPS 2022).
 

@@ -6,12 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import BottleneckAdapter, MapConvolution, TokenGrid
 
 
-@ADAPTERS.register_module()
 class ConvpassAdapter(BottleneckAdapter):
     """Bottleneck with a full 3 x 3 convolution (Convpass, Jie and Deng, 2022, arXiv 2207.07039).
 

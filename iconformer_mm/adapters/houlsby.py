@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import BottleneckAdapter
 
 
-@ADAPTERS.register_module()
 class HoulsbyAdapter(BottleneckAdapter):
     """Bottleneck MLP for placement behind attention and FFN (Houlsby et al., ICML 2019).
 

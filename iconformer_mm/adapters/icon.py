@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from iconformer_mm.compat import is_plain
 from iconformer_mm.ops import dynamic_depthwise_conv2d, dynamic_depthwise_conv_tokens, filter_norm
-from iconformer_mm.registry import ADAPTERS
 
 from .base import (
     BottleneckAdapter,
@@ -193,7 +192,6 @@ def filter_windows(maps: Tensor, kernels: Tensor, window: int) -> Tensor:
     return out.reshape(batch, rows * window, columns * window, channels)[:, :height, :width]
 
 
-@ADAPTERS.register_module()
 class ICoNAdapter(BottleneckAdapter):
     """Adapter that filters its bottleneck with kernels made from the input itself.
 

@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import Adapter, check_count
 
 
-@ADAPTERS.register_module()
 class LoRandAdapter(Adapter):
     """Bottleneck with projections synthesised at low rank (LoRand, Yin et al., CVPR 2023).
 

@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import BottleneckAdapter, MapConvolution, Projection, TokenGrid
 
 
-@ADAPTERS.register_module()
 class MonaAdapter(BottleneckAdapter):
     """Multi-cognitive visual adapter (Mona, Yin et al., CVPR 2025).
 

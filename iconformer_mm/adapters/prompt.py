@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import check_count, check_number
 
 
-@ADAPTERS.register_module()
 class PromptAdapter(nn.Module):
     """Learned tokens for a sequence (visual prompt tuning, Jia et al., ECCV 2022).
 

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import check_count, check_flag, check_number
 
 
@@ -42,7 +40,6 @@ def _key(name: str) -> str:
     return name.replace('.', '_')
 
 
-@ADAPTERS.register_module()
 class DeltaAdapter(WeightAdapter):
     """Adds a learned difference to each weight, zero at first.
 
@@ -80,7 +77,6 @@ class Target:
     in_features: int
 
 
-@ADAPTERS.register_module()
 class LoRAAdapter(WeightAdapter):
     """Adds a path of low rank to linear maps (LoRA, Hu et al., ICLR 2022).
 
@@ -187,7 +183,6 @@ def _zeros(like: Tensor, dim: int, size: int) -> Tensor:
     return like.new_zeros(shape)
 
 
-@ADAPTERS.register_module()
 class DoRAAdapter(LoRAAdapter):
     """LoRA for the direction of a weight, and its magnitude apart (DoRA, Liu et al., ICML 2024).
 
@@ -248,7 +243,6 @@ class DoRAAdapter(LoRAAdapter):
         return out + (factor.to(out.dtype) * (linear + self._path(name, layer, x)) - linear)
 
 
-@ADAPTERS.register_module()
 class SSFAdapter(WeightAdapter):
     """Scales and shifts the output of layers (SSF, Lian et al., NeurIPS 2022).
 

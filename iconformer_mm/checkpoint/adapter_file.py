@@ -21,6 +21,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from iconformer_mm.files import expanded
 from iconformer_mm.tuning.accounting import (
     WeightsError,
     adopt_output_norms,
@@ -34,11 +35,11 @@ from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import adapt, adapter_shapes, backbones_of, get_injection, remove, unwrap
 from iconformer_mm.tuning.methods import build_method
 from iconformer_mm.tuning.selection import Selection, matches
-from iconformer_mm.tuning.switching import active_adapter, add_selected, delete_adapter, set_adapter
+from iconformer_mm.tuning.switching import add_selected, delete_adapter
 from iconformer_mm.version import __version__
 
 from .divergence import diverged_error, find_diverged
-from .safetensors_io import DamagedFileError, expanded, parse_json, read_safetensors, save_safetensors, shortened
+from .safetensors_io import DamagedFileError, parse_json, read_safetensors, save_safetensors, shortened
 from .training_checkpoint import is_checkpoint
 from .tuned_state import base_state, file_names, heads_of, tuned_state
 
@@ -172,6 +173,7 @@ def save_adapter(
     metadata: dict[str, Any] | None = None,
     task: str | None = None,
     classes: Sequence[str] | None = None,
+    name: str | None = None,
 ) -> None:
     """Write what was trained to a file: adapters, neck and head.
 
@@ -179,11 +181,12 @@ def save_adapter(
 
     Args:
         model: An adapted model, or an adapted backbone alone (then without
-            neck and head). Of several adapters the active one is written.
+            neck and head).
         path: Where to write, ``~`` allowed; ``.safetensors`` by custom.
         metadata: Notes of your own to keep with it (JSON).
         task: What it was trained for, in a word or two.
         classes: Names of the classes that its head tells apart.
+        name: Which of several adapters is written. Defaults to None: the active one.
 
     Raises:
         ValueError: The model is not adapted, or by a method that changes the
@@ -193,22 +196,25 @@ def save_adapter(
     injection = get_injection(model)
     if injection is None:
         raise ValueError(f'{type(unwrap(model)).__name__} is not adapted: there is no adapter to save')
+    if name is not None and name not in injection.adapters:
+        raise ValueError(f"there is no adapter '{name}'; there are: {', '.join(injection.adapters)}")
     if not injection.method.freezes:
         raise ValueError(
             f"method '{injection.method.name}' trains the backbone itself, so there is no adapter apart from it; "
             'save a checkpoint of the whole model'
         )
+    adapter = injection.adapters.get(name or injection.active or '')
     content = describe_adapter(
-        injection.method.config,
-        list(injection.named_attachments()),
+        adapter.method.config if adapter else injection.method.config,
+        list(injection.named_attachments(name)),
         describe_base(model),
         task=task,
         classes=classes,
         notes=metadata,
-        selection=injection.selection.config,
+        selection=(adapter or injection).selection.config,
         backbones=list(backbones_of(model)),
     )
-    write_adapter(path, content, tuned_state(model))
+    write_adapter(path, content, tuned_state(model, name))
 
 
 def describe_adapter(
@@ -536,12 +542,10 @@ def put_adapter(
     if injection is None or name is not None:
         _check_adapters(model, content['method'], selection, tensors, path, strict)
 
-    before = active_adapter(model)
     parts_before = {part: model.get_submodule(part) for part in parts or {}}
     try:
         if name is not None:
             add_selected(model, name, content['method'], parts, selection)
-            set_adapter(model, name)
         elif injection is None:
             adapt(model, build_method(content['method']), selection)
     except ValueError as error:
@@ -552,22 +556,20 @@ def put_adapter(
     assert adapted is not None  # by now
     trained_before = adapted.trained_norms()
     try:
-        _adopt(model, tensors)
-        _fill(model, tensors, problems, strict, path)
+        if injection is None or name is None:
+            _adopt(model, tensors)
+        _fill(model, tensors, problems, strict, path, name)
     except AdapterFileError:
         if injection is None:
             remove(model)
             for part, module in parts_before.items():
                 parent, _, last = part.rpartition('.')
                 setattr(model.get_submodule(parent), last, module)
-        else:
+        elif name is None:
             adopt_output_norms(injection, trained_before)
-            if name is not None:
-                _switch_back(model, before)
-                delete_adapter(model, name)
+        else:
+            delete_adapter(model, name)
         raise
-    if injection is not None and name is not None:
-        _switch_back(model, before)
 
 
 def _base_names(model: nn.Module, tensors: dict[str, Tensor], selection: Selection) -> set[str]:
@@ -628,20 +630,13 @@ def initialise_base(model: nn.Module, content: dict[str, Any]) -> str | None:
     return difference
 
 
-def _switch_back(model: nn.Module, name: str | None) -> None:
-    """Make the adapter active that was, or none."""
-    injection = get_injection(model)
-    if name is not None:
-        set_adapter(model, name)
-    elif injection is not None:
-        injection.activate(None)
-
-
-def _fill(model: nn.Module, tensors: dict[str, Tensor], problems: list[str], strict: bool, path: Any) -> None:
-    """Copy a file's tensors into the active adapter and what stands beside the backbone."""
+def _fill(
+    model: nn.Module, tensors: dict[str, Tensor], problems: list[str], strict: bool, path: Any, name: str | None
+) -> None:
+    """Copy a file's tensors into an adapter, by default the active one, and its neck and head."""
     injection = get_injection(model)
     assert injection is not None  # load_adapter has adapted the model
-    own = tuned_state(model)
+    own = tuned_state(model, name)
     backbones = list(backbones_of(model))
     heads = heads_of(model)
     inside = _inside(backbones, heads, own)

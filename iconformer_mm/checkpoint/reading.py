@@ -28,7 +28,10 @@ from mmengine.runner import checkpoint as loaders
 from mmengine.utils import digit_version
 from torch import Tensor
 
-from .safetensors_io import DamagedFileError, expanded, load_safetensors, shortened
+from iconformer_mm.files import expanded
+
+from .loading import load_safetensors
+from .safetensors_io import DamagedFileError, shortened
 
 
 class _History(HistoryBuffer):

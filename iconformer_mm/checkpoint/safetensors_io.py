@@ -1,4 +1,4 @@
-"""Safetensors files: written whole or not at all, checked when read, known to MMEngine's loader."""
+"""Safetensors files: written whole or not at all, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -6,40 +6,22 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors
 import torch
-from mmengine.runner import CheckpointLoader
 from safetensors.torch import save_file
 from torch import Tensor
 
+from iconformer_mm.files import expanded, written_whole
 from iconformer_mm.version import __version__
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 CHECKSUM = 'checksum'
 OURS = 'iconformer_mm'  # begins the keys of our metadata
-# Begins the names of folders in which files are written; what a killed process leaves can be told by it.
-TEMPORARY = '.writing-'
-_LOCK = '.lock'  # held by the process that writes in such a folder
 
 
 class DamagedFileError(RuntimeError):
     """A file is truncated, altered or of another format."""
-
-
-def expanded(path: str | os.PathLike) -> Path:
-    """A path whose ``~`` is the home folder, in reading as in writing."""
-    return Path(os.path.expanduser(path))
 
 
 def shortened(value: Any, limit: int = 200) -> str:
@@ -168,117 +150,3 @@ def save_safetensors(
     metadata[CHECKSUM] = checksum(content, metadata)
     with written_whole(expanded(path)) as temporary:
         save_file(content, temporary, metadata=metadata)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary file to write, which takes the path's place when it is complete, or vanishes.
-
-    The file's content and its entry in the folder are on the disk when it ends.
-
-    Args:
-        path: The file to write, ``~`` allowed. Missing folders are made.
-    """
-    path = expanded(path)
-    made = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_folder(path) as folder:
-        temporary = folder / path.name
-        yield temporary
-        with open(temporary, 'rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    for changed in [path.parent, *(new.parent for new in made)]:
-        _sync_folder(changed)
-
-
-@contextmanager
-def _temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder to write a file in, which others know to be in use by a lock; that of a killed process is free."""
-    lock = None
-    while lock is None:
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'{TEMPORARY}{path.name}.'))
-        lock = _lock(folder)
-    try:
-        with lock:
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _lock(folder: Path) -> IO | None:
-    """Lock a folder; None if it was taken for an abandoned one and removed before that."""
-    try:
-        lock = open(folder / _LOCK, 'w')  # noqa: SIM115 (closed by who asked for it)
-    except FileNotFoundError:
-        return None
-    if fcntl is not None:
-        with suppress(OSError):  # on some network file systems
-            fcntl.flock(lock, fcntl.LOCK_EX)
-    if (folder / _LOCK).exists():
-        return lock
-    lock.close()
-    return None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk, where the system can."""
-    if os.name == 'nt':
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have no such call
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Remove the temporary folders that killed processes left; those in which another process writes stay.
-
-    A writer holds a lock in its folder. Where there are no locks (Windows), nothing is removed.
-
-    Args:
-        folder: Where to look.
-    """
-    for path in folder.glob(f'{TEMPORARY}*') if fcntl is not None else ():
-        with suppress(OSError):  # in use
-            with suppress(FileNotFoundError), open(path / _LOCK, 'r+') as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            path.rmdir()  # the writer of an empty one that lives makes another
-
-
-def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a local safetensors file for MMEngine: ``init_cfg``, ``load_from``, ``resume`` and the like.
-
-    Args:
-        filename: Path of the file.
-        map_location: Device for the tensors. Defaults to None, the CPU.
-
-    Returns:
-        The state dict; of a training checkpoint all that MMEngine's own hold; of an adapter file
-        its tensors as ``state_dict`` and its metadata as ``adapter_file``.
-
-    Raises:
-        AdapterFileError: The file is an adapter file whose metadata is damaged or too new.
-        DamagedFileError: The file is damaged or of another format.
-        FileNotFoundError: There is no such file.
-    """
-    from .adapter_file import is_adapter_file, parse_adapter
-    from .training_checkpoint import decode_checkpoint, is_checkpoint
-
-    metadata, tensors = read_safetensors(filename)
-    if isinstance(map_location, (str, torch.device)):
-        tensors = {name: value.to(map_location) for name, value in tensors.items()}
-    if is_checkpoint(metadata):
-        return decode_checkpoint(metadata, tensors, filename)
-    if is_adapter_file(metadata):
-        return dict(meta={}, state_dict=tensors, adapter_file=parse_adapter(metadata, filename))
-    return tensors
-
-
-@CheckpointLoader.register_scheme(prefixes=r'(?!\w+://).*\.safetensors$', force=True)
-def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """:func:`load_safetensors` for MMEngine, which logs what follows ``load_from_`` in a loader's name."""
-    return load_safetensors(filename, map_location)

@@ -195,6 +195,8 @@ def decode_checkpoint(metadata: dict[str, str], tensors: dict[str, Tensor], path
             if isinstance(checkpoint['meta'], dict) and _is_state_dict(checkpoint['state_dict']):
                 # MMEngine would run it as Python code in resuming; its own releases do not write it any more.
                 checkpoint['meta'].pop('config', None)
+                if not _describes_data(checkpoint['meta'].get('dataset_meta')):
+                    raise ValueError('its `dataset_meta` has no proper `classes`')
                 return checkpoint
     except _MALFORMED as error:
         raise DamagedFileError(
@@ -239,6 +241,16 @@ def check_note(note: Any, path: Any) -> None:
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _describes_data(value: Any) -> bool:
+    """Whether a value is what data sets say of themselves, as far as it is read here."""
+    if value is None:
+        return True
+    classes = value.get('classes') if isinstance(value, dict) else 0
+    return classes is None or (
+        isinstance(classes, (list, tuple)) and all(isinstance(name, (str, int)) for name in classes)
+    )
 
 
 def _is_state_dict(value: Any) -> bool:

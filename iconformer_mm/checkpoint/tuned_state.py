@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from iconformer_mm.tuning.backbones import find_backbones, find_classifiers, is_below, join
 from iconformer_mm.tuning.freezing import is_adapter
-from iconformer_mm.tuning.injection import PARTS, backbones_of, get_injection, outside_of, unwrap
+from iconformer_mm.tuning.injection import PARTS, Injection, backbones_of, escape, get_injection, outside_of, unwrap
 from iconformer_mm.tuning.selection import Selection
 
 BACKBONE = 'backbone'
@@ -109,10 +109,14 @@ def frozen_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name in names}
 
 
-def tuned_state(model: nn.Module) -> dict[str, Tensor]:
+def tuned_state(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
     """The tensors that an adapter file holds, by the names they have there.
 
-    Of several adapters it is the active one's, with its neck and head.
+    They are those of one adapter, with its neck and head. They share memory with the model's.
+
+    Args:
+        model: The model.
+        adapter: The adapter, active or not. Defaults to None: the active one.
 
     Raises:
         ValueError: The model keeps an adapter's tensor to itself.
@@ -129,18 +133,17 @@ def tuned_state(model: nn.Module) -> dict[str, Tensor]:
             )
     base = frozen_state(model).keys()
     state = {name: value for name, value in state.items() if name not in base}
-    state = _of_active_adapter(state, model, backbones)
+    injection = get_injection(model)
+    if injection is not None:
+        state = _of_adapter(state, injection, backbones, adapter or injection.active)
     names = file_names(state, list(backbones), heads_of(model))
     return {names[name]: value for name, value in state.items()}
 
 
-def _of_active_adapter(
-    state: dict[str, Tensor], model: nn.Module, backbones: dict[str, nn.Module]
+def _of_adapter(
+    state: dict[str, Tensor], injection: Injection, backbones: dict[str, nn.Module], wanted: str | None
 ) -> dict[str, Tensor]:
-    """Without what is of other adapters; the active one's tensors by the names that they have as the only adapter."""
-    injection = get_injection(model)
-    if injection is None:
-        return state
+    """Without what is of other adapters; the wanted one's tensors by the names that they have as the only adapter."""
     paths = {id(module): path for path, module in backbones.items()}
     renamed: dict[str, str | None] = {PARTS: None}
     for name, adapter in injection.adapters.items():
@@ -148,7 +151,11 @@ def _of_active_adapter(
             path = paths[id(injection.backbones[own_path])]
             for key in attachment.adapters:
                 alone = join(path, attachment.path(key))
-                renamed[alone + attachment.suffix] = alone if name == injection.active else None
+                renamed[alone + attachment.suffix] = alone if name == wanted else None
+    if wanted is not None and wanted != injection.active:
+        for part in injection.adapters[wanted].parts or ():
+            renamed[part] = None  # that of the active adapter
+            renamed[f'{PARTS}.{escape(wanted)}.{escape(part)}'] = part
     kept = {}
     for name, value in state.items():
         prefix = next((p for p in _prefixes(name) if p in renamed), None)
@@ -160,6 +167,6 @@ def _of_active_adapter(
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """Names of the modules that a tensor lies in, the outermost first."""
+    """Names of the modules that a tensor lies in, the innermost first."""
     words = name.split('.')
-    return ('.'.join(words[:end]) for end in range(1, len(words)))
+    return ('.'.join(words[:end]) for end in range(len(words) - 1, 0, -1))

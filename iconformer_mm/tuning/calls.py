@@ -33,11 +33,13 @@ class Frame:
             frame and the submodule's arguments, and returns the submodule's output.
         grid: The place of the tokens; None where no adapter of the block asks for it.
         values: What one handler leaves for another.
+        called: Names of the submodules whose handler has run.
     """
 
     handlers: Mapping[str, Callable]
     grid: TokenGrid | None = None
     values: dict[str, Any] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
 
 
 _frame = PerThread()
@@ -49,9 +51,20 @@ def current_frame() -> Frame | None:
 
 
 def run_in_frame(frame: Frame, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call a function as part of a block's call."""
+    """Call a function as part of a block's call.
+
+    Raises:
+        RuntimeError: The block did not call a submodule that has a handler. Its adapter had no effect.
+    """
     outer, _frame.value = _frame.value, frame
     try:
-        return function(*args, **kwargs)
+        out = function(*args, **kwargs)
     finally:  # recomputing for a backward pass stops halfway, by an exception
         _frame.value = outer
+    missed = [name for name in frame.handlers if name not in frame.called]
+    if missed:
+        raise RuntimeError(
+            f'the forward pass did not call {", ".join(missed)}, where an adapter acts, so the adapter has no effect '
+            'there. Adapt other blocks or layers (blocks, targets), or call the submodule itself in the forward pass'
+        )
+    return out

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
+SUMMARY_FILE = 'peft_summary.json'  # in a work directory
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -46,23 +48,32 @@ class Summary:
         """Number of adapted modules."""
         return sum(len(names) for names in self.sites.values())
 
+    @property
+    def rows(self) -> dict[str, tuple[int, int, int]]:
+        """Of each part of the model, and of the whole, the parameters: trained, frozen, all."""
+        rows = {part: (trained, total - trained, total) for part, (trained, total) in self.parts.items()}
+        return {**rows, 'whole model': (self.trainable, self.frozen, self.trainable + self.frozen)}
+
+    @property
+    def adapted(self) -> str:
+        """The adapted modules in words."""
+        return ', '.join(f'{len(names)} x {family}' for family, names in self.sites.items()) or 'none'
+
     def __str__(self) -> str:
         table = Table(title=f'PEFT method: {self.method or "none"}', title_justify='left')
         table.add_column('part')
         for column in ('trained', 'frozen', 'parameters'):
             table.add_column(column, justify='right')
-        for part, (trained, total) in self.parts.items():
-            table.add_row(part, f'{trained:,}', f'{total - trained:,}', f'{total:,}')
+        *parts, whole = self.rows.items()
+        for part, counts in parts:
+            table.add_row(part, *(f'{count:,}' for count in counts))
         table.add_section()
-        table.add_row(
-            'whole model', f'{self.trainable:,}', f'{self.frozen:,}', f'{self.trainable + self.frozen:,}', style='bold'
-        )
-        where = ', '.join(f'{len(names)} x {family}' for family, names in self.sites.items()) or 'none'
+        table.add_row(whole[0], *(f'{count:,}' for count in whole[1]), style='bold')
         text = io.StringIO()
         # In a notebook rich would display the table, and write nothing into the text.
         console = Console(file=text, width=88, color_system=None, force_jupyter=False)
         console.print(table)
-        console.print(f'trained share of the backbone: {self.backbone_share:.3%}; adapted: {where}')
+        console.print(f'trained share of the backbone: {self.backbone_share:.3%}; adapted: {self.adapted}')
         if self.backbones not in ([''], ['backbone'], []):
             console.print(f'backbones: {", ".join(self.backbones)}')
         if self.unfrozen:

@@ -17,8 +17,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from iconformer_mm import load_adapter, merge
-from iconformer_mm.apis import load_config
-from iconformer_mm.apis.inspection import build_model
 from iconformer_mm.checkpoint.foreign_adapters import (
     ForeignAdapterError,
     inject_foreign,
@@ -27,6 +25,8 @@ from iconformer_mm.checkpoint.foreign_adapters import (
     read_mmpretrain_lora,
     read_mona,
 )
+from iconformer_mm.engine import load_config
+from iconformer_mm.engine.config import build_model
 
 QUICKSTART = ROOT / 'configs' / 'quickstart' / 'vit-quickstart_frozen_digits.py'
 

@@ -79,3 +79,13 @@ def test_code_that_mmengine_would_run_in_resuming_is_dropped(tmp_path):
     content['meta']['config'] = 'raise SystemExit'
     save_checkpoint(content, path)
     assert load_safetensors(path)['meta'] == dict(epoch=1)
+
+
+@pytest.mark.parametrize('told', [0.5, 'classes', dict(classes=0.5), dict(classes='cat'), dict(classes=[{}])])
+def test_classes_that_are_none_are_refused(told, tmp_path):
+    path = str(tmp_path / 'a.safetensors')
+    content = checkpoint()
+    content['meta']['dataset_meta'] = told
+    save_checkpoint(content, path)
+    with pytest.raises(DamagedFileError, match=r'a\.safetensors .* its `dataset_meta` has no proper `classes`'):
+        load_safetensors(path)

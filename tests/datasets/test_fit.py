@@ -14,11 +14,11 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from iconformer_mm import add_adapter, set_adapter
-from iconformer_mm.apis import build_runner, load_config
-from iconformer_mm.apis.inspection import find_mistakes, unseen_data
+from iconformer_mm.analysis.inspection import find_mistakes, unseen_data
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.datasets.fit import DepthRange, Head, Model, class_fault, find_class_list_fault, look_at_model
 from iconformer_mm.datasets.scenes import WRITERS, scenes
+from iconformer_mm.engine import build_runner, load_config
 
 CONFIGS = {
     'coco': 'scenes/mask-rcnn_swin-scenes_fpn_full_target.py',

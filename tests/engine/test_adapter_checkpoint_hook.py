@@ -6,13 +6,12 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from safetensors.torch import load_file
-from test_peft_hook import config
+from tiny_runs import config
 
-from iconformer_mm.adapter import main as adapter_tool
-from iconformer_mm.apis import build_runner
 from iconformer_mm.checkpoint import DamagedFileError, load_safetensors, read_adapter
 from iconformer_mm.checkpoint.training_checkpoint import save_checkpoint
-from iconformer_mm.engine import AdapterCheckpointHook
+from iconformer_mm.cli.adapter import main as adapter_tool
+from iconformer_mm.engine import AdapterCheckpointHook, build_runner
 from iconformer_mm.tuning import WeightsError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from mmengine.hooks import Hook
-from test_peft_hook import build
+from tiny_runs import build
 
 from iconformer_mm.engine import AdapterStatisticsHook
 

@@ -7,11 +7,11 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from test_peft_hook import config
+from tiny_runs import config
 
 from iconformer_mm import load_adapter
-from iconformer_mm.apis import build_runner
 from iconformer_mm.checkpoint import AdapterFileError, load_safetensors, read_adapter, write_adapter
+from iconformer_mm.engine import build_runner
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import NO_WEIGHTS, WeightsError
 

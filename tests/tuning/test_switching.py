@@ -21,6 +21,7 @@ from iconformer_mm import (
     summarize,
 )
 from iconformer_mm.checkpoint import AdapterFileError
+from iconformer_mm.checkpoint.adapter_file import read_adapter
 from iconformer_mm.tuning import get_injection
 
 
@@ -118,6 +119,38 @@ def test_one_base_serves_two_tasks_with_their_heads(tmp_path):
         assert torch.equal(logits(model), answers[name])
     own = {name: id(p) for name, p in model.backbone.named_parameters() if 'adapter' not in name}
     assert own == base  # the very same tensors, nothing copied
+
+
+def test_loading_and_saving_an_adapter_activates_nothing(tmp_path, monkeypatch):
+    """An inactive adapter takes a file, and gives it again, while the active one serves."""
+    model = classifier()
+    add_adapter(model, 'three', 'lora')
+    stir(model)
+    add_adapter(model, 'five', 'icon', parts=FIVE)
+    stir(model, seed=3)
+    set_adapter(model, 'five')
+    logits(model)
+    save_adapter(model, tmp_path / 'five.safetensors')
+    five = logits(model)
+    set_adapter(model, 'three')
+    three, trained = logits(model), {n for n, p in model.named_parameters() if p.requires_grad}
+
+    monkeypatch.setattr(type(get_injection(model)), 'activate', None)  # calling it is an error
+    load_adapter(model, tmp_path / 'five.safetensors', name='again', parts=FIVE)
+    assert active_adapter(model) == 'three' and same(logits(model), three)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    for name in ('five', 'again'):
+        save_adapter(model, tmp_path / 'copy.safetensors', name=name)
+        (content, tensors), (wanted, expected) = map(
+            read_adapter, (tmp_path / 'copy.safetensors', tmp_path / 'five.safetensors')
+        )
+        assert content['method'] == wanted['method'] and content['sites'] == wanted['sites']
+        assert tensors.keys() == expected.keys() and all(torch.equal(tensors[n], expected[n]) for n in expected)
+    with pytest.raises(ValueError, match="no adapter 'six'; there are: three, five, again"):
+        save_adapter(model, tmp_path / 'six.safetensors', name='six')
+    monkeypatch.undo()
+    set_adapter(model, 'again')
+    assert same(logits(model), five)
 
 
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path):

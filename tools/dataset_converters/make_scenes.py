@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from iconformer_mm.command_line import Parser
+from iconformer_mm.cli.parser import Parser
 from iconformer_mm.datasets.scenes import STYLES, WRITERS, scenes
 
 # Every part has scenes of its own: seeds never meet.

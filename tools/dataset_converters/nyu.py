@@ -20,7 +20,7 @@ import numpy as np
 from rich.progress import track
 from scipy.io import loadmat
 
-from iconformer_mm.command_line import Parser
+from iconformer_mm.cli.parser import Parser
 
 
 def open_labelled(path: Path) -> h5py.File:

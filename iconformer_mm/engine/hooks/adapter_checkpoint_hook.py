@@ -30,7 +30,7 @@ from iconformer_mm.checkpoint import (
 from iconformer_mm.checkpoint.divergence import diverged_error, find_diverged
 from iconformer_mm.checkpoint.filename_template import FilenameTemplate
 from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
-from iconformer_mm.checkpoint.safetensors_io import expanded, read_safetensors, remove_abandoned, shortened
+from iconformer_mm.checkpoint.safetensors_io import read_safetensors, shortened
 from iconformer_mm.checkpoint.training_checkpoint import (
     check_note,
     check_resumable,
@@ -39,6 +39,7 @@ from iconformer_mm.checkpoint.training_checkpoint import (
     save_checkpoint,
 )
 from iconformer_mm.checkpoint.tuned_state import frozen_state, heads_of
+from iconformer_mm.files import expanded, remove_abandoned
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import (
     NOTE,

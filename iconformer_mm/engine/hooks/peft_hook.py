@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from mmengine.dist import master_only
+from mmengine.dist import is_main_process, master_only
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
@@ -13,8 +14,10 @@ from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint import save_adapter
 from iconformer_mm.datasets.checks import check_dataset
-from iconformer_mm.tuning import get_injection, inject
+from iconformer_mm.files import write_json
+from iconformer_mm.tuning import get_injection, inject, summarize
 from iconformer_mm.tuning.injection import Injection, unwrap
+from iconformer_mm.tuning.summary import SUMMARY_FILE
 
 from ..runner import CheckedRunner, check_loop
 from .adapter_checkpoint_hook import averaged_model, diverged_in
@@ -29,8 +32,9 @@ class PEFTHook(WeightsHook):
     resumed. In training it rebuilds, from the runner's config, what was built
     for the old parameters: the distributed wrapper, the optimizer wrapper
     (over trainable parameters only) and the schedulers. It logs the summary,
-    and writes what was trained to ``adapter.safetensors`` in the work
-    directory when training ends: with ``EMAHook`` the averaged weights, which
+    and writes it to ``peft_summary.json`` in the work directory when training
+    begins. When training ends, it writes what was trained to
+    ``adapter.safetensors`` there: with ``EMAHook`` the averaged weights, which
     validation measured. A diverged run, with NaN or infinite values in them,
     leaves the file that is there, and a warning.
 
@@ -118,6 +122,12 @@ class PEFTHook(WeightsHook):
         if isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             self.rebuild_optimization(runner)
         super().before_run(runner)
+
+    def before_train(self, runner: Runner) -> None:
+        """Check the weights, and write the summary, which knows the output norms that turned out to be new."""
+        super().before_train(runner)
+        if is_main_process():
+            write_json(Path(runner.work_dir) / SUMMARY_FILE, asdict(summarize(unwrap(runner.model))))
 
     @staticmethod
     def _check_data(runner: Runner) -> None:

@@ -132,8 +132,9 @@ class Tap(Replacement):
         """The submodule's forward, as the block's call has it."""
         frame = current_frame()
         handler = None if frame is None else frame.handlers.get(self.name)
-        if handler is None:
+        if frame is None or handler is None:
             return self.host_forward(*args, **kwargs)
+        frame.called.add(self.name)
         args, kwargs = self.input_first(args, kwargs)
         return handler(self.host_forward, frame, *args, **kwargs)
 

@@ -1,0 +1,1 @@
+"""Looking into configs, models and adapters: costs and mistakes, kernels, saliency, learning rates."""

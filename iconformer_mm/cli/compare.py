@@ -1,0 +1,86 @@
+"""Compare PEFT methods on several tasks as a YAML file says; what is finished is not run again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from iconformer_mm.comparison.experiments import make_data, make_parser
+from iconformer_mm.comparison.results import Board
+from iconformer_mm.comparison.runs import Sitting
+from iconformer_mm.comparison.spec import Comparison, ComparisonError, load_comparison
+from iconformer_mm.comparison.tables import report
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser(__doc__, 'work_dirs/compare')
+    parser.add_argument('comparison', type=Path, help='YAML file, such as configs/comparison/small.yaml')
+    parser.add_argument('--minutes', type=float, help='begin no run after so many minutes; the next call goes on')
+    parser.add_argument('--tasks', nargs='+', metavar='TASK', help='run these tasks only (default: all)')
+    parser.add_argument('--methods', nargs='+', metavar='METHOD', help='run these methods only (default: all)')
+    parser.add_argument('--report-only', action='store_true', help='run nothing, report what is finished')
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f'--jobs must be at least 1, got {args.jobs}')
+    return args
+
+
+def select(kind: str, names: list[str] | None, known: Collection[str]) -> Collection[str]:
+    """The named ones, or all.
+
+    Raises:
+        SystemExit: A name is unknown.
+    """
+    for name in names or []:
+        if name not in known:
+            raise SystemExit(f"--{kind}: '{name}' is not in the comparison; it has {', '.join(known)}")
+    return names or known
+
+
+def render_scenes(comparison: Comparison, tasks: Collection[str]) -> None:
+    """Render what tasks on scenes train and test on, and what the search validates on."""
+    for name in tasks:
+        task = comparison.tasks[name]
+        if 'swin-scenes' in Path(task.config).name:
+            options = json.dumps([task.options, task.search_options])
+            # The configs' own scenes, unless the options name others.
+            folders = {'data/scenes/target', *re.findall(r'data/scenes\w*/\w+', options)}
+            for folder in sorted(folders):
+                make_data(Path(folder), *(['--seed', '2'] if 'search' in folder else []))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    args = parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run outlives the tool
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        comparison = load_comparison(args.comparison)
+        board = Board(comparison, args.out / 'cells')
+    except ComparisonError as error:
+        raise SystemExit(f'error in the comparison: {error}') from None
+    tasks = select('tasks', args.tasks, comparison.tasks)
+    methods = select('methods', args.methods, comparison.methods)
+    for name, keys in board.stale.items():
+        console.print(f'{name} was finished with another {", ".join(keys)}: it counts no more and is run again')
+    failed = []
+    if not args.report_only:
+        render_scenes(comparison, tasks)
+        sitting = Sitting(board, tasks, methods, args, console)
+        if board.left(tasks, methods):
+            sitting.run()
+        failed = sitting.failed
+    report(board, args.out, console)
+    left = board.left(tasks, methods)
+    if left:
+        console.print(f'{left} runs are left; the same command goes on with them')
+    if failed:
+        raise SystemExit(f'{len(failed)} runs failed: {", ".join(failed)}')

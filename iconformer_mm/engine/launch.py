@@ -1,0 +1,121 @@
+"""From a config to a runner."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from mmengine.config import Config
+from mmengine.dist import init_dist
+from mmengine.registry import HOOKS, RUNNERS
+from mmengine.runner import Runner
+
+from iconformer_mm.checkpoint import DamagedFileError, load_safetensors
+from iconformer_mm.checkpoint.filename_template import FilenameTemplate
+from iconformer_mm.checkpoint.training_checkpoint import is_seed
+from iconformer_mm.files import expanded
+from iconformer_mm.registry import is_type
+
+from .hooks import WeightsHook
+from .hooks.adapter_checkpoint_hook import newest_intact, on_main_process
+from .runner import CheckedRunner
+
+
+def _complete_mmpretrain_dataloaders(cfg: Config) -> None:
+    """MMPretrain's configs count on their tools to say how a batch is collated."""
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if cfg.get(name) is not None:
+            loader = cfg[name]
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+            loader.setdefault('pin_memory', torch.cuda.is_available())
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+
+
+def _replace_sync_bn(node: Any) -> None:
+    """SyncBN runs on GPUs only; within one process MMEngine makes it BN, too."""
+    if isinstance(node, dict):
+        if is_type(node, 'SyncBN', 'MMSyncBN', 'SyncBatchNorm'):
+            node['type'] = 'BN'
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            _replace_sync_bn(child)
+
+
+def _take_seed_of_resumed(cfg: Config) -> None:
+    """A run whose seed was drawn by lot goes on with it; MMEngine would read it after the data loaders are built."""
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    randomness = cfg.get('randomness') or {}
+    if not cfg.get('resume') or not is_type(hook, 'AdapterCheckpointHook') or randomness.get('seed') is not None:
+        return
+    _join_process_group(cfg)
+    folder = expanded(hook['out_dir']) / Path(cfg.work_dir).name if hook.get('out_dir') else Path(cfg.work_dir)
+    template = FilenameTemplate(HOOKS.build(hook).filename_tmpl)
+    seed = on_main_process(lambda: _seed_of(cfg.get('load_from') or newest_intact(folder, template)[0]))
+    if seed is not None:
+        cfg.randomness = dict(randomness, seed=seed)
+
+
+def _seed_of(path: str | os.PathLike | None) -> int | None:
+    """The seed of an adapter checkpoint; None where there is none."""
+    if path is None or not str(path).endswith('.safetensors'):
+        return None
+    seed = load_safetensors(str(path)).get('meta', {}).get('seed')
+    if seed is not None and not is_seed(seed):
+        raise DamagedFileError(f'{path} is no intact training checkpoint: its `seed` is none')
+    return seed
+
+
+def _join_process_group(cfg: Config) -> None:
+    """Meet the other processes of a distributed run, as MMEngine's runner would later."""
+    launcher = cfg.get('launcher', 'none')
+    if launcher == 'none' or torch.distributed.is_initialized():
+        return
+    if launcher == 'pytorch' and not torch.cuda.is_available():
+        # MMEngine would select a CUDA device, whatever the backend.
+        torch.distributed.init_process_group('gloo')
+    else:
+        init_dist(launcher, **((cfg.get('env_cfg') or {}).get('dist_cfg') or {}))
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the config's runner; on machines without a GPU also a distributed one.
+
+    A runner without a PEFTHook is given a :class:`iconformer_mm.engine.WeightsHook`.
+
+    Args:
+        cfg: The config.
+    """
+    _take_seed_of_resumed(cfg)
+    if cfg.get('default_scope') == 'mmpretrain':
+        _complete_mmpretrain_dataloaders(cfg)
+    if cfg.get('launcher', 'none') == 'pytorch' and not torch.cuda.is_available():
+        _join_process_group(cfg)
+        _replace_sync_bn(cfg.model)
+        if cfg.get('model_wrapper_cfg') is None:
+            cfg.model_wrapper_cfg = dict(
+                type='MMDistributedDataParallel',
+                device_ids=None,
+                broadcast_buffers=False,
+                find_unused_parameters=cfg.get('find_unused_parameters', False),
+            )
+    runner = CheckedRunner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    if not hasattr(runner, 'strategy') and not any(isinstance(hook, WeightsHook) for hook in runner.hooks):
+        runner.register_hook(WeightsHook())  # PEFTHook is one, too
+    return runner
+
+
+def leave_process_group() -> None:
+    """Take the process group down once all of its processes are done; without one, nothing.
+
+    A process that ends while another still talks to it can abort, and a run
+    that had finished its work would be reported as failed.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()  # a wrapped model holds the group, too
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

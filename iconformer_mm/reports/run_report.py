@@ -1,0 +1,395 @@
+"""What is known of a training run, from its work directory, as a page; what is missing or damaged becomes a note."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from iconformer_mm.checkpoint import AdapterFileError, read_adapter
+from iconformer_mm.tuning import Summary
+from iconformer_mm.tuning.summary import SUMMARY_FILE
+
+from .figures import HistoryPanel, draw_history
+from .report_page import IMAGE_KINDS, Page, Picture, ReportError, Section, Table, format_value, read_picture
+
+MAX_PICTURES = 48
+MAX_PANELS = 12
+TIMESTAMP = re.compile(r'\d{8}_\d{6}')  # MMEngine's name of the folder of one start
+NO_METRIC = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory', 'lr', 'base_lr', 'grad_norm'}
+# By the last part of a metric's name, such as top1 of accuracy/top1.
+LOWER_IS_BETTER = re.compile(r'loss|rmse|_rel$|log10|silog')
+HIGHER_IS_BETTER = re.compile(r'[aA]cc|^top|precision|recall|f1|AP|AR@|IoU|Dice|auc|^d[123]$')
+
+
+@dataclass
+class Run:
+    """A training run.
+
+    Attributes:
+        folder: Work directory.
+        starts: Folders of its starts, in order; a resumed run has several.
+        train: What was logged of training, a dictionary every few steps.
+        val: What was logged of validations, a dictionary each.
+        config: The dumped config of the last start that has one.
+        log: The log of the last start.
+        problems: What could not be read.
+    """
+
+    folder: Path
+    starts: list[Path]
+    train: list[dict] = field(default_factory=list)
+    val: list[dict] = field(default_factory=list)
+    config: str | None = None
+    log: str = ''
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Name of the config, as MMEngine dumped it into the folder; or of the folder."""
+        configs = sorted(self.folder.glob('*.py'), key=lambda path: path.stat().st_mtime)
+        return configs[-1].stem if configs else self.folder.resolve().name
+
+    @property
+    def unit(self) -> str:
+        """What validations are counted by."""
+        return 'epoch' if any('epoch' in record for record in self.train) else 'iteration'
+
+
+# Reading
+
+
+def read_run(folder: Path) -> Run:
+    """Read a work directory of ``tools/train.py``.
+
+    Args:
+        folder: The work directory.
+
+    Raises:
+        ReportError: It has no folder of a start.
+    """
+    starts = sorted(path for path in folder.iterdir() if path.is_dir() and TIMESTAMP.fullmatch(path.name))
+    if not starts:
+        raise ReportError(
+            f'{folder} is neither a work directory of tools/train.py (it has no folder such as 20250131_120000) nor an '
+            '--out folder of tools/compare.py (it has no results.json)'
+        )
+    run = Run(folder, starts)
+    for start in starts:
+        _append_start(run, read_scalars(start / 'vis_data' / 'scalars.json', run.problems))
+        config, log = start / 'vis_data' / 'config.py', start / f'{start.name}.log'
+        if config.is_file():
+            run.config = config.read_text(encoding='utf-8', errors='replace')
+        if log.is_file():
+            run.log = log.read_text(encoding='utf-8', errors='replace') or run.log
+    return run
+
+
+def read_scalars(path: Path, problems: list[str]) -> list[dict]:
+    """Read what MMEngine logged, one JSON object a line.
+
+    Args:
+        path: The file; none gives nothing.
+        problems: Gets a message on lines that cannot be read.
+
+    Returns:
+        The objects that have a step.
+    """
+    records, damaged = [], []
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and _is_number(record.get('step')):
+            records.append(record)
+        else:
+            damaged.append(number)
+    if damaged:
+        where = f'{path.parent.parent.name}/{path.parent.name}/{path.name}'
+        problems.append(f'damaged lines left out of {where}: {len(damaged)}, the first is line {damaged[0]}')
+    return records
+
+
+def _append_start(run: Run, records: list[dict]) -> None:
+    """Add what a start logged, in place of what earlier ones had logged of the same steps."""
+    train = [record for record in records if 'iter' in record]
+    val = [record for record in records if 'iter' not in record]
+    begin = min((record['step'] for record in train), default=math.inf)
+    begin_val = min([record['step'] for record in val] + [r.get('epoch', r['step']) for r in train], default=math.inf)
+    run.train = [record for record in run.train if record['step'] < begin] + train
+    run.val = [record for record in run.val if record['step'] < begin_val] + val
+
+
+def read_summary(folder: Path, problems: list[str]) -> Summary | None:
+    """Read what PEFTHook wrote of a training.
+
+    Args:
+        folder: The work directory.
+        problems: Gets a message if the file cannot be read.
+
+    Returns:
+        The summary; None if there is none.
+    """
+    path = folder / SUMMARY_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        summary = Summary(**{part.name: content[part.name] for part in fields(Summary)})
+        str(summary)  # which fails where a value is not of its kind
+        return summary
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problems.append(f'{path.name} cannot be read: {type(error).__name__}: {error}')
+        return None
+
+
+def read_environment(log: str) -> dict[str, str]:
+    """Read the versions that MMEngine wrote to a log.
+
+    Args:
+        log: The log's text.
+    """
+    block = log.rpartition('System environment:\n')[2].partition('\n-----')[0] if 'System environment:' in log else ''
+    facts = re.findall(r'^ {4}(\w[^:\n]*): (.*)$', block, re.MULTILINE)
+    return {name: value for name, value in facts if name != 'PyTorch compiling details'}
+
+
+def metrics_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of the metrics in validations, in order."""
+    names: dict[str, None] = {}
+    for record in records:
+        names.update(dict.fromkeys(n for n, value in record.items() if n not in NO_METRIC and _is_number(value)))
+    return list(names)
+
+
+def best_of(name: str, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The record with a metric's best value; None where it is not known which direction is the better."""
+    last = name.rpartition('/')[2]
+    sign = -1 if LOWER_IS_BETTER.search(last) else 1 if HIGHER_IS_BETTER.search(last) else 0
+    known = [record for record in records if _is_number(record.get(name)) and math.isfinite(record[name])]
+    return max(known, key=lambda record: sign * record[name], default=None) if sign else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# Writing
+
+
+def report_run(folder: Path, max_bytes: int) -> Page:
+    """The page of a run.
+
+    Args:
+        folder: Work directory of ``tools/train.py``.
+        max_bytes: Size that pictures of predictions may have in all.
+
+    Raises:
+        ReportError: It is none.
+    """
+    run = read_run(folder)
+    sections = [
+        _summary(run),
+        _curves(run),
+        _metrics(run),
+        _predictions(run, max_bytes),
+        _adapter(run),
+        _files(run),
+        Section('Environment', facts=read_environment(run.log)),
+        Section('Config', folded={'the config, as MMEngine wrote it': run.config} if run.config else {}),
+    ]
+    if not sections[-2].facts:
+        sections[-2].notes.append('no log with an environment was found')
+    if run.config is None:
+        sections[-1].notes.append('no config was found: no start has a vis_data/config.py')
+    return Page(run.name, f'training run in {run.folder}', sections)
+
+
+def _summary(run: Run) -> Section:
+    section = Section('Summary')
+    summary = read_summary(run.folder, run.problems)
+    section.notes.extend(run.problems)
+    if summary is None:
+        section.notes.append(f'there is no {SUMMARY_FILE} to read: no PEFTHook adapted the model in training')
+    else:
+        section.facts['method'] = format_value(summary.method)
+        section.facts['trained share of the backbone'] = f'{summary.backbone_share:.3%}'
+        section.facts['adapted modules'] = summary.adapted
+        rows = [[name, *map(format_value, counts)] for name, counts in summary.rows.items()]
+        section.tables.append(Table(['part', 'trained', 'frozen', 'parameters'], rows))
+    if run.train:
+        last = run.train[-1]
+        epoch = f', epoch {last["epoch"]}' if 'epoch' in last else ''
+        section.facts['trained until'] = f'iteration {format_value(last["step"])}{epoch}'
+        times = [record['time'] for record in run.train if _is_number(record.get('time'))]
+        if times:
+            section.facts['seconds an iteration'] = f'{median(times):.3g} (median)'
+        memory = [record['memory'] for record in run.train if _is_number(record.get('memory'))]
+        if memory:
+            section.facts['GPU memory'] = f'{max(memory):,} MiB'
+    starts = [start.name for start in run.starts]
+    listed = ', '.join(starts) if len(starts) < 4 else f'{starts[0]} to {starts[-1]}'
+    section.facts['starts'] = f'{len(starts)}: {listed}'
+    if run.val:
+        section.tables.append(Table(['metric', 'last', 'best', f'best at {run.unit}'], list(_last_and_best(run))))
+    return section
+
+
+def _last_and_best(run: Run) -> Iterator[list[str]]:
+    for name in metrics_of(run.val):
+        last = [record[name] for record in run.val if name in record][-1]
+        best = best_of(name, run.val)
+        yield [name, format_value(last), *(format_value(best and best[key]) for key in (name, 'step'))]
+
+
+def _curves(run: Run) -> Section:
+    section = Section('Curves', look='plot')
+    losses = [name for name in metrics_of(run.train) if 'loss' in name]
+    losses.sort(key=lambda name: name != 'loss')  # the total first
+    rates = ['lr'] if all(r.get('lr') == r.get('base_lr', r.get('lr')) for r in run.train) else ['base_lr', 'lr']
+    panels = [
+        (HistoryPanel('training loss', 'iteration', _series(run.train, losses)), True),
+        (HistoryPanel('learning rate', 'iteration', _series(run.train, rates)), False),
+        (HistoryPanel('gradient norm', 'iteration', _series(run.train, ['grad_norm'])), True),
+    ]
+    # One value is no curve; the tables have it.
+    metrics = [name for name in metrics_of(run.val) if sum(name in record for record in run.val) > 1]
+    panels += [(HistoryPanel(name, run.unit, _series(run.val, [name])), False) for name in metrics[:MAX_PANELS]]
+    for panel, logarithmic in panels:
+        if panel.curves:
+            content = draw_history(panel, logarithmic).encode()
+            section.pictures.append(Picture(f'{panel.title} over {panel.xlabel}', content, 'svg+xml'))
+    if len(metrics) > MAX_PANELS:
+        section.notes.append(f'{len(metrics) - MAX_PANELS} more metrics are in the table below, without a curve')
+    if not section.pictures:
+        section.notes.append('nothing was logged yet: no start has a vis_data/scalars.json with steps')
+    return section
+
+
+def _series(records: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, list[tuple[float, float]]]:
+    series = {n: [(r['step'], r[n]) for r in records if _is_number(r.get(n))] for n in names}
+    return {name: points for name, points in series.items() if points}
+
+
+def _metrics(run: Run) -> Section:
+    section = Section('Metrics')
+    names = metrics_of(run.val)
+    if names:
+        rows = [[format_value(r['step']), *(format_value(r.get(name)) for name in names)] for r in run.val]
+        section.tables.append(Table([run.unit, *names], rows))
+    else:
+        section.notes.append('no validation was logged')
+    return section
+
+
+def _predictions(run: Run, max_bytes: int) -> Section:
+    section = Section('Predictions')
+    folder = run.folder / 'predictions'
+    files = [
+        p for f in (folder, *reversed(run.starts)) for p in sorted(f.rglob('*')) if p.suffix.lower() in IMAGE_KINDS
+    ]
+    # tools/predict.py writes maps of class indices beside its pictures.
+    maps = {p.with_name(f'{p.stem}_labels.png') for p in files}
+    files = [p for p in files if p not in maps]
+    captions = _captions(folder / 'predictions.json', section.notes)
+    left, damaged = 0, []
+    for file in files:
+        if len(section.pictures) == MAX_PICTURES or file.stat().st_size > max_bytes:
+            left += 1
+            continue
+        name = str(file.relative_to(run.folder))
+        caption = f'{name}: {captions[file.stem]}' if folder in file.parents and file.stem in captions else name
+        picture = read_picture(file, caption, captioned=True)
+        if picture is None:
+            damaged.append(name)
+            continue
+        section.pictures.append(picture)
+        max_bytes -= len(picture.content)
+    if left:
+        section.notes.append(
+            f'pictures left out to limit the page (--max-mib; at most {MAX_PICTURES}): {left} of {len(files)}'
+        )
+    if damaged:
+        section.notes.append(f'pictures that cannot be read: {len(damaged)}, such as {damaged[0]}')
+    if not files:
+        section.notes.append(
+            'no pictures were found, neither of a visualization hook nor in a folder `predictions` of tools/predict.py'
+        )
+    return section
+
+
+def _captions(path: Path, notes: list[str]) -> dict[str, str]:
+    """What tools/predict.py says of its pictures, by their names without suffix."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))['predictions']
+        return {Path(name).stem: _describe(prediction) for name, prediction in content.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        notes.append(f'{path.name} cannot be read: {type(error).__name__}: {error}')
+        return {}
+
+
+def _describe(prediction: Mapping[str, Any]) -> str:
+    if 'depth_m' in prediction:
+        depth = prediction['depth_m']
+        return f'depth {depth["min"]:.2f} to {depth["max"]:.2f} m'
+    if 'area' in prediction:
+        largest = sorted(prediction['area'].items(), key=lambda item: -item[1])[:3]
+        return ', '.join(f'{name} {share:.0%}' for name, share in largest)
+    if 'instances' in prediction:
+        return f'{len(prediction["instances"])} instances'
+    return f'{prediction["name"]} ({prediction["score"]:.2f})'
+
+
+def _adapter(run: Run) -> Section:
+    section = Section('Adapter')
+    path = run.folder / 'adapter.safetensors'
+    try:
+        content, tensors = read_adapter(path)
+    except FileNotFoundError:
+        section.notes.append(
+            'there is no adapter.safetensors: training has not ended, or the method trains the backbone itself'
+        )
+        return section
+    except AdapterFileError as error:
+        section.notes.append(str(error))
+        return section
+    adapters = sum(value.numel() for name, value in tensors.items() if name.startswith('backbone.'))
+    others = sum(value.numel() for value in tensors.values()) - adapters
+    section.facts = {
+        'file': f'{path.name}, {path.stat().st_size:,} bytes',
+        'method': json.dumps(content['method']),
+        'holds': f'{adapters:,} parameters of adapters, {others:,} values of neck and head',
+        'adapted modules': _some(content['sites']),
+        'base': f'fingerprint {content["base_fingerprint"]}, {len(content["base_parameters"])} tensors',
+        'task': format_value(content.get('task')),
+        'classes': _some(content.get('classes') or []),
+        'written by': f'iconformer_mm {content.get("package_version")}',
+    }
+    if content.get('notes'):
+        section.facts['notes'] = json.dumps(content['notes'])
+    return section
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = names if len(names) <= 12 else [*names[:12], '...']
+    return f'{len(names)}: {", ".join(shown)}' if names else '–'
+
+
+def _files(run: Run) -> Section:
+    files = sorted(path for path in run.folder.iterdir() if path.suffix in ('.pth', '.safetensors'))
+    section = Section('Files')
+    if files:
+        rows = [[path.name, format_value(path.stat().st_size)] for path in files]
+        section.tables.append(Table(['file', 'bytes'], rows))
+    else:
+        section.notes.append('there are no checkpoints')
+    return section
