@@ -1,4 +1,4 @@
-"""Fetch a real pre-trained model, DINOv2 ViT-S/14, for tests and trials; see ``iconformer fetch-real --help``."""
+"""``iconformer fetch-real``; see ``python tools/fetch_real.py --help``."""
 
 from iconformer_mm.cli.fetch_real import main
 

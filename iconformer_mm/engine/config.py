@@ -190,6 +190,8 @@ def names_weights(node: Any) -> bool:
         inits = inits if isinstance(inits, (list, tuple)) else [inits]
         # `pretrained` is a name in older configs of MMSegmentation; with timm's models it is a switch, whose
         # default differs from library to library, and there is `checkpoint_path`.
+        if node.get('checkpoint') and is_type(node, 'TIMMFeatures', 'ICoNTIMMFeatures'):
+            return True
         if node.get('checkpoint_path') or node.get('pretrained', _timm_default(node.get('type'))):
             return True
         pretrained = any(is_type(init, 'Pretrained', 'PretrainedInit') for init in inits if init)

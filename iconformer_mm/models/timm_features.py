@@ -88,6 +88,7 @@ class TIMMFeatures(BaseModule):
     ) -> None:
         checkpoint, prefix, init_cfg = _split_init(checkpoint, init_cfg)
         super().__init__(init_cfg)
+        self._is_init: bool = False
         if not isinstance(pretrained, bool):
             raise ValueError(f'pretrained is a switch, got {pretrained!r}; give a file as checkpoint={pretrained!r}')
         if pretrained and checkpoint:
