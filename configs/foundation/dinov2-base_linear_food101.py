@@ -3,7 +3,7 @@ _base_ = ['./dinov2-small_linear_food101.py']
 
 model = dict(
     backbone=dict(
-        arch='dinov2-base',
+        arch='base',
         init_cfg=dict(
             checkpoint='https://mmassets.onedl.ai/mmpretrain/v1.0/dinov2/'
             'vit-base-p14_dinov2-pre_3rdparty_20230426-ba246503.pth'
