@@ -54,6 +54,12 @@ def tokens(model, size=56, number=1):
     return model(photograph(size, number))[0]
 
 
+@pytest.fixture(scope='module')
+def whole(base):
+    """Tokens at 518 pixels, the size of the positions: nothing is interpolated there."""
+    return tokens(base, 518)
+
+
 def test_equals_onnxruntime(base, real_files):
     """The file's own encoder, run by onnxruntime up to its last norm."""
     import onnx
@@ -69,8 +75,7 @@ def test_equals_onnxruntime(base, real_files):
     torch.testing.assert_close(ours, torch.from_numpy(expected), rtol=0, atol=1e-4)
 
 
-def test_timm_features_are_the_same(base, real_files):
-    """At the size of its positions, where nothing is interpolated."""
+def test_timm_features_are_the_same(whole, real_files):
     features = TIMMFeatures(
         'vit_small_patch14_dinov2', norm=True, prefix_tokens='cls', checkpoint=str(real_files['timm'])
     )
@@ -78,12 +83,11 @@ def test_timm_features_are_the_same(base, real_files):
     features.eval()
     with torch.no_grad():
         ((maps, cls),) = features(photograph(518))
-    ours = tokens(base, 518)
-    torch.testing.assert_close(cls, ours[:, 0], rtol=0, atol=1e-4)
-    torch.testing.assert_close(maps.flatten(2).transpose(1, 2), ours[:, 1:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(cls, whole[:, 0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(maps.flatten(2).transpose(1, 2), whole[:, 1:], rtol=0, atol=1e-4)
 
 
-def test_mmseg_computes_the_same(base, real_files):
+def test_mmseg_computes_the_same(whole, real_files):
     init_default_scope('mmseg')
     from mmseg.registry import MODELS as SEG
 
@@ -94,8 +98,7 @@ def test_mmseg_computes_the_same(base, real_files):
     model.eval()
     with torch.no_grad():
         (maps,) = model(photograph(518))
-    ours = tokens(base, 518)[:, 1:]
-    torch.testing.assert_close(maps.flatten(2).transpose(1, 2), ours, rtol=0, atol=5e-4)
+    torch.testing.assert_close(maps.flatten(2).transpose(1, 2), whole[:, 1:], rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize('method', sorted(PEFT_METHODS.module_dict))
