@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import socket
 import sys
@@ -9,6 +10,8 @@ from mmengine.registry import init_default_scope
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ['PIP_NO_INDEX'] = '1'  # nothing may be installed by a test
+# Processes that tests start by forkserver are copies of one that has imported the libraries.
+multiprocessing.set_forkserver_preload(['warm'])
 
 ROOT = Path(__file__).resolve().parent.parent
 

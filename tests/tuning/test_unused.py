@@ -132,7 +132,7 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_two_processes(tmp_path):
-    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method='spawn')
+    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method='forkserver')
     results = torch.load(tmp_path / 'results.pt')
     assert results['used'] == results['waited'] == 'trained'
     assert results['unused'].startswith('ValueError: 2 adapted blocks, layers.2 to layers.3, come after the last')
