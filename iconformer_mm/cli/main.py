@@ -17,6 +17,8 @@ COMMANDS = {
     'inspect': ('inspect', 'show what a config would adapt, train and cost, before any training'),
     'adapter': ('adapter', 'show, extract, apply, compare and check adapter files'),
     'convert': ('convert', 'make an adapter file of an adapter that another program trained'),
+    'convert-backbone': ('convert_backbone', 'make weights to pre-train from of a backbone that others published'),
+    'fetch-real': ('fetch_real', 'fetch a real DINOv2-S for trials, about 90 MB'),
     'compare': ('compare', 'compare PEFT methods on several tasks, as a YAML file says'),
     'report': ('report', 'write one HTML page about a training run or a comparison'),
     'find-lr': ('find_lr', 'find a learning rate to begin with'),
