@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iconformer_mm.extras import require_extra
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -14,7 +16,12 @@ REFERENCE: dict[str, Any] = dict(color='black', linestyle='--', linewidth=1.2)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches, whose parts make room for each other."""
+    """A figure of so many inches, whose parts make room for each other.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    require_extra('plot', 'drawing a figure')
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -114,7 +114,7 @@ def test_work_folders_have_the_methods_name():
 def test_a_file_without_a_method(tmp_path):
     path = tmp_path / 'other.py'
     path.write_text('custom_hooks = []\n')
-    with pytest.raises(ValueError, match='is no file of a PEFT method: it needs one PEFTHook .* holds 0'):
+    with pytest.raises(ValueError, match='is not a file of a PEFT method: it must have exactly one PEFTHook .* has 0'):
         load_config(str(BENCHMARKS[0]), str(path))
     with pytest.raises(FileNotFoundError, match='nowhere.py'):
         load_config(str(BENCHMARKS[0]), 'nowhere.py')

@@ -227,7 +227,7 @@ CASES = {
     'kernel_size must': lambda _: inject(vit(), kernel_size=4),
     'alpha must be': lambda _: build_method('lora', alpha=float('nan')),
     'gamma and beta must be': lambda _: filter_norm(torch.ones(1, 2, 3, 3), torch.ones(4, 3, 3), torch.ones(2, 3, 3)),
-    '... is no file of a PEFT': lambda _: load_config(
+    '... is not a file of a PEFT': lambda _: load_config(
         str(ROOT / 'configs' / 'quickstart' / 'vit-quickstart_icon_digits.py'),
         str(ROOT / 'configs' / '_base_' / 'schedules' / 'quickstart_70e.py'),
     ),
@@ -272,7 +272,7 @@ CASES = {
     ),
     '... but the model is not adapted': lambda tmp_path: run(tmp_path, classifier(), lambda: plain(adapted()), 'test'),
     '... holds no adapters': lambda tmp_path: run(tmp_path, adapted(), lambda: plain(classifier()), 'test'),
-    '... holds what was trained': lambda tmp_path: run(
+    '... holds only the trained': lambda tmp_path: run(
         tmp_path,
         adapted(),
         lambda: dict(plain(adapted()), iconformer_mm=describe_training(get_injection(adapted()))),
@@ -281,7 +281,7 @@ CASES = {
     '... was written by a run with EMAHook': lambda tmp_path: run(
         tmp_path, adapted(), lambda: dict(plain(adapted()), ema_state_dict={}), 'resume'
     ),
-    '... is no checkpoint of one model': lambda _: check_averages(
+    '... is not a checkpoint of one model': lambda _: check_averages(
         dict(plain(adapted()), ema_state_dict={'module.head.fc.bias': torch.zeros(3)}), 'epoch_1.pth', True
     ),
     '... does not fit: it was': other_base,

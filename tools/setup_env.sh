@@ -30,7 +30,7 @@ case "${1:-}" in
         stack=original pythons='3.11' mmcv=mmcv
         venv=$root/.venv-original
         constraints=$root/requirements/constraints-original.txt
-        ours=(--requirement "$root/requirements/original.txt" --editable "$root")
+        ours=(--requirement "$root/requirements/original.txt" --editable "$root[cpu,report,timm]")
         ;;
     --classification)
         shift

@@ -1,1 +1,1 @@
-"""Looking into configs, models and adapters: costs and mistakes, kernels, saliency, learning rates."""
+"""Analysis of configs, models and adapters: costs, mistakes, kernels, saliency, learning rates."""

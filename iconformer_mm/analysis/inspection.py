@@ -1,4 +1,4 @@
-"""What a config would train, and at what cost, before any training; and the usual mistakes."""
+"""What a config would train and at what cost, before any training. It also finds common mistakes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MIB = 2**20
 
 
 def _gives_base(path: Any) -> bool:
-    """Whether ``load_from`` may hold base weights: all but an adapter file may."""
+    """Whether ``load_from`` may hold base weights. Any file may, except an adapter file."""
     if not path:
         return False
     if str(path).endswith('.safetensors') and Path(path).is_file():
@@ -45,7 +45,7 @@ def _gives_base(path: Any) -> bool:
 
 
 def parts_of_model(node: Any) -> Iterator[dict[str, Any]]:
-    """The configs of a model and of all that is in it, wherever its backbones are."""
+    """Yield the config of a model and every config nested in it, wherever its backbones are."""
     if isinstance(node, Mapping):
         yield node  # type: ignore[misc]
         node = list(node.values())
@@ -59,15 +59,15 @@ def _born_adapted(cfg: Config) -> list[dict[str, Any]]:
 
 
 def find_mistakes(cfg: Config, data: bool = True) -> list[str]:
-    """What is probably not meant so in a config for parameter-efficient fine-tuning.
+    """Find probable mistakes in a config for parameter-efficient fine-tuning.
 
     Args:
         cfg: The config.
-        data: Whether to see that model and data fit, too. Of data that is there some labels are looked at, see
-            :mod:`iconformer_mm.datasets.fit`; nothing is downloaded. Defaults to True.
+        data: Whether to also check that model and data fit. If the data exists, some labels are read; see
+            :mod:`iconformer_mm.datasets.fit`. Nothing is downloaded. Defaults to True.
 
     Returns:
-        A sentence a finding: what it is, and what to do.
+        One sentence per finding: what is wrong and what to do.
     """
     return _tuning_mistakes(cfg) + (list(_data_mistakes(cfg)) if data else [])
 
@@ -87,17 +87,20 @@ def _tuning_mistakes(cfg: Config) -> list[str]:
     if stages:
         found.append(
             f'frozen_stages={stages[0]} has no effect: every stage of the backbone is frozen, except what `unfreeze` '
-            'names, and adapters are trained in all that `blocks` chooses'
+            'names, and adapters are trained in every block that `blocks` selects'
         )
     wrapper = cfg.get('model_wrapper_cfg') or {}
     if cfg.get('find_unused_parameters') or wrapper.get('find_unused_parameters'):
-        found.append('find_unused_parameters costs time, and frozen parameters do not need it: they are not waited for')
+        found.append(
+            'find_unused_parameters costs time, and frozen parameters do not need it: distributed training does not '
+            'wait for them'
+        )
     optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
     rate = optimizer.get('lr')
     if type_name(optimizer).startswith('Adam') and rate is not None and rate < 3e-5 and name != 'frozen':
         found.append(
-            f'lr={rate:g} is a rate for full fine-tuning; adapters start from zero and want more, 1e-3 to 1e-2 with '
-            f'{type_name(optimizer)}'
+            f'lr={rate:g} is a rate for full fine-tuning; adapters start from zero and need a higher one, 1e-3 to '
+            f'1e-2 with {type_name(optimizer)}'
         )
     return found
 
@@ -106,7 +109,7 @@ LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
 def _data_mistakes(cfg: Config) -> Iterator[str]:
-    """What does not fit between the model and the data sets of a config."""
+    """Yield every mismatch between the model and the data sets of a config."""
     if cfg.get('default_scope'):
         init_default_scope(cfg.default_scope)
     model = look_at_model(cfg.model)
@@ -130,7 +133,7 @@ def _data_mistakes(cfg: Config) -> Iterator[str]:
                 trained_on = built if training else trained_on
             except DataError as error:
                 faults = [str(error)]
-            except Exception as error:  # of any library
+            except Exception as error:  # libraries raise various exceptions
                 faults = [f'{describe(dataset)} cannot be loaded: {type(error).__name__}: {error}']
         else:
             for part in parts:
@@ -150,14 +153,14 @@ def _data_mistakes(cfg: Config) -> Iterator[str]:
 
 
 def unseen_data(cfg: Config) -> list[str]:
-    """The data sets of a config, described, that :func:`find_mistakes` cannot look at because they are not there."""
+    """Describe the data sets of a config that :func:`find_mistakes` cannot check because they do not exist."""
     datasets = [(cfg.get(name) or {}).get('dataset') for name in LOADERS]
     parts = [part for dataset in datasets if isinstance(dataset, Mapping) for part in _parts_of(dataset)]
     return list(dict.fromkeys(describe(part) for part in parts if not _is_there(part)))
 
 
 def _parts_of(dataset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The data sets inside the wrappers of a config."""
+    """Yield the data sets inside the wrappers of a config."""
     inner = dataset.get('dataset', dataset.get('datasets'))
     if inner is None:
         yield dataset
@@ -167,7 +170,7 @@ def _parts_of(dataset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _is_there(part: Mapping[str, Any]) -> bool:
-    """Whether a data set can be built: its folder or its files are there, or it needs none."""
+    """Whether a data set can be built: its folder or files exist, or it needs none."""
     root = part.get('data_root')
     if root:
         return Path(root).exists()
@@ -177,7 +180,7 @@ def _is_there(part: Mapping[str, Any]) -> bool:
 
 
 def _without_download(dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a data set's config that downloads nothing."""
+    """Copy a data set's config and switch off downloads in the copy."""
     copied = copy.deepcopy(dataset)
     for part in _parts_of(copied):
         kind = _class_of(part)
@@ -195,7 +198,7 @@ def _class_of(part: Mapping[str, Any]) -> type | None:
 
 
 def _metainfo_of(part: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of the classes of a data set without building it."""
+    """Return the metadata of a data set that is known without building it."""
     known = dict(getattr(_class_of(part), 'METAINFO', None) or {})
     known.update(part.get('metainfo') or {})
     if part.get('classes') is not None:
@@ -204,22 +207,22 @@ def _metainfo_of(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metrics_of(evaluator: Any) -> list[Any]:
-    """The metrics of a config that say which data they take; the others may need files, and are not built."""
+    """Build the metrics of a config that constrain the data. Others are not built: they may need files."""
     metrics = evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]
     return [METRICS.build(metric) for metric in metrics if metric and is_type(metric, 'DepthMetric', 'Accuracy')]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training step of one image takes in the backbone.
+    """The cost of a training step with one image.
 
     Attributes:
-        gflop: Billions of floating-point operations of the forward pass.
-        stored_mib: MiB that the forward pass stores for the backward pass, parameters not counted.
-        gradient_mib: MiB of the gradients of what is trained in the whole model; also what
-            data-parallel training exchanges a step.
-        optimizer_mib: MiB of AdamW's two states of it.
-        checkpoint_mib: MiB of what was trained.
+        gflop: Billions of floating-point operations of the backbones' forward pass.
+        stored_mib: MiB that the backbones' forward pass stores for the backward pass, without parameters.
+        gradient_mib: MiB of the gradients in the whole model. Data-parallel training exchanges the same amount per
+            step.
+        optimizer_mib: MiB of AdamW's two states per trained parameter.
+        checkpoint_mib: MiB of the trained parameters.
     """
 
     gflop: float
@@ -230,7 +233,7 @@ class Cost:
 
 
 def cost_of(model: nn.Module, shape: tuple[int, int]) -> Cost:
-    """Measure a model's backbones on one image, and count what else its training takes.
+    """Measure a model's backbones on one image, and count the memory that its training needs.
 
     Args:
         model: A model, adapted or not.
@@ -248,7 +251,7 @@ def cost_of(model: nn.Module, shape: tuple[int, int]) -> Cost:
 
     model.train()
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        outs = []  # alive, so that no address is given out twice
+        outs = []  # kept alive, so that no address is reused
         for backbone in backbones:
             channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
             outs.append(backbone(torch.zeros(1, channels, *shape)))
@@ -263,11 +266,11 @@ class Inspection:
 
     Attributes:
         summary: Counts of parameters.
-        sites: Name and kind of each adapted module, and the parameters it is given.
-        cost: What it costs.
-        full: What full fine-tuning would cost.
-        mistakes: See :func:`find_mistakes`; and adapters that nothing reads.
-        unseen: Data sets that are not there, and were not looked at.
+        sites: Name and kind of each adapted module, and its number of added parameters.
+        cost: The cost of the config.
+        full: The cost of full fine-tuning.
+        mistakes: Findings of :func:`find_mistakes`, and adapters whose output is unused.
+        unseen: Data sets that do not exist and were not checked.
     """
 
     summary: Summary
@@ -278,19 +281,19 @@ class Inspection:
     unseen: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the inspection as plain data."""
         return asdict(self)
 
 
 def inspect_model(cfg: Config, shape: tuple[int, int] = (224, 224)) -> Inspection:
-    """Look at what a config would train, without weights, data or training.
+    """Inspect what a config would train, without weights or training.
 
     Args:
-        cfg: The config, with a PEFTHook or a backbone that is born adapted.
+        cfg: The config, with a PEFTHook or a backbone that is adapted by its type (``ICoN...``).
         shape: Height and width of the images in pixels. Defaults to 224 x 224.
 
     Raises:
-        ValueError: The method cannot be carried out on the model.
+        ValueError: The method cannot be applied to the model.
     """
     model = build_model(cfg)
     method = method_of(cfg)

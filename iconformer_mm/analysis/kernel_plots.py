@@ -1,4 +1,4 @@
-"""Pictures of what iCoN does with images: kernels, how they differ, filtered maps, and where the model looks."""
+"""Plots of what iCoN does with images: kernels, their differences, filtered maps, and saliency."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from iconformer_mm.figures import new_figure, save_figure
 
-THUMBNAILS = 60  # more of them cover each other
-PIXELS = 80  # of a montage an inch
+THUMBNAILS = 60  # more would overlap
+PIXELS = 80  # montage pixels per inch
 
 
 @dataclass
@@ -23,7 +23,7 @@ class FilteredMaps:
     Attributes:
         title: Label.
         before: Before the filter, (H, W, c).
-        after: Behind it, (H, W, c).
+        after: After the filter, (H, W, c).
     """
 
     title: str
@@ -38,7 +38,7 @@ class SaliencyRow:
     Attributes:
         title: Label.
         image: (H, W, 3), uint8, RGB.
-        maps: Maps (h, w) from 0 to 1, stretched over the image; None is left blank.
+        maps: Maps (h, w) from 0 to 1, resized to the image. None leaves a blank.
     """
 
     title: str
@@ -47,7 +47,7 @@ class SaliencyRow:
 
 
 def spread_out(count: int, number: int) -> list[int]:
-    """So many indices below a count, evenly spaced; all of them if they are no more."""
+    """Return ``number`` evenly spaced indices below ``count``, or all of them if there are fewer."""
     return sorted({round(i) for i in np.linspace(0, count - 1, min(number, count))})
 
 
@@ -59,7 +59,9 @@ def plot_kernels(
     title: str,
     channels: int = 8,
 ) -> None:
-    """Plot the kernels of an adapter, a row an image and a column a channel; below, how they differ between images.
+    """Plot the kernels of an adapter, one row per image and one column per channel.
+
+    The last row shows their standard deviation between images.
 
     Args:
         kernels: (N, c, K, K).
@@ -67,7 +69,7 @@ def plot_kernels(
         titles: Labels of the images.
         path: Image file to write.
         title: Title.
-        channels: Channels to draw at most, evenly spaced. Defaults to 8.
+        channels: Maximum number of channels to draw, evenly spaced. Defaults to 8.
     """
     shown = spread_out(kernels.shape[1], channels)
     limit = float(np.abs(kernels[:, shown]).max()) or 1.0
@@ -80,10 +82,10 @@ def plot_kernels(
 
 
 def plot_distances(distances: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
-    """Plot matrices of distances between images, a panel each, in the same colours.
+    """Plot matrices of distances between images, one panel each, on one colour scale.
 
     Args:
-        distances: By title (N, N), in units of the kernels' mean norm; images are numbered from 1 in their order.
+        distances: Matrices (N, N) by title, in units of the kernels' mean norm. Images are numbered from 1.
         path: Image file to write.
     """
     columns = min(len(distances), 4)
@@ -106,11 +108,11 @@ def plot_distances(distances: Mapping[str, np.ndarray], path: str | os.PathLike)
 def plot_components(
     points: np.ndarray, explained: Sequence[float], images: Sequence[np.ndarray], path: str | os.PathLike, title: str
 ) -> None:
-    """Plot images at their first two principal components, as thumbnails unless they are very many.
+    """Plot images at their first two principal components, with thumbnails for up to 60 images.
 
     Args:
         points: (N, 2).
-        explained: Shares of the variance that the two explain.
+        explained: Shares of the variance that the two components explain.
         images: N images (H, W, 3), uint8, RGB.
         path: Image file to write.
         title: Title.
@@ -156,13 +158,15 @@ def plot_shares(shares: Mapping[str, float], path: str | os.PathLike) -> None:
 def plot_filtered_maps(
     rows: Sequence[FilteredMaps], image: np.ndarray, path: str | os.PathLike, channels: int = 4
 ) -> None:
-    """Plot some channels of bottlenecks before and behind the filter, a row an adapter, each map in its own range.
+    """Plot some channels of bottlenecks before and after the filter, one row per adapter.
+
+    Each map has its own colour range.
 
     Args:
         rows: The rows.
         image: (H, W, 3), uint8, RGB.
         path: Image file to write.
-        channels: Channels to draw at most, evenly spaced. Defaults to 4.
+        channels: Maximum number of channels to draw, evenly spaced. Defaults to 4.
     """
     shown = spread_out(rows[0].before.shape[2], channels)
     cells: list[list[np.ndarray | None]] = [[image] + [None] * (2 * len(shown) - 1)]
@@ -175,7 +179,7 @@ def plot_filtered_maps(
 
 
 def plot_saliency(rows: Sequence[SaliencyRow], columns: Sequence[str], path: str | os.PathLike) -> None:
-    """Plot where models look, over the images, a row each.
+    """Plot saliency maps over images, one row per image.
 
     Args:
         rows: The rows.
@@ -188,7 +192,7 @@ def plot_saliency(rows: Sequence[SaliencyRow], columns: Sequence[str], path: str
 
 
 def _coloured(values: np.ndarray, cmap: str, low: float, high: float) -> np.ndarray:
-    """Values (...) as colours (..., 3), uint8."""
+    """Map values (...) to colours (..., 3), uint8."""
     from matplotlib import colormaps
 
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
@@ -196,20 +200,20 @@ def _coloured(values: np.ndarray, cmap: str, low: float, high: float) -> np.ndar
 
 
 def _tile_of(image: np.ndarray, side: int = 120) -> tuple[int, int]:
-    """Height and width of tiles that have an image's shape."""
+    """Return the height and width of tiles with an image's aspect ratio."""
     height, width = image.shape[:2]
     return round(side * height / max(height, width)), round(side * width / max(height, width))
 
 
 def _fitted(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image (H, W, 3) at the largest size, (h, w), that fits into a tile."""
+    """Resize an image (H, W, 3) to the largest size (h, w) that fits into a tile."""
     factor = min(size[0] / image.shape[0], size[1] / image.shape[1])
     width, height = max(1, round(factor * image.shape[1])), max(1, round(factor * image.shape[0]))
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_NEAREST if factor > 1 else cv2.INTER_AREA)
 
 
 def _overlay(image: np.ndarray, values: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
-    """A map from 0 to 1 over an image in grey."""
+    """Draw a map from 0 to 1 over a grey version of an image."""
     if values is None:
         return None
     grey = _fitted(image, size).mean(axis=2, keepdims=True)
@@ -226,10 +230,10 @@ def _plot_montage(
     title: str | None = None,
     bar: tuple[str, float, float, str] | None = None,
 ) -> None:
-    """Plot tiles in rows and columns as one picture, which is much faster than axes for each.
+    """Plot tiles in rows and columns as one picture. This is much faster than separate axes.
 
     Args:
-        cells: Images (h, w, 3), uint8, of any size; None is left blank.
+        cells: Images (h, w, 3), uint8, of any size. None leaves a blank.
         size: Height and width of the tiles in pixels.
         rows: Labels of the rows.
         columns: Labels of the columns.
@@ -249,7 +253,7 @@ def _plot_montage(
                 tile = _fitted(cell, size)
                 y, x = i * down + (size[0] - len(tile)) // 2, j * across + (size[1] - tile.shape[1]) // 2
                 canvas[y : y + len(tile), x : x + tile.shape[1]] = tile
-    # The parts are placed by hand: constrained layouts do not see the labels of axes with a fixed aspect.
+    # Place the parts by hand: constrained layouts ignore the labels of axes with a fixed aspect.
     left = 0.2 + 0.068 * max(len(line) for label in rows for line in label.split('\n'))
     right, below, above = 1.0 if bar else 0.2, 0.15, 0.7 if title else 0.5
     wide, high = canvas.shape[1] / PIXELS, canvas.shape[0] / PIXELS

@@ -1,4 +1,4 @@
-"""What iCoN adapters make of images: their kernels, and the maps these filter."""
+"""What iCoN adapters compute for images: their kernels, and the maps that the kernels filter."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class AdapterTrace:
     """What one iCoN adapter did with one image.
 
     Attributes:
-        kernels: Its kernels, (c, K, K); with windows, the mean over them.
-        before: The bottleneck before the filter, (H, W, c), prefix tokens left out.
-        after: The same behind the filter.
+        kernels: The kernels, (c, K, K). With windows, the mean over the windows.
+        before: The bottleneck before the filter, (H, W, c), without prefix tokens.
+        after: The bottleneck after the filter, (H, W, c).
     """
 
     kernels: np.ndarray
@@ -32,24 +32,24 @@ class AdapterTrace:
 
 
 def icon_adapters(model: nn.Module) -> dict[str, ICoNAdapter]:
-    """The iCoN adapters of a model by their names in the backbone, in order.
+    """Return the iCoN adapters of a model by their names in the backbone, in order.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The model has no iCoN adapter.
     """
     found = {n: m for n, m in find_backbone(model).named_modules() if isinstance(m, ICoNAdapter)}
     if not found:
         injection = get_injection(model)
         method = f"it is adapted by '{injection.method.name}'" if injection else 'it is not adapted'
         raise ValueError(
-            f"the model has no iCoN adapters ({method}); those of 'icon' and 'icon-static' can be looked at"
+            f"the model has no iCoN adapters ({method}); those of 'icon' and 'icon-static' can be inspected"
         )
     return found
 
 
 @contextmanager
 def whole_images(model: nn.Module) -> Iterator[None]:
-    """Within it MMSegmentation's models take an image in one piece, not by crops or flipped, too."""
+    """Make MMSegmentation's models process the whole image once, without crops or flips."""
     given = getattr(model, 'test_cfg', None)
     if given is not None and given.get('mode', 'whole') != 'whole':
         model.test_cfg = type(given)({**given, 'mode': 'whole'})
@@ -64,11 +64,11 @@ def look_at_adapters(inferencer: AdapterInferencer, image: Any) -> dict[str, Ada
     """Predict on an image, and see what the iCoN adapters do meanwhile.
 
     Args:
-        inferencer: The model with its active adapter; it is not changed.
+        inferencer: The model with its active adapter. It is not changed.
         image: Path, or image (H, W, 3), uint8, BGR.
 
     Returns:
-        What each adapter did, by its name in the backbone.
+        What each adapter computed, by its name in the backbone.
 
     Raises:
         ValueError: The model has no iCoN adapters, or the image cannot be read.
@@ -103,22 +103,23 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def share_between_images(kernels: np.ndarray) -> float:
-    """The share of the kernels' variance that lies between images; the rest lies between channels.
+    """Return the share of the kernels' variance that lies between images. The rest lies between channels.
 
-    ``sum (k - k_c)^2 / sum (k - k_0)^2``, where ``k_c`` is the mean kernel of a channel over the images and ``k_0``
-    the mean over channels, too (an analysis of variance per tap; ours). 0 for static kernels.
+    The share is ``sum (k - k_c)^2 / sum (k - k_0)^2``. Here ``k_c`` is the mean kernel of a channel over the images
+    and ``k_0`` the mean over images and channels. This is an analysis of variance per tap (ours). It is 0 for static
+    kernels.
 
     Args:
         kernels: Kernels of images, (N, c, K, K).
     """
-    changes = kernels - kernels[:1]  # exactly 0 for static kernels, whose mean is rounded
+    changes = kernels - kernels[:1]  # exactly 0 for static kernels; their mean would be rounded
     total = np.square(kernels - kernels.mean(axis=(0, 1))).sum()
     between = np.square(changes - changes.mean(axis=0)).sum()
     return float(between / total) if total > 0 else 0.0
 
 
 def stack_layers(kernels: dict[str, np.ndarray]) -> np.ndarray:
-    """Kernels of all layers as one vector an image, each layer in units of its kernels' mean norm.
+    """Concatenate the kernels of all layers to one vector per image, each layer in units of its mean norm.
 
     Args:
         kernels: Kernels of images by layer, (N, c, K, K) each.
@@ -130,7 +131,7 @@ def stack_layers(kernels: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def in_units_of_norm(kernels: np.ndarray) -> np.ndarray:
-    """Kernels (N, c, K, K) as vectors (N, c * K * K) whose mean norm is 1."""
+    """Flatten kernels (N, c, K, K) to vectors (N, c * K * K) and scale their mean norm to 1."""
     vectors = kernels.reshape(len(kernels), -1)
     norm = np.linalg.norm(vectors, axis=1).mean()
     return vectors / norm if norm > 0 else vectors

@@ -1,4 +1,4 @@
-"""The learning-rate range test: which rates a model learns at, found in one short sweep."""
+"""The learning-rate range test: finds useful learning rates in one short sweep."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from iconformer_mm.figures import REFERENCE, new_figure, save_figure
 
 SMOOTHING = 0.9
 DIVERGENCE = 4.0
-SHORTEST = 10  # steps, for a curve to be read
+SHORTEST = 10  # minimum number of steps of a readable curve
 
 
 @dataclass
 class LRRangeTest:
-    """Losses over learning rates that rise exponentially.
+    """Losses over exponentially rising learning rates.
 
     Attributes:
         rates: Base learning rate of each step.
         losses: Training loss of each step.
-        smoothed: Their exponential mean, corrected for its start at zero.
-        diverged: Whether the sweep ended early, as the loss had grown too far or was no number.
+        smoothed: Exponential moving average of the losses, corrected for its start at zero.
+        diverged: Whether the smoothed loss grew too far or is not finite. This ends the sweep.
     """
 
     rates: list[float] = field(default_factory=list)
@@ -43,8 +43,8 @@ class LRRangeTest:
         """Add a step.
 
         Args:
-            rate: Its base learning rate.
-            loss: Its loss.
+            rate: Base learning rate of the step.
+            loss: Training loss of the step.
         """
         previous = self.smoothed[-1] * (1 - SMOOTHING ** len(self.smoothed)) if self.smoothed else 0.0
         mean = SMOOTHING * previous + (1 - SMOOTHING) * loss
@@ -57,10 +57,11 @@ class LRRangeTest:
         self.diverged = not math.isfinite(current) or grown
 
     def suggestions(self) -> dict[str, float]:
-        """Learning rates to begin with, by the rule that gives them; none if the loss did not fall.
+        """Suggest learning rates to start with, by the name of the rule. Empty if the loss did not fall.
 
-        ``steepest descent`` is where the smoothed loss falls fastest over the logarithm of the rate,
-        ``tenth of the minimum`` a tenth of the rate where it is lowest. The first is bold, the second careful.
+        ``steepest descent`` is the rate where the smoothed loss falls fastest over the logarithm of the rate.
+        ``tenth of the minimum`` is a tenth of the rate with the lowest smoothed loss. The first is bold, the second
+        cautious.
         """
         smoothed = np.array(self.smoothed)[np.isfinite(self.smoothed)]
         lowest = int(smoothed.argmin()) if len(smoothed) else 0
@@ -74,24 +75,24 @@ class LRRangeTest:
 
 
 class LRRangeTestHook(Hook):
-    """Sweeps the learning rate from small to large while training, and records the losses.
+    """Increases the learning rate from small to large during training and records the losses.
 
-    The range test of Smith, "Cyclical Learning Rates for Training Neural Networks" (2015, section 3.3), with
-    an exponential sweep and smoothed losses; where it ends and what is read off are ours. The training loop must be
-    iteration-based and without schedulers, which :func:`prepare_config` sees to. Parameter groups keep their ratios to
-    the base learning rate.
+    This is the range test of Smith, "Cyclical Learning Rates for Training Neural Networks" (2015, section 3.3), with
+    an exponential sweep and smoothed losses. The stopping rule and the suggestions are ours. The training loop must be
+    iteration-based and have no schedulers; :func:`prepare_config` takes care of that. Parameter groups keep their
+    ratios to the base learning rate.
 
     Args:
         min_lr: Base learning rate of the first step. Defaults to 1e-6.
-        max_lr: That of the last step. Defaults to 1.
-        num_iters: Steps. Defaults to 100.
-        on_step: Called after each step. Defaults to None.
+        max_lr: Base learning rate of the last step. Defaults to 1.
+        num_iters: Number of steps. Defaults to 100.
+        on_step: Function to call after each step. Defaults to None.
 
     Attributes:
-        test: What is recorded.
+        test: The recorded losses.
 
     Raises:
-        ValueError: The rates do not rise from above zero, or the steps are too few.
+        ValueError: The rates are not positive and rising, or the steps are too few.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class LRRangeTestHook(Hook):
         on_step: Callable[[], None] | None = None,
     ) -> None:
         if not 0 < min_lr < max_lr < math.inf:
-            raise ValueError(f'the learning rates must rise from above zero, got {min_lr:g} to {max_lr:g}')
+            raise ValueError(f'the learning rates must be positive and rise, got {min_lr:g} to {max_lr:g}')
         if num_iters < SHORTEST:
             raise ValueError(f'a sweep needs at least {SHORTEST} steps, got {num_iters}')
         self.schedule = np.geomspace(min_lr, max_lr, num_iters).tolist()
@@ -111,13 +112,13 @@ class LRRangeTestHook(Hook):
         self._factors: list[float] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Note each group's ratio to the base learning rate.
+        """Store each group's ratio to the base learning rate.
 
         Raises:
             ValueError: There are several optimizers, or the base learning rate is not positive.
         """
         if not isinstance(runner.optim_wrapper, OptimWrapper):
-            raise ValueError('the range test is for a config with one optimizer')
+            raise ValueError('the range test needs a config with one optimizer')
         base = runner.cfg.optim_wrapper.optimizer.get('lr')
         if base is None or base <= 0:
             raise ValueError(f'the range test needs a positive `optim_wrapper.optimizer.lr` to scale, got {base}')
@@ -132,8 +133,8 @@ class LRRangeTestHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Record the loss, the mean over all processes, and end the sweep where it diverged."""
-        assert outputs is not None  # a training step gives its losses
+        """Record the mean loss over all processes, and end the sweep if it diverged."""
+        assert outputs is not None  # a training step returns its losses
         loss = outputs['loss'].detach().clone()
         all_reduce(loss, 'mean')
         self.test.add(self.schedule[runner.iter], float(loss))
@@ -143,14 +144,14 @@ class LRRangeTestHook(Hook):
 
 
 def prepare_config(cfg: Config, num_iters: int) -> None:
-    """Make a training config one of a range test, which keeps nothing of what it trains.
+    """Change a training config to one for a range test, which saves nothing.
 
-    The loop counts iterations, the learning rate is left to :class:`LRRangeTestHook`, and there are no validation,
-    checkpoints, adapter file and curves.
+    The loop counts iterations, and :class:`LRRangeTestHook` controls the learning rate. Validation, checkpoints, the
+    adapter file and curves are switched off.
 
     Args:
-        cfg: The config.
-        num_iters: Steps.
+        cfg: The config. It is changed in place.
+        num_iters: Number of steps.
     """
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=num_iters, val_interval=num_iters + 1)
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
@@ -166,7 +167,7 @@ def prepare_config(cfg: Config, num_iters: int) -> None:
 
 
 def plot_lr_range_test(test: LRRangeTest, path: Path) -> None:
-    """Plot losses against learning rates, with what is suggested.
+    """Plot losses against learning rates, with the suggested rates.
 
     Args:
         test: The finished test.
@@ -179,7 +180,7 @@ def plot_lr_range_test(test: LRRangeTest, path: Path) -> None:
     for index, (name, rate) in enumerate(test.suggestions().items(), 1):
         axes.axvline(rate, label=f'{name}: {rate:.2g}', **{**REFERENCE, 'color': f'C{index}'})
     finite = [loss for loss in test.smoothed if math.isfinite(loss)]
-    if finite:  # what explodes in the end would flatten the rest
+    if finite:  # a loss that explodes at the end would flatten the rest
         low, high = min(*finite, *test.losses), max(finite[: max(1, len(finite) // 2)])
         axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.4 * (high - low or 1))
     axes.set(xscale='log', xlabel='learning rate', ylabel='training loss')

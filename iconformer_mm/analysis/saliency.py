@@ -1,4 +1,4 @@
-"""Where an adapted backbone looks: Grad-CAM of a block, and attention of a block."""
+"""Where an adapted backbone looks: Grad-CAM and attention of a block."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .kernel_probe import whole_images
 
 
 def find_block(model: nn.Module, name: str | None = None) -> Site:
-    """A block of a model by its name in the backbone, by default the last one.
+    """Find a block of a model by its name in the backbone. Without a name, take the last one.
 
     Raises:
-        ValueError: There is no such block, or no known block at all.
+        ValueError: The backbone has no such block, or no known block at all.
     """
     backbone = find_backbone(model)
     sites = {site.name: site for site in find_sites(backbone)}
@@ -38,10 +38,12 @@ def find_block(model: nn.Module, name: str | None = None) -> Site:
 
 
 def model_score(inferencer: AdapterInferencer, data: dict) -> Tensor:
-    """What a model says of an image, as one number that can be differentiated.
+    """Reduce the prediction for an image to one differentiable number.
 
-    Classification: the largest logit. Semantic segmentation: the mean logit of the predicted
-    classes. Depth: the sum of the map, in metres. Detection: the sum of the ten largest scores (0 if nothing is found).
+    - Classification: the largest logit.
+    - Semantic segmentation: the mean logit of the predicted classes.
+    - Depth: the sum of the map, in metres.
+    - Detection: the sum of the ten largest scores; 0 if nothing is detected.
 
     Args:
         inferencer: The model.
@@ -58,23 +60,23 @@ def model_score(inferencer: AdapterInferencer, data: dict) -> Tensor:
 
 
 def grad_cam(inferencer: AdapterInferencer, image: Any, block: str | None = None) -> np.ndarray | None:
-    """Grad-CAM (Selvaraju et al., ICCV 2017) of the tokens that a block reads.
+    """Compute Grad-CAM (Selvaraju et al., ICCV 2017) of the tokens that a block reads.
 
-    ``relu(sum_c w_c x_c)``, where ``w_c`` is the mean over the patch tokens of the gradient of :func:`model_score`. The
-    block's input is taken, not its output: behind the last block of a ViT nothing is read of the patch tokens but the
-    class token.
+    The map is ``relu(sum_c w_c x_c)``, where ``w_c`` is the mean over the patch tokens of the gradient of
+    :func:`model_score`. It uses the input of the block, not the output: after the last block of a ViT, only the class
+    token is read.
 
     Args:
-        inferencer: The model with its active adapter; it is not changed.
+        inferencer: The model with its active adapter. It is not changed.
         image: Path, or image (H, W, 3), uint8, BGR.
-        block: Name of the block in the backbone. Defaults to None, the last one.
+        block: Name of the block in the backbone. Defaults to None: the last one.
 
     Returns:
-        (H, W) of the block's token grid, divided by its largest value unless that is 0; or None if the
-        score does not depend on the block, as when nothing is detected.
+        Map (H, W) on the block's token grid, divided by its largest value unless that is 0. None if the score does
+        not depend on the block, for example if nothing is detected.
 
     Raises:
-        ValueError: There is no such block, or the image cannot be read.
+        ValueError: The block does not exist, or the image cannot be read.
     """
     model = inferencer.model
     model.eval()
@@ -102,21 +104,21 @@ def grad_cam(inferencer: AdapterInferencer, image: Any, block: str | None = None
 
 
 def attention_map(inferencer: AdapterInferencer, image: Any, block: str | None = None) -> np.ndarray | None:
-    """Where a block's attention looks, mean over its heads.
+    """Compute a block's attention to each patch, averaged over its heads.
 
-    That of the class token (the first prefix token) if there is one, else the mean over all tokens.
+    It is the attention of the class token (the first prefix token) if there is one, otherwise the mean over all tokens.
 
     Args:
-        inferencer: The model with its active adapter; it is not changed.
+        inferencer: The model with its active adapter. It is not changed.
         image: Path, or image (H, W, 3), uint8, BGR.
-        block: Name of the block in the backbone. Defaults to None, the last one.
+        block: Name of the block in the backbone. Defaults to None: the last one.
 
     Returns:
-        (H, W) of the block's token grid, divided by its largest value; or None if the
-        attention is not one of all tokens to all, as in windows or with reduced keys.
+        Map (H, W) on the block's token grid, divided by its largest value. None if the attention is not from all
+        tokens to all tokens, as in windows or with reduced keys.
 
     Raises:
-        ValueError: There is no such block, or the image cannot be read.
+        ValueError: The block does not exist, or the image cannot be read.
     """
     with _at_block(find_block(inferencer.model, block)) as seen, whole_images(inferencer.model):
         tap = _AttentionTap()
@@ -146,11 +148,11 @@ class _TracedBlock:
         self.grid = TokenGrid(0, 0)  # until the block is called
 
     def patch_tokens(self, tokens: Tensor) -> Tensor:
-        """The patch tokens (H * W, d) of one image, from (1, N, d) or (1, H, W, d)."""
+        """Return the patch tokens (H * W, d) of one image, from (1, N, d) or (1, H, W, d)."""
         return tokens.float().flatten(1, -2)[0, self.grid.num_prefix_tokens : self.grid.num_tokens]
 
     def as_map(self, values: Tensor) -> np.ndarray:
-        """Values of patch tokens (H * W) as a map (H, W), its largest value 1."""
+        """Reshape values of patch tokens (H * W) to a map (H, W), scaled to a largest value of 1."""
         values = values / values.max().clamp_min(torch.finfo(values.dtype).tiny)
         return values.reshape(self.grid.height, self.grid.width).cpu().numpy()
 
@@ -179,7 +181,7 @@ def _at_block(site: Site) -> Iterator[_TracedBlock]:
 
 
 class _AttentionTap(TorchFunctionMode):
-    """Sees the weights (B, heads, N, M) of all attention that is computed within it, whatever module does."""
+    """Records the weights (B, heads, N, M) of all attention computed while active, in any module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +189,7 @@ class _AttentionTap(TorchFunctionMode):
         self.stopped = False
 
     def stop(self) -> None:
-        """See no more."""
+        """Stop recording."""
         self.stopped = True
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -196,9 +198,9 @@ class _AttentionTap(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.weights.append(_weights(*args, **kwargs))
-        if func is F.multi_head_attention_forward:  # nn.MultiheadAttention, which may not compute them
+        if func is F.multi_head_attention_forward:  # nn.MultiheadAttention may skip the weights
             out, weights = func(*args, **{**kwargs, 'need_weights': True, 'average_attn_weights': False})
-            assert weights is not None  # as they were asked for
+            assert weights is not None  # requested by need_weights
             self.weights.append(weights)
             return out, weights.mean(dim=1)
         out = func(*args, **kwargs)
@@ -208,7 +210,7 @@ class _AttentionTap(TorchFunctionMode):
 
 
 def _weights(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-    """What ``scaled_dot_product_attention`` multiplies the values with."""
+    """Compute the weights that ``scaled_dot_product_attention`` applies to the values."""
     scale = options.get('scale') or query.shape[-1] ** -0.5
     scores = query @ key.transpose(-2, -1) * scale
     if attn_mask is not None:

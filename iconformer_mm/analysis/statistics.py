@@ -1,4 +1,4 @@
-"""Numbers on iCoN's kernels: how they differ between images."""
+"""Statistics of iCoN's kernels: how they differ between images."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from iconformer_mm.extras import require_extra
+
 from .kernel_probe import in_units_of_norm, share_between_images, stack_layers
 
 
 def compare_images(kernels: dict[str, np.ndarray]) -> dict[str, Any]:
-    """How the kernels (N, c, K, K) of each layer differ between images: distances, principal components and shares."""
+    """How the kernels (N, c, K, K) of each layer differ between images: distances, principal components and shares.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    require_extra('analysis', 'comparing kernels')
     from sklearn.decomposition import PCA
     from sklearn.metrics import pairwise_distances
 
@@ -26,7 +33,7 @@ def compare_images(kernels: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def describe_layers(kernels: dict[str, np.ndarray], compared: dict[str, Any] | None) -> dict[str, Any]:
-    """The numbers of each layer as plain data."""
+    """Return the statistics of each layer as plain data."""
     layers = {}
     for name, layer in kernels.items():
         number, channels, size, _ = layer.shape

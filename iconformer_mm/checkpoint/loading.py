@@ -1,4 +1,4 @@
-"""Safetensors files of all kinds, as MMEngine's loader gives them."""
+"""Reads every kind of safetensors file for MMEngine's checkpoint loader."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .training_checkpoint import decode_checkpoint, is_checkpoint
 
 
 def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a local safetensors file for MMEngine: ``init_cfg``, ``load_from``, ``resume`` and the like.
+    """Read a local safetensors file for MMEngine's ``init_cfg``, ``load_from``, ``resume`` and similar settings.
 
     Args:
         filename: Path of the file.
-        map_location: Device for the tensors. Defaults to None, the CPU.
+        map_location: Device for the tensors. Defaults to None: the CPU.
 
     Returns:
-        The state dict; of a training checkpoint all that MMEngine's own hold; of an adapter file
-        its tensors as ``state_dict`` and its metadata as ``adapter_file``.
+        The state dict. For a training checkpoint, the same content as MMEngine's own checkpoints. For an adapter
+        file, its tensors as ``state_dict`` and its metadata as ``adapter_file``.
 
     Raises:
         AdapterFileError: The file is an adapter file whose metadata is damaged or too new.
-        DamagedFileError: The file is damaged or of another format.
-        FileNotFoundError: There is no such file.
+        DamagedFileError: The file is damaged or not in the expected format.
+        FileNotFoundError: The file does not exist.
     """
     metadata, tensors = read_safetensors(filename)
     if isinstance(map_location, (str, torch.device)):
@@ -40,5 +40,5 @@ def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 @CheckpointLoader.register_scheme(prefixes=r'(?!\w+://).*\.safetensors$', force=True)
 def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """:func:`load_safetensors` for MMEngine, which logs what follows ``load_from_`` in a loader's name."""
+    """Call :func:`load_safetensors`. MMEngine logs the part of a loader's name that follows ``load_from_``."""
     return load_safetensors(filename, map_location)

@@ -1,4 +1,4 @@
-"""Safetensors files: written whole or not at all, and checked when they are read."""
+"""Safetensors files: written completely or not at all, and verified when read."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from iconformer_mm.files import expanded, written_whole
 from iconformer_mm.version import __version__
 
 CHECKSUM = 'checksum'
-OURS = 'iconformer_mm'  # begins the keys of our metadata
+OURS = 'iconformer_mm'  # prefix of our metadata keys
 
 
 class DamagedFileError(RuntimeError):
-    """A file is truncated, altered or of another format."""
+    """A file is truncated, altered or not in the expected format."""
 
 
 def shortened(value: Any, limit: int = 200) -> str:
-    """A value out of a file as text for a message, on one line and of bounded length."""
+    """Format a value from a file for a message: one line, bounded length."""
     try:
         text = value if isinstance(value, str) else repr(value)
     except RecursionError:
@@ -35,13 +35,16 @@ def shortened(value: Any, limit: int = 200) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON out of a file. NaN and infinity, which JSON does not know and earlier releases wrote, are None.
+    """Parse JSON from a file.
+
+    NaN and infinity become None. They are not valid JSON, but earlier releases wrote them.
 
     Args:
         text: The JSON.
 
     Raises:
-        ValueError: It is none, is nested too deeply, or names a key twice: readers differ in which one they take.
+        ValueError: The text is not JSON, is nested too deeply, or repeats a key. Parsers disagree on which value of a
+            repeated key wins.
     """
     try:
         return json.loads(
@@ -52,7 +55,7 @@ def parse_json(text: str) -> Any:
 
 
 def _finite(text: str) -> float | None:
-    """A number; None for one that JSON cannot hold (1e999)."""
+    """Parse a number. Return None if JSON cannot represent it (1e999)."""
     value = float(text)
     return value if math.isfinite(value) else None
 
@@ -67,7 +70,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 over metadata and tensors, names, types and shapes included, in hexadecimal."""
+    """Hexadecimal SHA-256 of the metadata and the tensors, including names, dtypes and shapes."""
     digest = hashlib.sha256()
     for key, text in sorted(metadata.items()):
         if key != CHECKSUM:
@@ -79,45 +82,46 @@ def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read a safetensors file, and compare it with its checksum if it has one.
+    """Read a safetensors file and verify its checksum, if it has one.
 
     Args:
         path: The file.
 
     Returns:
-        Its metadata and its tensors, on the CPU.
+        The metadata, and the tensors on the CPU.
 
     Raises:
-        DamagedFileError: It is truncated, altered or of another format.
-        FileNotFoundError: There is none.
+        DamagedFileError: The file is truncated, altered or not safetensors.
+        FileNotFoundError: The file does not exist.
     """
     path = expanded(path)
     if not path.is_file():
-        raise FileNotFoundError(f'{path} cannot be found')
+        raise FileNotFoundError(f'{path} does not exist')
     try:
         with safetensors.safe_open(path, framework='pt') as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamagedFileError(f'{path} is no intact safetensors file: {shortened(str(error))}') from error
-    # A key `checksum` in a file of others is theirs. Ours is known by more than the key, which may be what is damaged.
+    # Files of other programs may have a `checksum` key of their own. Do not rely on the key alone to recognise our
+    # files: the key itself may be damaged.
     ours = any(key.startswith(OURS) or '"package_version"' in text for key, text in metadata.items())
     if ours and checksum(tensors, metadata) != metadata.get(CHECKSUM):
         raise DamagedFileError(
-            f'{path} is no intact safetensors file: its content does not match its checksum, so it was altered or '
-            'damaged after it was written. Take another copy of it'
+            f'{path} is no intact safetensors file: its content does not match its checksum. It was altered or '
+            'damaged after it was written. Use another copy'
         )
     return metadata, tensors
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """Read the metadata of a safetensors file, and none of its tensors.
+    """Read the metadata of a safetensors file without its tensors.
 
     Args:
         path: The file.
 
     Returns:
-        The metadata; empty for what is no intact safetensors file, which reading the whole will tell.
+        The metadata. Empty for what is no intact safetensors file; :func:`read_safetensors` reports that.
     """
     try:
         with safetensors.safe_open(path, framework='pt') as file:
@@ -129,13 +133,13 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
 def save_safetensors(
     tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, which appears at once and complete, or not at all.
+    """Write a safetensors file atomically: the complete file appears, or none.
 
     Args:
-        tensors: What to write, by name; on any device. Tensors that share
-            memory are written one by one.
-        path: The file, ``~`` allowed. Missing folders are made.
-        metadata: Text to keep in the file's header; a checksum joins it.
+        tensors: Tensors by name, on any device. Tensors that share memory
+            are written separately.
+        path: The file. ``~`` is expanded and missing folders are created.
+        metadata: Text for the file's header. A checksum is added.
     """
     seen: set[int] = set()
     content = {}
@@ -146,7 +150,7 @@ def save_safetensors(
         seen.add(storage)
     metadata = dict(metadata or {})
     if not any(key.startswith(OURS) for key in metadata):
-        metadata[f'{OURS}.version'] = __version__  # so that the checksum is known to be ours
+        metadata[f'{OURS}.version'] = __version__  # marks the checksum as ours
     metadata[CHECKSUM] = checksum(content, metadata)
     with written_whole(expanded(path)) as temporary:
         save_file(content, temporary, metadata=metadata)

@@ -19,7 +19,9 @@ from iconformer_mm.comparison.runs import Scheduler
 from iconformer_mm.comparison.spec import Comparison, ComparisonError, load_comparison
 from iconformer_mm.comparison.tables import report
 from iconformer_mm.datasets.scenes import write_scenes
+from iconformer_mm.extras import require_extra
 
+from .errors import user_errors
 from .parser import Parser
 
 
@@ -82,9 +84,11 @@ def render_scenes(comparison: Comparison, tasks: Collection[str]) -> None:
                     write_scenes(folder.parent, folder.name, seed=2 if 'search' in str(folder) else 0)
 
 
+@user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse_args(argv)
+    require_extra('plot', 'the report of a comparison')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run outlives the tool
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from iconformer_mm.checkpoint import DamagedFileError
 from iconformer_mm.datasets.checks import DataError
+from iconformer_mm.extras import MissingExtraError
 from iconformer_mm.messages import hint, one_line
 from iconformer_mm.registry import accepted
 
@@ -40,6 +41,9 @@ def explain(error: BaseException) -> str | None:
     Mistakes are what iconformer_mm says so of, and what the mm libraries' builders refuse: an unknown argument, or an
     unknown name of a class.
     """
+    for each in (error, error.__cause__):
+        if isinstance(each, MissingExtraError):
+            return f'error: {one_line(each)}'
     if isinstance(error, DataError):
         # What a data set's config is mistaken in is no fault of the data.
         mistake = _config_mistake(error.__cause__) if error.__cause__ else None

@@ -20,6 +20,7 @@ from rich.table import Table
 from iconformer_mm.analysis.lr_range_test import LRRangeTest, LRRangeTestHook, plot_lr_range_test, prepare_config
 from iconformer_mm.engine import build_runner, leave_process_group, load_config
 from iconformer_mm.engine.config import method_of
+from iconformer_mm.extras import require_extra
 from iconformer_mm.files import write_json, written_whole
 
 from .errors import user_errors
@@ -88,6 +89,7 @@ def report(test: LRRangeTest, settings: dict[str, Any], folder: Path, console: C
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse_args(argv)
+    require_extra('plot', 'the plot of a learning-rate range test')
     guard(args)
     console = Console(soft_wrap=True)
     test, settings, folder = sweep(args, console)

@@ -9,11 +9,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from iconformer_mm.extras import require_extra
 from iconformer_mm.files import written_whole
 from iconformer_mm.reports.comparison_page import report_comparison
 from iconformer_mm.reports.report_page import MIB, ReportError, render_page
 from iconformer_mm.reports.run_report import report_run
 
+from .errors import user_errors
 from .parser import Parser
 
 
@@ -26,9 +28,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse_args(argv)
+    require_extra('report', 'a report')
     folder, out = args.work_dir, args.out or args.work_dir / 'report.html'
     if not folder.is_dir():
         raise SystemExit(f'error: {folder} is no folder')

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from iconformer_mm.analysis.kernel_probe import (
 from iconformer_mm.analysis.saliency import attention_map, find_block, grad_cam
 from iconformer_mm.analysis.statistics import compare_images, describe_layers
 from iconformer_mm.checkpoint.reading import guard_loading
+from iconformer_mm.extras import require_extra
 from iconformer_mm.files import write_json
 from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.tuning import get_injection
@@ -146,10 +146,9 @@ def draw_saliency(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; the status is 1 if an image was skipped."""
     args = parse_args(argv)
+    require_extra('analysis', 'looking at kernels')
     console = Console(stderr=True, soft_wrap=True)
     guard_loading()
-    if find_spec('sklearn') is None:
-        raise SystemExit('error: this tool needs scikit-learn: pip install scikit-learn')
     paths = find_images(args.images)
     adapters = {'default': args.adapter, **({OTHER: args.compare} if args.compare else {})}
     inferencer = AdapterInferencer(args.config, adapters, args.base, args.device)

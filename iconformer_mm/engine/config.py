@@ -1,4 +1,4 @@
-"""Configs: found, read, composed with a PEFT method, and asked what they say."""
+"""Finding, reading and querying configs, and composing them with a PEFT method."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def find_config(name: str) -> Path:
     """Find a config file by path, or by ``library::path/in/its/configs``.
 
     Args:
-        name: ``configs/x.py`` or ``mmpretrain::vision_transformer/x``; the
-            latter with or without ``.py``.
+        name: ``configs/x.py`` or ``mmpretrain::vision_transformer/x``. The
+            suffix ``.py`` is optional in the latter.
 
     Raises:
-        FileNotFoundError: There is no such file or library.
+        FileNotFoundError: The file or the library does not exist.
     """
     library, separator, inner = name.partition('::')
     if not separator:
@@ -49,32 +49,32 @@ def find_config(name: str) -> Path:
 
 
 def load_config(name: str, peft: str | None = None) -> Config:
-    """Load a config by path or as ``library::path``, composed with a PEFT method if one is given.
+    """Load a config by path or as ``library::path``, and compose it with a PEFT method.
 
-    Its ``work_dir`` defaults to ``work_dirs/<name of the file>``; the method's name
-    takes the place of ``_full_`` in it, or follows it.
+    Its ``work_dir`` defaults to ``work_dirs/<name of the file>``. The method's name replaces
+    ``_full_`` in that name, or is appended to it.
 
     Args:
         name: The config.
-        peft: Name of a method, or a file with one such as
-            ``configs/_base_/peft/icon.py``.
+        peft: Name of a PEFT method, or a file with a method such as
+            ``configs/_base_/peft/icon.py``. Defaults to None, no method.
 
     Raises:
-        FileNotFoundError: There is no such file or library, or none of a base.
-        ValueError: The config cannot be read, the method is unknown or its file has no PEFTHook, or the library that
-            the config is for is not installed.
+        FileNotFoundError: The file, the library or a base config does not exist.
+        ValueError: The config cannot be read, the method is unknown, the method's file has no PEFTHook, or the
+            library that the config needs is not installed.
     """
     path = find_config(name)
     try:
         cfg = Config.fromfile(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"config '{name}': {one_line(error)}") from error
-    except Exception as error:  # a config is a program, which may fail in any way
+    except Exception as error:  # a config is a program that can fail in any way
         raise ValueError(f"config '{name}' cannot be read: {type(error).__name__}: {one_line(error)}") from error
     scope = cfg.get('default_scope')
     if scope is not None and find_spec(scope) is None:
         raise ValueError(
-            f"config '{name}' is for {scope} (its default_scope), and the package {scope} is not installed"
+            f"config '{name}' is for {scope} (its default_scope), but the package {scope} is not installed"
         )
     stem = path.stem
     if peft is not None:
@@ -87,19 +87,19 @@ def load_config(name: str, peft: str | None = None) -> Config:
 
 
 def add_peft(cfg: Config, method: str | dict) -> None:
-    """Have the runner adapt the model with a PEFT method, model config untouched.
+    """Add a PEFTHook to a config. The model's config does not change.
 
-    The hook becomes ``default_hooks.peft``, so that its options can be given
-    on the command line, as ``default_hooks.peft.method.bottleneck=32``. It
-    takes the place of a PEFTHook among the config's custom hooks.
+    The hook becomes ``default_hooks.peft``, so its options can be set on the command
+    line, e.g. ``default_hooks.peft.method.bottleneck=32``. It replaces any PEFTHook in
+    the config's custom hooks.
 
     Args:
-        cfg: The config.
-        method: Name or config of the method, or a file with one.
+        cfg: The config, changed in place.
+        method: Name or config of the method, or a file with a method.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The method or one of its options is unknown, or the file has no PEFTHook.
+        FileNotFoundError: The file does not exist.
+        ValueError: The method or one of its options is unknown, or the file does not have exactly one PEFTHook.
     """
     if isinstance(method, str) and method.endswith('.py'):
         hook = _read_method(method)
@@ -112,29 +112,28 @@ def add_peft(cfg: Config, method: str | dict) -> None:
 
 
 def _read_method(path: str) -> dict:
-    """The PEFTHook of a method's file."""
+    """Read the PEFTHook of a method's file."""
     found = peft_hooks(Config.fromfile(find_config(path)))
     if len(found) != 1:
         raise ValueError(
-            f'{path} is no file of a PEFT method: it needs one PEFTHook in its `custom_hooks`, as '
-            'configs/_base_/peft/icon.py has, and holds '
-            f'{len(found)}'
+            f'{path} is not a file of a PEFT method: it must have exactly one PEFTHook in `custom_hooks`, like '
+            f'configs/_base_/peft/icon.py, and has {len(found)}'
         )
     return found[0]
 
 
 def use_amp(cfg: Config) -> None:
-    """Have training run in mixed precision: float16 with loss scaling on a GPU, bfloat16 on a CPU.
+    """Set a config to train in mixed precision: float16 with loss scaling on a GPU, bfloat16 on a CPU.
 
     Args:
-        cfg: The config. Of its optimizer wrapper all is kept that is not about another precision.
+        cfg: The config, changed in place. Options of its optimizer wrapper for another precision are removed.
 
     Raises:
         ValueError: The config has no optimizer wrapper, or several.
     """
     optim_wrapper = cfg.get('optim_wrapper')
     if not isinstance(optim_wrapper, dict) or 'optimizer' not in optim_wrapper:
-        raise ValueError('--amp: the config has no single `optim_wrapper` with an optimizer to run in mixed precision')
+        raise ValueError('--amp: the config needs a single `optim_wrapper` with an optimizer for mixed precision')
     kept = AMP_OPTIONS if is_cuda_available() else ()
     for name in set(AMP_OPTIONS + APEX_OPTIONS).difference(kept):
         optim_wrapper.pop(name, None)
@@ -143,25 +142,28 @@ def use_amp(cfg: Config) -> None:
         return
     optim_wrapper['type'] = 'AmpOptimWrapper'
     scale = optim_wrapper.get('loss_scale')
-    # MMEngine takes no integer.
+    # MMEngine does not accept integers.
     optim_wrapper['loss_scale'] = 'dynamic' if scale is None else float(scale) if isinstance(scale, int) else scale
 
 
 def check_precision(cfg: Config) -> None:
-    """Refuse a training in mixed precision that needs a GPU where there is none.
+    """Reject mixed-precision training that needs a GPU on a machine without one.
+
+    Args:
+        cfg: The config.
 
     Raises:
-        ValueError: MMEngine's wrapper for it would not run here.
+        ValueError: MMEngine's AmpOptimWrapper cannot run on this machine.
     """
     if is_type(cfg.get('optim_wrapper') or {}, 'AmpOptimWrapper') and get_device() in ('cpu', 'mps'):
         raise ValueError(
-            "the config trains in mixed precision on a GPU (optim_wrapper.type is 'AmpOptimWrapper'), and there is "
-            'none: add --amp, which takes bfloat16 on a CPU, or set optim_wrapper.type=BFloat16OptimWrapper'
+            "the config trains in mixed precision on a GPU (optim_wrapper.type is 'AmpOptimWrapper'), but there is no "
+            'GPU: add --amp, which uses bfloat16 on a CPU, or set optim_wrapper.type=BFloat16OptimWrapper'
         )
 
 
 def peft_hooks(cfg: Config) -> list[Any]:
-    """The PEFTHooks of a config, among its custom and its default hooks; one that is built already is as it is.
+    """List the PEFTHooks among a config's custom and default hooks, as configs or as built hooks.
 
     Args:
         cfg: The config.
@@ -171,25 +173,25 @@ def peft_hooks(cfg: Config) -> list[Any]:
 
 
 def method_of(cfg: Config) -> dict[str, Any] | None:
-    """Arguments for :func:`iconformer_mm.inject`, of a config's PEFTHook; None if it has none."""
+    """Return the arguments of a config's PEFTHook for :func:`iconformer_mm.inject`, or None if it has no PEFTHook."""
     for hook in peft_hooks(cfg):
-        if not isinstance(hook, Mapping):  # built already
+        if not isinstance(hook, Mapping):  # already built
             hook = {name: getattr(hook, name) for name in accepted(type(hook))}
         return {key: value for key, value in hook.items() if key not in ('type', 'save_adapter', 'priority')}
     return None
 
 
 def names_weights(node: Any) -> bool:
-    """Whether a model's config says where pre-trained weights come from.
+    """Whether a model's config names pre-trained weights.
 
     Args:
-        node: The config of the model, or a part of it.
+        node: The model's config, or a part of it.
     """
     if isinstance(node, Mapping):
         inits = node.get('init_cfg') or []
         inits = inits if isinstance(inits, (list, tuple)) else [inits]
-        # `pretrained` is a name in older configs of MMSegmentation; with timm's models it is a switch, whose
-        # default differs from library to library, and there is `checkpoint_path`.
+        # In older configs of MMSegmentation, `pretrained` is a name. For timm's models it is a flag, whose default
+        # differs between libraries; they also have `checkpoint_path`.
         if node.get('checkpoint_path') or node.get('pretrained', _timm_default(node.get('type'))):
             return True
         pretrained = any(is_type(init, 'Pretrained', 'PretrainedInit') for init in inits if init)
@@ -198,12 +200,12 @@ def names_weights(node: Any) -> bool:
 
 
 def _timm_default(kind: Any) -> bool:
-    """Whether a backbone is one of timm's that takes its weights unless it is told not to."""
+    """Whether a backbone is one of timm's that loads pre-trained weights by default."""
     if not str(getattr(kind, '__name__', kind)).endswith('TIMMBackbone'):
         return False
     built = MODELS.get(kind) if isinstance(kind, str) else kind
     option = inspect.signature(built.__init__).parameters.get('pretrained') if built is not None else None
-    # Classes of ours hand their arguments on.
+    # Our classes pass their arguments on to their bases.
     if option is None and built is not None:
         option = next(
             (found for base in built.__mro__ if (found := inspect.signature(base).parameters.get('pretrained'))), None
@@ -212,9 +214,9 @@ def _timm_default(kind: Any) -> bool:
 
 
 def build_model(cfg: Config) -> BaseModel:
-    """The model of a config, on one process, without its pre-trained weights."""
+    """Build the model of a config for one process, without its pre-trained weights."""
     init_default_scope(cfg.default_scope)
     model = copy.deepcopy(cfg.model)
-    if cfg.get('data_preprocessor') is not None:  # MMPretrain's stands beside the model
+    if cfg.get('data_preprocessor') is not None:  # MMPretrain's configs have it outside the model
         model.setdefault('data_preprocessor', cfg.data_preprocessor)
     return revert_sync_batchnorm(MODELS.build(model))

@@ -1,4 +1,4 @@
-"""From a config to a runner."""
+"""Building a runner from a config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .runner import CheckedRunner
 
 
 def _complete_mmpretrain_dataloaders(cfg: Config) -> None:
-    """MMPretrain's configs count on their tools to say how a batch is collated."""
+    """Set the collate function and other defaults that MMPretrain's own tools would set."""
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         if cfg.get(name) is not None:
             loader = cfg[name]
@@ -36,7 +36,7 @@ def _complete_mmpretrain_dataloaders(cfg: Config) -> None:
 
 
 def _replace_sync_bn(node: Any) -> None:
-    """SyncBN runs on GPUs only; within one process MMEngine makes it BN, too."""
+    """Replace SyncBN, which runs only on GPUs, by BN. MMEngine does this, too, for a single process."""
     if isinstance(node, dict):
         if is_type(node, 'SyncBN', 'MMSyncBN', 'SyncBatchNorm'):
             node['type'] = 'BN'
@@ -47,7 +47,7 @@ def _replace_sync_bn(node: Any) -> None:
 
 
 def _take_seed_of_resumed(cfg: Config) -> None:
-    """A run whose seed was drawn by lot goes on with it; MMEngine would read it after the data loaders are built."""
+    """Take a randomly drawn seed from the checkpoint to resume. MMEngine reads it after it builds the data loaders."""
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     randomness = cfg.get('randomness') or {}
     if not cfg.get('resume') or not is_type(hook, 'AdapterCheckpointHook') or randomness.get('seed') is not None:
@@ -61,7 +61,7 @@ def _take_seed_of_resumed(cfg: Config) -> None:
 
 
 def _seed_of(path: str | os.PathLike | None) -> int | None:
-    """The seed of an adapter checkpoint; None where there is none."""
+    """Return the seed of an adapter checkpoint, or None."""
     if path is None or not str(path).endswith('.safetensors'):
         return None
     seed = load_safetensors(str(path)).get('meta', {}).get('seed')
@@ -71,21 +71,21 @@ def _seed_of(path: str | os.PathLike | None) -> int | None:
 
 
 def _join_process_group(cfg: Config) -> None:
-    """Meet the other processes of a distributed run, as MMEngine's runner would later."""
+    """Join the process group of a distributed run, as MMEngine's runner would do later."""
     launcher = cfg.get('launcher', 'none')
     if launcher == 'none' or torch.distributed.is_initialized():
         return
     if launcher == 'pytorch' and not torch.cuda.is_available():
-        # MMEngine would select a CUDA device, whatever the backend.
+        # MMEngine would select a CUDA device for any backend.
         torch.distributed.init_process_group('gloo')
     else:
         init_dist(launcher, **((cfg.get('env_cfg') or {}).get('dist_cfg') or {}))
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the config's runner; on machines without a GPU also a distributed one.
+    """Build the config's runner. Distributed runners work on machines without a GPU, too.
 
-    A runner without a PEFTHook is given a :class:`iconformer_mm.engine.WeightsHook`.
+    A runner without a PEFTHook gets a :class:`iconformer_mm.engine.WeightsHook`.
 
     Args:
         cfg: The config.
@@ -105,17 +105,17 @@ def build_runner(cfg: Config) -> Runner:
             )
     runner = CheckedRunner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
     if not hasattr(runner, 'strategy') and not any(isinstance(hook, WeightsHook) for hook in runner.hooks):
-        runner.register_hook(WeightsHook())  # PEFTHook is one, too
+        runner.register_hook(WeightsHook())  # PEFTHook is a subclass
     return runner
 
 
 def leave_process_group() -> None:
-    """Take the process group down once all of its processes are done; without one, nothing.
+    """Destroy the process group, if there is one, after all its processes are done.
 
-    A process that ends while another still talks to it can abort, and a run
-    that had finished its work would be reported as failed.
+    If a process exits while another still communicates with it, the other can abort. A
+    run that had finished its work would then be reported as failed.
     """
     if torch.distributed.is_initialized():
-        gc.collect()  # a wrapped model holds the group, too
+        gc.collect()  # a wrapped model also holds the group
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

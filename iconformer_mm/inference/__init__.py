@@ -1,4 +1,4 @@
-"""Prediction, and drawing what was predicted."""
+"""Prediction, and drawing of predictions."""
 
 from .inferencer import AdapterInferencer
 from .predictions import describe_prediction, draw_prediction

@@ -21,7 +21,7 @@ def enlarge(image: np.ndarray, prediction: BaseDataElement) -> tuple[np.ndarray,
     if factor == 1:
         return image, prediction
     prediction = prediction.clone()
-    instances = prediction.pred_instances = prediction.pred_instances.clone()  # the first copy shares it
+    instances = prediction.pred_instances = prediction.pred_instances.clone()  # the copy above shares them
     instances.bboxes = instances.bboxes * factor
     if 'masks' in instances:
         instances.masks = instances.masks.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)

@@ -1,4 +1,4 @@
-"""Prediction with one adapter or several on one base, by the inferencers of the OpenMMLab libraries."""
+"""Prediction with one or several adapters on one base, through the inferencers of the OpenMMLab libraries."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ AdapterSpec = str | os.PathLike | Mapping[str, Any]
 
 
 class AdapterInferencer:
-    """Predicts on images, with one base in memory however many adapters there are.
+    """Predicts on images. All adapters share one base in memory.
 
-    Classification, detection and instance segmentation, semantic segmentation and depth: whatever
-    the config's library (its ``default_scope``) has an inferencer for, with the test pipeline of the config.
+    It supports classification, detection, instance segmentation, semantic segmentation and depth. It uses the
+    inferencer of the config's library (its ``default_scope``) and the test pipeline of the config.
 
     Args:
-        config: The config of the model: a path, ``library::path``, or a loaded one.
-        adapter: An adapter file; or several by name, each a file or, where neck and head are not those of ``config``,
-            ``dict(file=..., config=...)`` with the config they were trained by. Defaults to None: the
-            model as ``base`` has it, adapted by the config's own PEFTHook if there is one.
-        base: Checkpoint with the base weights. Defaults to None, which takes what the config
-            names (``init_cfg``).
-        device: Where to run. Defaults to None, the best there is.
-        trust: Whether to unpickle a base (``.pth``) that holds more than tensors and plain data, which can execute
-            code in it. Defaults to False.
+        config: The config of the model: a path, ``library::path``, or a loaded config.
+        adapter: An adapter file, or several adapters by name. Each of them is a file, or ``dict(file=..., config=...)``
+            with its training config if its neck and head differ from those of ``config``. Defaults to None: the model
+            in ``base``, adapted by the config's own PEFTHook if there is one.
+        base: Checkpoint with the base weights. Defaults to None: the weights that the config names (``init_cfg``).
+        device: Device to run on. Defaults to None: the best one available.
+        trust: Whether to unpickle a base (``.pth``) that holds more than tensors and plain data. This can execute code
+            in the file. Defaults to False.
 
     Attributes:
         model: The model.
-        classes: Names of the classes of the active adapter, if they are known.
+        classes: Names of the classes of the active adapter, if known.
 
     Raises:
         AdapterFileError: An adapter file cannot be read or does not fit.
         FileNotFoundError: A file is missing.
-        ValueError: The library is unknown, there are no weights, or the base is not to be trusted.
-        WeightsError: A part of the model is in none of the files, such as a head of other classes.
+        ValueError: The library is unknown, there are no weights, or the base holds more than tensors and plain data
+            and is not trusted.
+        WeightsError: A part of the model is in none of the files, such as a head for other classes.
 
     Example:
         >>> inferencer = AdapterInferencer('configs/cifar100/vit-base-p16-mae_icon_8xb128-100e_cifar100.py',
@@ -76,7 +76,7 @@ class AdapterInferencer:
         self.scope = self.cfg.get('default_scope')
         if self.scope not in _INFERENCERS:
             raise ValueError(
-                f"the config's default_scope is {self.scope!r}; prediction is there for {', '.join(_INFERENCERS)}"
+                f"the config's default_scope is {self.scope!r}; prediction supports {', '.join(_INFERENCERS)}"
             )
         init_default_scope(self.scope)
         specs = _by_name(adapter)
@@ -94,8 +94,8 @@ class AdapterInferencer:
         self._files = [base or 'the weights that the config names']
         if base is None and not names_weights(cfg.model):
             raise ValueError(
-                'there are no base weights: the config names none (init_cfg of the backbone), so give the checkpoint '
-                'that the adapter was trained on as `base`'
+                'there are no base weights: the config names none (init_cfg of the backbone). Give the checkpoint that '
+                'the adapter was trained on as `base`'
             )
         if base is not None and not expanded(base).is_file():
             raise FileNotFoundError(f'the base {base} does not exist')
@@ -104,12 +104,12 @@ class AdapterInferencer:
         if as_config and method is not None:
             inject(model, **method)
         self._record = LoadRecord(model)
-        if getattr(find_backbone(model), 'is_init', False):  # by timm, as the model was built
+        if getattr(find_backbone(model), 'is_init', False):  # timm initialised it when the model was built
             self._record.note(_names_of_backbone(model))
         if base is None:
             logger = MMLogger.get_current_instance()
             level = logger.level
-            logger.setLevel('WARNING')  # of which it would report every tensor
+            logger.setLevel('WARNING')  # otherwise it reports every tensor
             try:
                 model.init_weights()
             finally:
@@ -117,14 +117,14 @@ class AdapterInferencer:
         else:
             checkpoint = read_checkpoint(base, self._trust)
             if 'adapter_file' in checkpoint:
-                raise ValueError(f'{base} is an adapter file, no base: give it as `adapter`')
+                raise ValueError(f'{base} is an adapter file, not a base: give it as `adapter`')
             if as_config:
                 check_training(checkpoint, model, get_injection(model), str(base), whole=True)
             load_state_dict(model, state_dict_of(checkpoint, base), strict=False)
         return model
 
     def _load(self, name: str, spec: AdapterSpec) -> dict:
-        """Load an adapter; what is known of its classes."""
+        """Load an adapter and return what is known about its classes."""
         parts, meta = None, {}
         if isinstance(spec, Mapping):
             unknown = set(spec) - {'file', 'config'}
@@ -139,18 +139,18 @@ class AdapterInferencer:
             file = spec['file']
         else:
             file = spec
-        # A model that was born adapted has an adapter of this name already, which takes the file.
+        # A backbone that is adapted by its type already has an adapter of this name. Load the file into it.
         born = name == DEFAULT_NAME and name in self.adapters
         if born and parts:
             raise ValueError(
-                f"adapter '{name}' of a model that is born adapted has the neck and head of its config; give the one "
-                'with a config of its own another name'
+                f"adapter '{name}' exists already: the config builds a backbone with an adapter of this name, and it "
+                'uses the neck and head of the config. Give the adapter with its own config another name'
             )
         loaded = self._record.loaded()
         content, tensors = read_adapter(file)
         put_adapter(self.model, content, tensors, file, name=None if born else name, parts=parts)
         set_adapter(self.model, name)
-        # The fingerprint has vouched for the base. Parts that were copied are what the copied ones were.
+        # The fingerprint verified the base. Copied parts are as complete as their originals.
         own = [n for n in loaded if n.partition('.')[0] not in (parts or {})]
         self._record.note([*_names_of_backbone(self.model), *tensors, *own])
         self._files.append(file)
@@ -160,7 +160,7 @@ class AdapterInferencer:
         return meta
 
     def _require_all(self) -> None:
-        """Refuse a model of which a part is in none of the files."""
+        """Refuse a model if a part of it is in none of the files."""
         require_all(self._record, ' and '.join(map(str, self._files)))
 
     @property
@@ -170,40 +170,40 @@ class AdapterInferencer:
 
     @property
     def classes(self) -> Sequence[str] | None:
-        """Names of the classes of the active adapter; None if they are unknown."""
+        """Names of the classes of the active adapter; None if unknown."""
         return self.meta.get('classes')
 
     @property
     def meta(self) -> dict:
-        """Classes and palette of the active adapter, as far as they are known."""
+        """Classes and palette of the active adapter, as far as known."""
         name = active_adapter(self.model)
         return self._metas[name] if name in self._metas else _metainfo(self.cfg)
 
     def set_adapter(self, name: str) -> None:
-        """Make an adapter the active one, with its neck, head and classes; nothing is copied.
+        """Activate an adapter with its neck, head and classes. Nothing is copied.
 
         Args:
             name: One of :attr:`adapters`.
 
         Raises:
-            ValueError: There is no such adapter.
+            ValueError: The adapter does not exist.
         """
         set_adapter(self.model, name)
 
     def __call__(self, images: Any, adapter: str | None = None, batch_size: int = 1) -> list[BaseDataElement]:
-        """Predict.
+        """Predict on images.
 
         Args:
-            images: Paths or images (H, W, 3), uint8, BGR, or one of them. A model of grey
-                images gets grey ones.
-            adapter: Makes this adapter the active one first. Defaults to None, the active one.
-            batch_size: Images at a time. Defaults to 1.
+            images: One or several paths or images (H, W, 3), uint8, BGR. They are converted to grey for a model of
+                grey images.
+            adapter: Adapter to activate first. It stays active. Defaults to None: the active one.
+            batch_size: Number of images per batch. Defaults to 1.
 
         Returns:
-            The library's data samples, one an image.
+            The library's data samples, one per image.
 
         Raises:
-            ValueError: There is no such adapter, or an image cannot be read.
+            ValueError: The adapter does not exist, or an image cannot be read.
         """
         if adapter is not None:
             self.set_adapter(adapter)
@@ -212,11 +212,11 @@ class AdapterInferencer:
         return [prediction for batch in batches for prediction in self._inferencer.forward(batch)]
 
     def batches(self, images: Any, batch_size: int = 1) -> Iterator[dict]:
-        """What the model's ``test_step`` takes: images that went through the test pipeline of the config.
+        """Yield batches for the model's ``test_step``: images after the test pipeline of the config.
 
         Args:
-            images: As for a prediction.
-            batch_size: Images at a time. Defaults to 1.
+            images: One or several paths or images, as for a prediction.
+            batch_size: Number of images per batch. Defaults to 1.
 
         Raises:
             ValueError: An image cannot be read.
@@ -227,29 +227,29 @@ class AdapterInferencer:
         if _num_channels(self.model) == 1:
             images = [_to_grey(image) for image in images]
         for batch in self._inferencer.preprocess(images, batch_size=batch_size):
-            # MMDetection's gives the images beside the batch.
+            # MMDetection's inferencer returns the images and the batch.
             yield batch if isinstance(batch, dict) else batch[1]
 
 
 def _names_of_backbone(model: nn.Module) -> list[str]:
-    """Names of the tensors of a model's backbone."""
+    """Return the names of the tensors of a model's backbone."""
     prefixes = [name for name, module in model.named_modules() if module is find_backbone(model)]
     return [f'{prefixes[0]}.{name}'.removeprefix('.') for name in find_backbone(model).state_dict()]
 
 
 def _by_name(adapter: AdapterSpec | Mapping[str, AdapterSpec] | None) -> dict[str, AdapterSpec]:
-    """Adapters by name, a single one under the name that a single one has."""
+    """Return adapters by name. A single adapter gets the default name."""
     if adapter is None:
         return {}
     if isinstance(adapter, Mapping) and 'file' not in adapter:
         if not adapter:
-            raise ValueError('there is no adapter in the empty dictionary')
+            raise ValueError('`adapter` is an empty dictionary; give at least one adapter, or None')
         return dict(adapter)
     return {DEFAULT_NAME: adapter}
 
 
 def _metainfo(cfg: Config) -> dict:
-    """Classes and palette of the config's test data, without reading the data."""
+    """Return the classes and the palette of the config's test data without reading the data."""
     dataset = (cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get('dataset') or {}
     kind = dataset.get('type')
     if isinstance(kind, str):
@@ -260,7 +260,7 @@ def _metainfo(cfg: Config) -> dict:
 
 
 def _num_channels(model: nn.Module) -> int | None:
-    """Channels of the images a model takes, by the means its preprocessor subtracts."""
+    """Return the number of image channels of a model, from the means that its preprocessor subtracts."""
     mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
     return None if mean is None else len(mean)
 
@@ -278,12 +278,12 @@ def _to_grey(image: str | np.ndarray) -> np.ndarray:
 
 
 class _Inferencer(BaseInferencer):
-    """What a library's inferencer is asked for: the test pipeline and the forward pass of a model that is there."""
+    """Makes a library's inferencer use an existing model. Only its test pipeline and forward pass are needed."""
 
     def __init__(self, cfg: Config, model: BaseModel, device: str) -> None:
         self.cfg, self.given = cfg, model
         super().__init__(copy.deepcopy(cfg), device=device)
-        self.show_progress = False  # no argument of mmseg 1.2's
+        self.show_progress = False  # not an argument in mmseg 1.2
 
     def _init_model(self, cfg: Any, weights: Any, device: str = 'cpu') -> BaseModel:
         self.given.cfg = cfg

@@ -1,4 +1,4 @@
-"""MMDetection's backbones, born adapted."""
+"""MMDetection's backbones with built-in adapters."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from .peft_backbone import PEFTBackbone
 class ICoNSwinTransformer(PEFTBackbone, SwinTransformer):
     """Swin Transformer with iCoN adapters.
 
-    Takes all arguments of ``mmdet.SwinTransformer``, and ``peft``.
+    It takes all arguments of ``mmdet.SwinTransformer``, and ``peft``.
     """

@@ -17,21 +17,21 @@ from torch import Tensor, nn
 class DepthDeconvHead(BaseDecodeHead):
     """Deconvolution head for monocular depth.
 
-    In the manner of MIM-Depth (Xie et al., CVPR 2023) and GLPDepth (Kim et al.,
-    2022): the last feature map of the backbone goes through 2x deconvolutions
-    and two convolutions, and a sigmoid bounds the depth by ``max_depth``. The
-    exact layers are ours.
+    It follows MIM-Depth (Xie et al., CVPR 2023) and GLPDepth (Kim et al., 2022).
+    The backbone's last feature map passes through 2x deconvolutions and two
+    convolutions. A sigmoid bounds the depth by ``max_depth``. The exact layers
+    are ours.
 
     Args:
         in_channels: Channels of the backbone's map at ``in_index``.
-        num_filters: Output channels of the deconvolutions, one each. Defaults
-            to ``(32, 32, 32)``.
+        num_filters: Output channels of each deconvolution. Defaults to
+            ``(32, 32, 32)``.
         max_depth: Largest depth, in metres. Defaults to 10.
         norm_cfg: Norm after each deconvolution. Defaults to
             ``dict(type='BN')``.
         loss_decode: Config of the loss. Defaults to
             ``dict(type='SiLogLoss')``.
-        in_index: Which of the backbone's maps to take. Defaults to -1.
+        in_index: Index of the backbone's map to use. Defaults to -1.
         **kwargs: Further arguments of mmseg's ``BaseDecodeHead``.
 
     Raises:
@@ -51,13 +51,13 @@ class DepthDeconvHead(BaseDecodeHead):
         if max_depth <= 0:
             raise ValueError(f'max_depth must be positive (metres), got {max_depth}')
         if len(num_filters) == 0 or min(num_filters) < 1:
-            raise ValueError(f'num_filters must name at least one positive width, got {num_filters}')
+            raise ValueError(f'num_filters must hold one or more positive integers, got {num_filters}')
         super().__init__(
             in_channels=in_channels,
             channels=num_filters[-1],
             num_classes=1,
             out_channels=1,
-            threshold=0.5,  # unused; mmseg wants one for a single channel
+            threshold=0.5,  # unused, but mmseg requires it for a single channel
             dropout_ratio=0.0,
             norm_cfg=norm_cfg or dict(type='BN'),
             loss_decode=loss_decode or dict(type='SiLogLoss'),
@@ -82,23 +82,23 @@ class DepthDeconvHead(BaseDecodeHead):
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Predict depth in metres, (B, 1, H, W), at ``2 ** len(num_filters)`` times the map's size."""
         x = self.conv(self.deconvs(self._transform_inputs(inputs)))
-        # In float32: half precision is too coarse near the ends of a sigmoid.
+        # In float32, because half precision is too coarse near the ends of a sigmoid.
         return self.conv_seg(x).float().sigmoid() * self.max_depth
 
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: list) -> dict[str, Tensor]:
-        """Compare the prediction with the true depth at full size.
+        """Compute the losses of the prediction against the true depth at full size.
 
         Args:
-            seg_logits: Predicted depth, (B, 1, h, w).
+            seg_logits: Predicted depth in metres, (B, 1, h, w).
             batch_data_samples: Samples with ``gt_depth_map`` (1, H, W) in
-                metres; 0 where it is unknown.
+                metres. 0 means unknown.
 
         Returns:
             The losses by name.
         """
         target = torch.stack([sample.gt_depth_map.data for sample in batch_data_samples]).to(seg_logits)
         depth = F.interpolate(seg_logits, size=target.shape[2:], mode='bilinear', align_corners=self.align_corners)
-        # Of an image without any known depth SiLogLoss has no gradient but NaN.
+        # For an image without known depth, the gradient of SiLogLoss is NaN.
         known = (target > 0).flatten(1).any(dim=1)
         losses: dict[str, Tensor] = {}
         for loss in [self.loss_decode] if not isinstance(self.loss_decode, nn.ModuleList) else self.loss_decode:

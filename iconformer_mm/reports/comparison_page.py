@@ -1,4 +1,4 @@
-"""What is known of a comparison, from the ``--out`` folder of ``tools/compare.py``, as a page."""
+"""A page about a comparison, from the ``--out`` folder of ``tools/compare.py``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from markdown_it import MarkdownIt
-from markupsafe import Markup
-
 from iconformer_mm.comparison.results import result_files
 from iconformer_mm.comparison.tables import PICTURES
+from iconformer_mm.extras import require_extra
 
 from .report_page import Page, ReportError, Section, Table, format_value, read_picture
 
@@ -33,7 +31,7 @@ RUN_COLUMNS = {
 
 
 def report_comparison(folder: Path) -> Page:
-    """The page of a comparison.
+    """Build the page of a comparison.
 
     Args:
         folder: ``--out`` folder of ``tools/compare.py``.
@@ -48,7 +46,7 @@ def report_comparison(folder: Path) -> Page:
         title = str(results['title'])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(
-            f'{path} is no result of tools/compare.py ({type(error).__name__}: {error}); write it anew with '
+            f'{path} is not a result of tools/compare.py ({type(error).__name__}: {error}); write it again with '
             '`python tools/compare.py COMPARISON --report-only --out FOLDER`'
         ) from None
     finished, problems = read_runs(folder)
@@ -88,7 +86,7 @@ def read_runs(folder: Path) -> tuple[dict[str, dict], list[str]]:
         folder: The comparison's folder.
 
     Returns:
-        Their contents by name, and messages on what could not be read.
+        The contents by run name, and messages about files that could not be read.
     """
     finished, problems = {}, []
     for name, path in result_files(folder).items():
@@ -121,9 +119,12 @@ def _predictions(folder: Path) -> list[Section]:
 
 
 def _markdown_section(title: str, path: Path) -> Section:
-    """The tables of a Markdown file; only tables, headings and bold text are known, the rest is shown as text."""
+    """Render a Markdown file: tables, headings and bold text. Everything else is shown as plain text."""
     if not path.is_file():
         return Section(title, notes=[f'{path.name} is missing'])
+    require_extra('report', 'a report')
+    from markdown_it import MarkdownIt
+
     reader = MarkdownIt('zero').enable(['table', 'heading', 'emphasis'])
     tokens = reader.parse(re.sub(r'\A# .*', '', path.read_text(encoding='utf-8', errors='replace')))
     for token in tokens:
@@ -131,4 +132,4 @@ def _markdown_section(title: str, path: Path) -> Section:
             token.tag = 'h3'
     html = reader.renderer.render(tokens, reader.options, {})
     html = html.replace('<table>', '<div class="scroll" tabindex="0"><table>').replace('</table>', '</table></div>')
-    return Section(title, html=Markup(html))
+    return Section(title, html=html)

@@ -1,4 +1,4 @@
-"""Plots of one training run: its history."""
+"""Plots of the history of a training run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from iconformer_mm.figures import new_figure
 
-DOTTED = 60  # up to so many values of a curve are marked, as single ones may be all there is
+DOTTED = 60  # curves with at most this many values get markers, so that a single value is visible
 LEGEND_COLUMNS = 3
 
 
@@ -20,7 +20,7 @@ class HistoryPanel:
     Attributes:
         title: Title.
         xlabel: What a step is.
-        curves: By name, pairs of a step and a value; values that are no finite numbers leave a gap.
+        curves: Pairs of a step and a value, by curve name. Values that are not finite leave a gap.
     """
 
     title: str
@@ -33,11 +33,11 @@ def draw_history(panel: HistoryPanel, logarithmic: bool = False) -> str:
 
     Args:
         panel: The panel.
-        logarithmic: Whether the values' axis is logarithmic, if all values are positive.
+        logarithmic: Whether to use a logarithmic value axis if all values are positive.
             Defaults to False.
 
     Returns:
-        An SVG picture, the same for the same panel.
+        An SVG picture. The same panel always gives the same text.
     """
     import matplotlib
     from matplotlib.ticker import MaxNLocator
@@ -53,7 +53,7 @@ def draw_history(panel: HistoryPanel, logarithmic: bool = False) -> str:
     if logarithmic and values and min(values) > 0:
         axes.set_yscale('log')
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if legend_rows:  # outside, since a curve may be anywhere within
+    if legend_rows:  # outside, because curves may be anywhere inside
         figure.legend(loc='outside lower center', ncols=LEGEND_COLUMNS, fontsize=8, frameon=False)
     axes.set(title=panel.title, xlabel=panel.xlabel)
     axes.grid(alpha=0.3)

@@ -1,6 +1,7 @@
 """One self-contained HTML page: sections of facts, tables, pictures and texts.
 
-Nothing is fetched and nothing runs: the page holds its style and its pictures, and its policy forbids the rest.
+The page fetches nothing and runs nothing. It contains its style and its pictures, and its content security policy
+forbids everything else.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
+
+from iconformer_mm.extras import require_extra
 
 MIB = 2**20
 IMAGE_KINDS = {'.png': 'png', '.jpg': 'jpeg', '.jpeg': 'jpeg', '.webp': 'webp'}
@@ -76,7 +77,7 @@ TEMPLATE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ page.title }}</title>
-<style>{{ style }}</style>
+<style>{{ style | safe }}</style>
 </head>
 <body>
 <header>
@@ -107,7 +108,7 @@ TEMPLATE = """<!doctype html>
 {% endfor %}
 </tbody></table></div>
 {% endfor %}
-{{ section.html }}
+{{ section.html | safe }}
 {% if section.pictures %}
 <div class="pictures {{ section.look }}">
 {% for picture in section.pictures %}
@@ -127,12 +128,12 @@ TEMPLATE = """<!doctype html>
 
 
 class ReportError(ValueError):
-    """A folder holds nothing to report, or nothing that can be read."""
+    """A folder holds nothing to report, or nothing readable."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the first of each names the row.
+    """Rows of cells. The first cell of each row names it.
 
     Attributes:
         titles: Titles of the columns.
@@ -145,13 +146,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture within the page.
+    """A picture embedded in the page.
 
     Attributes:
-        caption: What it shows.
-        content: The file.
-        kind: Its type, such as ``'png'`` or ``'svg+xml'``.
-        captioned: Whether the caption is shown below it, beside being its alternative text.
+        caption: What it shows. It is also the alternative text.
+        content: The bytes of the file.
+        kind: Its image type, such as ``'png'`` or ``'svg+xml'``.
+        captioned: Whether the caption is shown below the picture. Defaults to False.
     """
 
     caption: str
@@ -176,22 +177,22 @@ class Section:
         tables: Tables.
         html: Trusted HTML.
         pictures: Pictures.
-        look: How they are laid out: ``''`` small, ``'plot'``, or ``'plot wide'``, one a row.
-        folded: Long texts by title, folded up.
+        look: Layout of the pictures: ``''`` (small), ``'plot'``, or ``'plot wide'`` (one per row).
+        folded: Long texts by title, initially collapsed.
     """
 
     title: str
     notes: list[str] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
-    html: Markup = Markup()
+    html: str = ''
     pictures: list[Picture] = field(default_factory=list)
     look: str = ''
     folded: dict[str, str] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
-        """Anchor."""
+        """The anchor of the section."""
         return self.title.lower().replace(' ', '-')
 
 
@@ -211,7 +212,7 @@ class Page:
 
 
 def format_value(value: Any) -> str:
-    """A number with six significant digits or thousands apart; a text as it is."""
+    """Format a float with six significant digits and an integer with thousands separators. Text is unchanged."""
     if value is None:
         return '–'
     if isinstance(value, float):
@@ -220,11 +221,11 @@ def format_value(value: Any) -> str:
 
 
 def read_picture(path: Path, caption: str, captioned: bool = False) -> Picture | None:
-    """Read a picture; None if it is damaged.
+    """Read a picture. Return None if it is damaged.
 
     Args:
         path: PNG, JPEG or WebP file.
-        caption: What it shows.
+        caption: What the picture shows.
         captioned: Whether the caption is shown. Defaults to False.
     """
     try:
@@ -236,10 +237,16 @@ def read_picture(path: Path, caption: str, captioned: bool = False) -> Picture |
 
 
 def render_page(page: Page) -> str:
-    """The page as HTML; all texts are escaped.
+    """Render a page as HTML. All texts are escaped.
 
     Args:
         page: The page.
+
+    Raises:
+        MissingExtraError: Jinja is not installed.
     """
+    require_extra('report', 'a report')
+    from jinja2 import Environment, StrictUndefined
+
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    return environment.from_string(TEMPLATE).render(page=page, style=Markup(STYLE))
+    return environment.from_string(TEMPLATE).render(page=page, style=STYLE)

@@ -1,4 +1,4 @@
-"""What is known of a training run, from its work directory, as a page; what is missing or damaged becomes a note."""
+"""A page about a training run, from its work directory. Missing or damaged files become notes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .report_page import IMAGE_KINDS, Page, Picture, ReportError, Section, Table
 
 MAX_PICTURES = 48
 MAX_PANELS = 12
-TIMESTAMP = re.compile(r'\d{8}_\d{6}')  # MMEngine's name of the folder of one start
+TIMESTAMP = re.compile(r'\d{8}_\d{6}')  # MMEngine's folder name for one start of a run
 NO_METRIC = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory', 'lr', 'base_lr', 'grad_norm'}
-# By the last part of a metric's name, such as top1 of accuracy/top1.
+# Matched against the last part of a metric's name, such as top1 in accuracy/top1.
 LOWER_IS_BETTER = re.compile(r'loss|rmse|_rel$|log10|silog')
 HIGHER_IS_BETTER = re.compile(r'[aA]cc|^top|precision|recall|f1|AP|AR@|IoU|Dice|auc|^d[123]$')
 
@@ -33,13 +33,13 @@ class Run:
     """A training run.
 
     Attributes:
-        folder: Work directory.
-        starts: Folders of its starts, in order; a resumed run has several.
-        train: What was logged of training, a dictionary every few steps.
-        val: What was logged of validations, a dictionary each.
+        folder: The work directory.
+        starts: Folders of its starts, in order. A resumed run has several.
+        train: Training logs, one dictionary every few steps.
+        val: Validation logs, one dictionary per validation.
         config: The dumped config of the last start that has one.
-        log: The log of the last start.
-        problems: What could not be read.
+        log: The log of the last start that has one.
+        problems: Messages about what could not be read.
     """
 
     folder: Path
@@ -52,13 +52,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the config, as MMEngine dumped it into the folder; or of the folder."""
+        """The name of the config that MMEngine dumped into the folder, or the name of the folder."""
         configs = sorted(self.folder.glob('*.py'), key=lambda path: path.stat().st_mtime)
         return configs[-1].stem if configs else self.folder.resolve().name
 
     @property
     def unit(self) -> str:
-        """What validations are counted by."""
+        """The unit in which validations are counted."""
         return 'epoch' if any('epoch' in record for record in self.train) else 'iteration'
 
 
@@ -72,7 +72,7 @@ def read_run(folder: Path) -> Run:
         folder: The work directory.
 
     Raises:
-        ReportError: It has no folder of a start.
+        ReportError: It contains no folder of a start.
     """
     starts = sorted(path for path in folder.iterdir() if path.is_dir() and TIMESTAMP.fullmatch(path.name))
     if not starts:
@@ -92,11 +92,11 @@ def read_run(folder: Path) -> Run:
 
 
 def read_scalars(path: Path, problems: list[str]) -> list[dict]:
-    """Read what MMEngine logged, one JSON object a line.
+    """Read MMEngine's log of scalars, one JSON object per line.
 
     Args:
-        path: The file; none gives nothing.
-        problems: Gets a message on lines that cannot be read.
+        path: The file. A missing file gives no records.
+        problems: A message about unreadable lines is appended to it.
 
     Returns:
         The objects that have a step.
@@ -119,7 +119,7 @@ def read_scalars(path: Path, problems: list[str]) -> list[dict]:
 
 
 def _append_start(run: Run, records: list[dict]) -> None:
-    """Add what a start logged, in place of what earlier ones had logged of the same steps."""
+    """Add the records of a start. They replace the records of earlier starts for the same steps."""
     train = [record for record in records if 'iter' in record]
     val = [record for record in records if 'iter' not in record]
     begin = min((record['step'] for record in train), default=math.inf)
@@ -129,14 +129,14 @@ def _append_start(run: Run, records: list[dict]) -> None:
 
 
 def read_summary(folder: Path, problems: list[str]) -> Summary | None:
-    """Read what PEFTHook wrote of a training.
+    """Read the summary that PEFTHook wrote of a training.
 
     Args:
         folder: The work directory.
-        problems: Gets a message if the file cannot be read.
+        problems: A message is appended to it if the file cannot be read.
 
     Returns:
-        The summary; None if there is none.
+        The summary; None if the file is missing or unreadable.
     """
     path = folder / SUMMARY_FILE
     if not path.is_file():
@@ -144,7 +144,7 @@ def read_summary(folder: Path, problems: list[str]) -> Summary | None:
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
         summary = Summary(**{part.name: content[part.name] for part in fields(Summary)})
-        str(summary)  # which fails where a value is not of its kind
+        str(summary)  # fails if a value has the wrong type
         return summary
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problems.append(f'{path.name} cannot be read: {type(error).__name__}: {error}')
@@ -152,10 +152,10 @@ def read_summary(folder: Path, problems: list[str]) -> Summary | None:
 
 
 def read_environment(log: str) -> dict[str, str]:
-    """Read the versions that MMEngine wrote to a log.
+    """Read the versions of the environment from MMEngine's log.
 
     Args:
-        log: The log's text.
+        log: The text of the log.
     """
     block = log.rpartition('System environment:\n')[2].partition('\n-----')[0] if 'System environment:' in log else ''
     facts = re.findall(r'^ {4}(\w[^:\n]*): (.*)$', block, re.MULTILINE)
@@ -163,7 +163,7 @@ def read_environment(log: str) -> dict[str, str]:
 
 
 def metrics_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Names of the metrics in validations, in order."""
+    """Return the names of the metrics in log records, in order."""
     names: dict[str, None] = {}
     for record in records:
         names.update(dict.fromkeys(n for n, value in record.items() if n not in NO_METRIC and _is_number(value)))
@@ -171,7 +171,7 @@ def metrics_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def best_of(name: str, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The record with a metric's best value; None where it is not known which direction is the better."""
+    """Return the record with a metric's best value; None if the better direction is unknown."""
     last = name.rpartition('/')[2]
     sign = -1 if LOWER_IS_BETTER.search(last) else 1 if HIGHER_IS_BETTER.search(last) else 0
     known = [record for record in records if _is_number(record.get(name)) and math.isfinite(record[name])]
@@ -186,14 +186,14 @@ def _is_number(value: Any) -> bool:
 
 
 def report_run(folder: Path, max_bytes: int) -> Page:
-    """The page of a run.
+    """Build the page of a run.
 
     Args:
         folder: Work directory of ``tools/train.py``.
-        max_bytes: Size that pictures of predictions may have in all.
+        max_bytes: Maximum total size of the pictures of predictions, in bytes.
 
     Raises:
-        ReportError: It is none.
+        ReportError: The folder is not such a work directory.
     """
     run = read_run(folder)
     sections = [
@@ -218,7 +218,7 @@ def _summary(run: Run) -> Section:
     summary = read_summary(run.folder, run.problems)
     section.notes.extend(run.problems)
     if summary is None:
-        section.notes.append(f'there is no {SUMMARY_FILE} to read: no PEFTHook adapted the model in training')
+        section.notes.append(f'there is no {SUMMARY_FILE}: no PEFTHook adapted the model in training')
     else:
         section.facts['method'] = format_value(summary.method)
         section.facts['trained share of the backbone'] = f'{summary.backbone_share:.3%}'
@@ -260,7 +260,7 @@ def _curves(run: Run) -> Section:
         (HistoryPanel('learning rate', 'iteration', _series(run.train, rates)), False),
         (HistoryPanel('gradient norm', 'iteration', _series(run.train, ['grad_norm'])), True),
     ]
-    # One value is no curve; the tables have it.
+    # A single value is not a curve. The tables show it.
     metrics = [name for name in metrics_of(run.val) if sum(name in record for record in run.val) > 1]
     panels += [(HistoryPanel(name, run.unit, _series(run.val, [name])), False) for name in metrics[:MAX_PANELS]]
     for panel, logarithmic in panels:
@@ -296,7 +296,7 @@ def _predictions(run: Run, max_bytes: int) -> Section:
     files = [
         p for f in (folder, *reversed(run.starts)) for p in sorted(f.rglob('*')) if p.suffix.lower() in IMAGE_KINDS
     ]
-    # tools/predict.py writes maps of class indices beside its pictures.
+    # tools/predict.py also writes maps of class indices next to its pictures.
     maps = {p.with_name(f'{p.stem}_labels.png') for p in files}
     files = [p for p in files if p not in maps]
     captions = _captions(folder / 'predictions.json', section.notes)
@@ -321,13 +321,14 @@ def _predictions(run: Run, max_bytes: int) -> Section:
         section.notes.append(f'pictures that cannot be read: {len(damaged)}, such as {damaged[0]}')
     if not files:
         section.notes.append(
-            'no pictures were found, neither of a visualization hook nor in a folder `predictions` of tools/predict.py'
+            'no pictures were found: neither from a visualization hook, nor in a folder `predictions` of '
+            'tools/predict.py'
         )
     return section
 
 
 def _captions(path: Path, notes: list[str]) -> dict[str, str]:
-    """What tools/predict.py says of its pictures, by their names without suffix."""
+    """Describe the predictions of tools/predict.py, by the names of their pictures without suffix."""
     if not path.is_file():
         return {}
     try:
@@ -345,7 +346,7 @@ def _adapter(run: Run) -> Section:
         content, tensors = read_adapter(path)
     except FileNotFoundError:
         section.notes.append(
-            'there is no adapter.safetensors: training has not ended, or the method trains the backbone itself'
+            'there is no adapter.safetensors: training has not finished, or the method trains the backbone itself'
         )
         return section
     except AdapterFileError as error:

@@ -14,14 +14,14 @@ from .sites import Argument, BlockFamily, FromPatchEmbed, FromShape
 
 
 class GridTracker:
-    """Knows the token grid of a host whose blocks see a bare sequence.
+    """Tracks the token grid of a host whose blocks see only a sequence.
 
-    One tracker serves all blocks of a host. Each thread has a grid of its own. The
-    tracker does not refer to the host, so that a block can be pickled without it.
+    One tracker serves all blocks of a host. Each thread has its own grid. The tracker
+    does not refer to the host, so a block can be pickled without the host.
 
     Args:
         host: Module with a ``patch_embed``.
-        source: How to read the grid there.
+        source: How to read the grid from the patch embedding.
     """
 
     def __init__(self, host: nn.Module, source: FromPatchEmbed) -> None:
@@ -31,11 +31,11 @@ class GridTracker:
         self._grid = PerThread()
 
     def note(self, height: int, width: int) -> None:
-        """Take the grid of the forward pass that begins in this thread."""
+        """Store the grid of the forward pass that starts in this thread."""
         self._grid.value = TokenGrid(height, width, self.num_prefix_tokens)
 
     def grid(self) -> TokenGrid:
-        """The grid of the forward pass under way in this thread.
+        """Return the grid of the current forward pass in this thread.
 
         Raises:
             RuntimeError: No patch embedding ran in this thread.
@@ -50,12 +50,12 @@ class GridTracker:
 
 
 class PatchEmbedTap(Replacement):
-    """Tells a tracker the grid whenever the patch embedding runs.
+    """Reports the grid to a tracker whenever the patch embedding runs.
 
     Args:
         patch_embed: The host's patch embedding.
-        source: How to read the grid there.
-        tracker: Whom to tell.
+        source: How to read the grid from the patch embedding.
+        tracker: The tracker.
     """
 
     def __init__(self, patch_embed: nn.Module, source: FromPatchEmbed, tracker: GridTracker) -> None:
@@ -64,7 +64,7 @@ class PatchEmbedTap(Replacement):
         self.tracker = tracker
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The patch embedding's forward, listened to."""
+        """Run the patch embedding, and report the grid."""
         args, kwargs = self.input_first(args, kwargs)
         out = self.host_forward(*args, **kwargs)
         self.tracker.note(*self.source.read(self.module, args, out))
@@ -72,11 +72,11 @@ class PatchEmbedTap(Replacement):
 
 
 def grid_of_call(family: BlockFamily, args: tuple, kwargs: dict, tracker: GridTracker | None) -> TokenGrid:
-    """The grid of the tokens that a block is called with.
+    """Return the grid of the tokens in a call of a block.
 
     Args:
         family: The block's family.
-        args: Positional arguments of the call, the input among them.
+        args: Positional arguments of the call, including the input.
         kwargs: Keyword arguments of the call.
         tracker: The host's tracker, for families that need one.
     """

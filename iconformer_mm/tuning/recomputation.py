@@ -1,4 +1,4 @@
-"""Gradient checkpointing that a host does from outside of its blocks."""
+"""Gradient checkpointing that a host applies from outside its blocks."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .sites import Site
 class Recomputation:
     """Takes over timm's gradient checkpointing (``set_grad_checkpointing``).
 
-    timm recomputes its blocks from outside of them, where neither the grid nor the adapter of the call is
-    known any more. The joints of the blocks do it instead, also where it is switched on or off later.
+    timm recomputes blocks from outside. There, the grid and the adapter of the original call are no longer known.
+    So the joints of the blocks recompute instead, even if checkpointing is switched on or off later.
 
     Args:
         backbone: The adapted backbone.
         sites: All known blocks of the backbone.
-        joint_of: Gives the joint of a block.
+        joint_of: Returns the joint of a block.
     """
 
     def __init__(self, backbone: nn.Module, sites: list[Site], joint_of: Callable[[nn.Module], Joint]) -> None:
         self.joint_of = joint_of
         self.holders: list[Any] = []
-        self.blocks: list[list[nn.Module]] = []  # of each holder
+        self.blocks: list[list[nn.Module]] = []  # per holder
         self.is_on: list[bool] = []
         self._setters: list[_Setter] = []
         for name, module in backbone.named_modules():
@@ -44,14 +44,14 @@ class Recomputation:
             ]
 
     def take_over(self) -> None:
-        """Have joints do what the host would do now."""
+        """Switch the host's checkpointing off, and that of its joints on."""
         for index, holder in enumerate(self.holders):
             if holder.grad_checkpointing:
                 holder.grad_checkpointing = False
                 self._switch(index, True)
 
     def set(self, module: Any, enable: bool) -> None:
-        """Carry out ``set_grad_checkpointing`` of a module."""
+        """Run ``set_grad_checkpointing`` of a module, and switch the joints."""
         type(module).set_grad_checkpointing(module, enable)
         self.take_over()
         inside = {id(m) for m in module.modules()}
@@ -65,7 +65,7 @@ class Recomputation:
             self.joint_of(block).host_with_cp = on
 
     def release(self) -> None:
-        """Give it back to the host."""
+        """Give checkpointing back to the host."""
         for setter in self._setters:
             setter.restore()
         for holder, is_on in zip(self.holders, self.is_on):
@@ -73,7 +73,7 @@ class Recomputation:
 
 
 class _Setter:
-    """Stands in for ``set_grad_checkpointing`` of one module."""
+    """Replaces ``set_grad_checkpointing`` of one module."""
 
     def __init__(self, module: Any, recomputation: Recomputation) -> None:
         self.module = module
@@ -85,5 +85,5 @@ class _Setter:
         self.recomputation.set(self.module, enable)
 
     def restore(self) -> None:
-        """Give the module its own method back."""
+        """Restore the module's own method."""
         del self.module.set_grad_checkpointing

@@ -140,7 +140,7 @@ def test_divergence_ends_it(loss):
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
-    [((1e-2, 1e-3, 50), 'must rise'), ((0, 1, 50), 'must rise'), ((1e-6, 1, 3), 'at least 10 steps')],
+    [((1e-2, 1e-3, 50), 'positive and rise'), ((0, 1, 50), 'positive and rise'), ((1e-6, 1, 3), 'at least 10 steps')],
 )
 def test_mistakes(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -25,5 +25,5 @@ def test_a_rate_for_the_quickstart(tmp_path):
 
 def test_mistakes(tmp_path):
     output = tool('find_lr.py', CONFIG, '--min-lr', 1, '--work-dir', tmp_path, ok=False)
-    assert 'error: the learning rates must rise from above zero, got 1 to 1' in output
+    assert 'error: the learning rates must be positive and rise, got 1 to 1' in output
     assert 'Traceback' not in output

@@ -41,13 +41,13 @@ def test_on_a_gpu_they_are_kept(monkeypatch):
 
 @pytest.mark.parametrize('optim_wrapper', [None, dict(constructor='A', one=dict(type='OptimWrapper', optimizer=SGD))])
 def test_none_or_several_are_refused(optim_wrapper):
-    with pytest.raises(ValueError, match='--amp: the config has no single `optim_wrapper`'):
+    with pytest.raises(ValueError, match='--amp: the config needs a single `optim_wrapper`'):
         configs.use_amp(Config(dict(optim_wrapper=optim_wrapper)))
 
 
 def test_a_config_for_a_gpu_without_one(monkeypatch):
     monkeypatch.setattr(configs, 'get_device', lambda: 'cpu')
-    with pytest.raises(ValueError, match='mixed precision on a GPU .* add --amp, which takes bfloat16'):
+    with pytest.raises(ValueError, match='mixed precision on a GPU .* add --amp, which uses bfloat16'):
         configs.check_precision(wrapper())
     configs.check_precision(Config(dict(optim_wrapper=dict(optimizer=SGD))))
     configs.check_precision(Config(dict()))

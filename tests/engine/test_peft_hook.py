@@ -186,7 +186,7 @@ def test_a_runner_without_configs_is_refused(tmp_path):
 
 
 def test_a_flexible_runner_is_refused():
-    with pytest.raises(ValueError, match='with FlexibleRunner use a backbone that is born adapted'):
+    with pytest.raises(ValueError, match='With FlexibleRunner, use a backbone with built-in adapters'):
         PEFTHook().before_run(SimpleNamespace(strategy=object()))
 
 

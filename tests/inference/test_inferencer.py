@@ -116,7 +116,7 @@ def test_mistakes(root, tmp_path):
         AdapterInferencer(root / DIGITS, tmp_path / 'none.safetensors', device='cpu')
     with pytest.raises(FileNotFoundError, match='the base .*none.pth does not exist'):
         AdapterInferencer(root / DIGITS, tmp_path / 'a.safetensors', base=tmp_path / 'none.pth', device='cpu')
-    with pytest.raises(ValueError, match="default_scope is 'mmpose'; prediction is there for mmpretrain, mmdet"):
+    with pytest.raises(ValueError, match="default_scope is 'mmpose'; prediction supports mmpretrain, mmdet"):
         AdapterInferencer(Config(dict(default_scope='mmpose', model=dict())), device='cpu')
     bare = load_config(str(root / DIGITS))
     bare.model.backbone.pop('init_cfg')
@@ -133,7 +133,7 @@ def test_a_head_that_is_in_no_file_is_not_predicted_with(root, tmp_path):
     save_adapter_of_backbone(tmp_path / 'a.safetensors', tmp_path / 'b.safetensors')
     with pytest.raises(WeightsError, match='names and .*b.safetensors lacks 2 of .* such as head.fc.weight'):
         AdapterInferencer(root / DIGITS, tmp_path / 'b.safetensors', device='cpu')
-    with pytest.raises(ValueError, match='a.safetensors is an adapter file, no base: give it as `adapter`'):
+    with pytest.raises(ValueError, match='a.safetensors is an adapter file, not a base: give it as `adapter`'):
         AdapterInferencer(root / DIGITS, base=tmp_path / 'a.safetensors', device='cpu')
 
 

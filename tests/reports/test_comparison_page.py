@@ -53,7 +53,7 @@ def test_what_is_missing_or_damaged_is_said(tmp_path):
 @pytest.mark.parametrize('content', ['', '{"title": 1}', '[]', '{"title": "t", "rows": [{}]}'])
 def test_damaged_results_are_an_error(tmp_path, content):
     (tmp_path / 'results.json').write_text(content)
-    with pytest.raises(ReportError, match='is no result of tools/compare.py'):
+    with pytest.raises(ReportError, match='is not a result of tools/compare.py'):
         report_comparison(tmp_path)
 
 

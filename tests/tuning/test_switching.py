@@ -225,12 +225,12 @@ def test_remove_takes_all_of_them_out():
     [
         (lambda m: set_adapter(m, 'x'), "there is no adapter 'x'; there are: default"),
         (lambda m: delete_adapter(m, 'x'), "there is no adapter 'x'"),
-        (lambda m: add_adapter(m, 'default'), "there is an adapter 'default' already"),
+        (lambda m: add_adapter(m, 'default'), "there already is an adapter 'default'"),
         (lambda m: add_adapter(m, 'x', 'lora2'), "unknown PEFT method 'lora2'"),
         (lambda m: add_adapter(m, 'x', 'full'), "method 'full' changes the base itself"),
         (
             lambda m: add_adapter(m, 'x', parts=dict(tail=dict())),
-            "no part 'tail' beside its backbone",
+            "no part 'tail' outside its backbone",
         ),
     ],
 )
@@ -250,7 +250,7 @@ def test_unadapted_and_wrapped_models_are_refused(tmp_path):
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
         wrapped = MMDistributedDataParallel(model)
-        with pytest.raises(ValueError, match='act on the bare model'):
+        with pytest.raises(ValueError, match='change the bare model'):
             set_adapter(wrapped, 'default')
     finally:
         torch.distributed.destroy_process_group()

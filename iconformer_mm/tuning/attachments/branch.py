@@ -24,13 +24,13 @@ _NAMES = {FFN: 'adapter', ATTENTION: 'adapter_attention'}
 
 @dataclass
 class _Passage:
-    """What happens at a submodule during a block's call.
+    """The handler of a submodule during a block's call.
 
     Attributes:
-        before: Called in turn with the frame and the input, each gives the input to take instead.
-        after: Called in turn with the frame and the output, each gives the output to return instead.
-        splits: Whether a residual stream that the submodule would add (``identity``) is added
-            after ``after``, which then sees the branch alone. The sum is the same to the last bit.
+        before: Functions of the frame and the input, called in order. Each returns the new input.
+        after: Functions of the frame and the output, called in order. Each returns the new output.
+        splits: Whether to add the residual (``identity``) after the functions in ``after``, instead of in
+            the submodule. They then see the branch alone. The sum is bit-identical. Defaults to False.
     """
 
     before: tuple[Callable[[Frame, Tensor], Tensor], ...]
@@ -38,7 +38,7 @@ class _Passage:
     splits: bool = False
 
     def __call__(self, host_forward: Callable, frame: Frame, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The submodule's forward, listened to."""
+        """Run the submodule between the functions."""
         for function in self.before:
             x = function(frame, x)
         identity = kwargs.get('identity') if self.splits else None
@@ -53,20 +53,20 @@ class _Passage:
 class BranchAttachment(BlockAttachment):
     """Adds an adapter's output to a branch of a block: attention, FFN, or both.
 
-    With ``x' = x + branch(LN(x))`` an adapter A makes it ``x' + A(input)``. Parallel to the
-    branch the input is ``'normed'``, ``LN(x)``, or ``'residual'``, ``x``. After the branch it is
-    ``'output'``, ``branch(LN(x))``, or ``'sum'``, ``x'``. In post-norm blocks (SwinV2) the branch
-    reads ``x`` itself, and the norm that follows belongs to the branch.
+    With ``x' = x + branch(LN(x))``, an adapter A changes ``x'`` to ``x' + A(input)``. Parallel to
+    the branch, the input is ``'normed'``, ``LN(x)``, or ``'residual'``, ``x``. After the branch, it
+    is ``'output'``, ``branch(LN(x))``, or ``'sum'``, ``x'``. In post-norm blocks (SwinV2) the branch
+    reads ``x`` itself, and the norm after it belongs to the branch.
 
-    The FFN's sum is the last thing a block computes. So the output of an adapter at the FFN is
-    added to what the block returns. That of attention cannot be, since the FFN sees it, too. It is
-    added to the branch's own output, where a submodule of the block returns that. Else it is
-    added where the FFN's norm reads x', and once more to what the block returns.
+    The FFN's sum is the last operation of a block. So the output of an adapter at the FFN is
+    added to the block's output. The output of an adapter at attention must be added earlier, since
+    the FFN reads it. If a submodule of the block returns the branch's output, it is added there.
+    Otherwise it is added where the FFN's norm reads x', and again to the block's output.
 
     Args:
         site: The block.
         adapters: Adapters by branch, ``'attention'`` or ``'ffn'``.
-        input: What they read.
+        input: What the adapters read: ``'normed'``, ``'residual'``, ``'output'`` or ``'sum'``.
         tracker: The host's tracker, for families that need one.
     """
 
@@ -76,14 +76,14 @@ class BranchAttachment(BlockAttachment):
         self.needs_grid = any(adapter.needs_grid for adapter in adapters.values())
         self.at_ffn = FFN in adapters
         family = site.family
-        # What is made of x' has to wait for it.
+        # An adapter that reads x' has to wait for it.
         joins_attention = input != 'sum' and family.attention_out is not None
         self.joins_later = ATTENTION in adapters and not joins_attention
-        # DeiT III uses one norm twice, first before attention and then before the FFN.
+        # DeiT III uses one norm twice, before attention and before the FFN.
         self._one_norm = family.norm is not None and family.norm == family.attention_norm
         before: dict[str, list[Callable[[Frame, Tensor], Tensor]]] = {}
         after: dict[str, list[Callable[[Frame, Tensor], Tensor]]] = {}
-        if self.at_ffn or self.joins_later:  # in post-norm blocks the FFN reads x' itself
+        if self.at_ffn or self.joins_later:  # in post-norm blocks the FFN reads x' directly
             before.setdefault(family.norm or family.ffn, []).append(self._between_branches)
         if self.at_ffn and input == 'normed':
             before.setdefault(family.ffn, []).append(self._see_ffn_input)
@@ -117,22 +117,22 @@ class BranchAttachment(BlockAttachment):
         return out
 
     def _see_shared_output(self, frame: Frame, out: Tensor) -> Tensor:
-        """Sees the output of the branch that runs, attention first."""
+        """Store the output of the current branch. Attention runs first."""
         frame.values['ffn output' if 'attention output' in frame.values else 'attention output'] = out
         return out
 
     def _parallel_input(self, frame: Frame) -> Tensor:
-        """What an adapter parallel to attention reads."""
+        """Return the input of an adapter parallel to attention."""
         x = frame.values['block input']
         return frame.values.get('attention input', x) if self.input == 'normed' else x
 
     def _join_attention(self, frame: Frame, out: Tensor) -> Tensor:
-        """Adds to the output of attention what its adapter says."""
+        """Add the adapter's output to the output of attention."""
         tokens = out if self.input == 'output' else self._parallel_input(frame)
         return out + self._apply('adapter_attention', frame, tokens, out)
 
     def _between_branches(self, frame: Frame, x: Tensor) -> Tensor:
-        """Sees x' on its way to the FFN; adds to it what the adapter of attention says, unless that was done before."""
+        """Store x' before the FFN. Add the output of attention's adapter first, unless it was added before."""
         values = frame.values
         if self._one_norm and 'attention reads' not in values:
             values['attention reads'] = x
@@ -143,7 +143,7 @@ class BranchAttachment(BlockAttachment):
                 tokens = x
             elif self.input == 'output':
                 tokens = values.get('attention output')
-                if tokens is None:  # a family that does not name it
+                if tokens is None:  # the family does not name the output
                     tokens = x - values['block input'].reshape(x.shape)
             else:
                 tokens = self._parallel_input(frame)
@@ -153,16 +153,16 @@ class BranchAttachment(BlockAttachment):
         return x
 
     def _apply(self, key: str, frame: Frame, tokens: Tensor, like: Tensor) -> Tensor:
-        """What an adapter makes of tokens (B, N, d) or (B, H, W, d), in the shape of another tensor."""
+        """Apply an adapter to tokens (B, N, d) or (B, H, W, d). The result has the shape of ``like``."""
         return self.part(key)(tokens.flatten(1, -2), frame.grid).reshape(like.shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The block's forward, with the adapters' outputs added."""
+        """Run the block, and add the adapters' outputs."""
         grid = self.grid(args, kwargs) if self.needs_grid else None
         out = self.joint.run(self._run_block, grid, *args, **kwargs)
         if out.requires_grad and not is_compiling():
-            # A stage hands on its maps with channels first; their gradient comes back so, and without
-            # this every block before has its gradients so, whose sums and copies take twice as long.
+            # A stage outputs channels-first maps, so their gradient is channels-first in memory. Without this
+            # hook, the gradients of all earlier blocks are so, too. Their sums and copies take twice as long.
             out.register_hook(Tensor.contiguous)
         return out
 
@@ -182,7 +182,7 @@ class BranchAttachment(BlockAttachment):
                 tokens = out
             else:
                 tokens = values.get('ffn output')
-                if tokens is None:  # a family that does not name it
+                if tokens is None:  # the family does not name the output
                     tokens = out - residual.reshape(out.shape)
             out = out + self._apply('adapter', frame, tokens, out)
         return out

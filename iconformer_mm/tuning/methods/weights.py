@@ -1,4 +1,4 @@
-"""Methods that tune weights of the backbone, which stay what they are beneath."""
+"""Methods that tune weights of the backbone without changing the base."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Layer:
 
     Attributes:
         weight: Name of its weight.
-        bias: Name of its bias, None without one.
+        bias: Name of its bias, or None if it has none.
         outputs: Number of its outputs.
         is_norm: Whether it is a normalisation.
     """
@@ -40,11 +40,11 @@ class Layer:
 
 
 def find_layers(module: nn.Module, idle: Sequence[str] = ()) -> list[Layer]:
-    """Linear, convolution and normalisation layers of a module, itself included.
+    """List the linear, convolution and normalisation layers of a module, including itself.
 
     Args:
         module: The module.
-        idle: Submodules to leave out.
+        idle: Submodules to leave out. Defaults to none.
     """
     layers = []
     layer: Any
@@ -62,24 +62,24 @@ def find_layers(module: nn.Module, idle: Sequence[str] = ()) -> list[Layer]:
 
 
 class WeightMethod(PEFTMethod):
-    """Runs modules with weights made from their own; can be merged into them."""
+    """Runs modules with weights computed from their own. The result can be merged into them."""
 
     needs_blocks = False
 
     def make_adapter(self, module: nn.Module, idle: Sequence[str]) -> WeightAdapter | None:
-        """Make the adapter of a module.
+        """Create the adapter of a module.
 
         Args:
-            module: A block, or a leaf outside of the blocks.
-            idle: Its submodules that never run.
+            module: A block, or a leaf module outside the blocks.
+            idle: Names of its submodules that never run.
 
         Returns:
-            The adapter, None if there is nothing in the module to adapt.
+            The adapter, or None if the module has nothing to adapt.
         """
         raise NotImplementedError
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
-        """Adapt every block as one, and outside of the blocks every leaf."""
+        """Adapt every block as a whole, and every leaf module outside the blocks."""
         families = {site.name: site.family for site in sites}
         within = tuple(f'{name}.' for name in families)
         attachments: list[Attachment] = []
@@ -104,7 +104,7 @@ def _deltas(module: nn.Module, names: Iterable[str]) -> DeltaAdapter | None:
 class BitFitMethod(WeightMethod):
     """BitFit (Ben Zaken et al., ACL 2022): the biases of all layers.
 
-    Tables of relative position biases are no biases of a layer and stay frozen.
+    Tables of relative position biases are not biases of a layer, so they stay frozen.
     """
 
     def make_adapter(self, module: nn.Module, idle: Sequence[str]) -> WeightAdapter | None:
@@ -127,14 +127,14 @@ class NormMethod(WeightMethod):
 class SSFMethod(WeightMethod):
     """SSF (Lian et al., NeurIPS 2022): the output of every layer is scaled and shifted.
 
-    A layer without a bias is scaled only, so that it can be merged.
+    A layer without a bias is only scaled, so that it can be merged.
 
     Args:
-        std: Standard deviation of the noise that scales and shifts start with; 0
-            to start at the pre-trained model. Defaults to 0.02, as in the paper's code.
+        std: Standard deviation of the initial noise of scales and shifts. With 0, training
+            starts at the pre-trained model. Defaults to 0.02, as in the paper's code.
 
     Raises:
-        ValueError: It is not a finite number of at least 0.
+        ValueError: ``std`` is not a finite number of at least 0.
     """
 
     def __init__(self, std: float = 0.02) -> None:
@@ -152,10 +152,10 @@ class PartialMethod(PEFTMethod):
     """Partial fine-tuning: all weights of the last blocks (as in Jia et al., ECCV 2022).
 
     Args:
-        num_blocks: How many blocks. Defaults to 1.
+        num_blocks: Number of blocks to tune. Defaults to 1.
 
     Raises:
-        ValueError: It is not a positive integer, or more than there are.
+        ValueError: ``num_blocks`` is not a positive integer, or exceeds the number of blocks.
     """
 
     def __init__(self, num_blocks: int = 1) -> None:
@@ -170,7 +170,7 @@ class PartialMethod(PEFTMethod):
         for site in sites[-self.num_blocks :]:
             names = [n for n, _ in host_parameters(site.block) if n.partition('.')[0] not in site.family.idle]
             adapter = _deltas(site.block, names)
-            assert adapter is not None  # no block is without weights
+            assert adapter is not None  # every block has weights
             attachments.append(WeightAttachment(site.name, site.block, site.family.name, adapter))
         return attachments
 
@@ -183,11 +183,11 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
 
     Args:
         site: The block.
-        roles: Which: ``'q'``, ``'k'``, ``'v'`` of attention, its output projection ``'o'``, the
-            first and the last layer of the FFN ``'fc1'`` and ``'fc2'``.
+        roles: Roles of the maps: ``'q'``, ``'k'``, ``'v'`` and output projection ``'o'`` of
+            attention, first layer ``'fc1'`` and last layer ``'fc2'`` of the FFN.
 
     Raises:
-        ValueError: The block has no such map.
+        ValueError: The block has no map with a role.
     """
     weights = {name: p for name, p in host_parameters(site.block) if p.dim() > 1}
     found = {}
@@ -199,7 +199,7 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
                 found[role] = Target(name, role, (index * third, (index + 1) * third), columns)
         elif name.endswith(('.proj.weight', 'out_proj.weight')):
             found['o'] = Target(name, 'o', (0, rows), columns)
-        elif name.startswith(f'{site.family.ffn}.') and weight.shape[1] > 1:  # no depth-wise convolution
+        elif name.startswith(f'{site.family.ffn}.') and weight.shape[1] > 1:  # not a depth-wise convolution
             role = 'fc2' if 'fc1' in found else 'fc1'
             found[role] = Target(name, role, (0, rows), columns)
     missing = [role for role in roles if role not in found]
@@ -211,7 +211,7 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
 
 
 class LowRankMethod(PEFTMethod):
-    """Paths of low rank beside linear maps of every block; can be merged into them."""
+    """Low-rank paths parallel to linear maps of every block. They can be merged into the maps."""
 
     adapter_class: type[LoRAAdapter]
 
@@ -243,19 +243,19 @@ class LowRankMethod(PEFTMethod):
 
 @PEFT_METHODS.register_module(name='lora')
 class LoRAMethod(LowRankMethod):
-    """LoRA (Hu et al., ICLR 2022); defaults as the paper has them for RoBERTa.
+    """LoRA (Hu et al., ICLR 2022). The defaults are the paper's for RoBERTa.
 
     Args:
         rank: Rank of the paths. Defaults to 8.
-        alpha: Over the rank, the factor of the paths. Defaults to 8.
-        targets: Which maps: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
+        alpha: Factor of the paths before division by the rank. Defaults to 8.
+        targets: Maps to adapt: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
             (FFN). Defaults to q and v.
         dropout: Dropout probability of the input of the paths. Defaults to 0.
         rank_stabilized: Whether alpha is divided by the square root of the rank (rsLoRA,
             Kalajdzievski, 2023). Defaults to False.
 
     Raises:
-        ValueError: An option is out of its range, or a map is not there.
+        ValueError: An option is out of its range, or a block lacks one of the maps.
     """
 
     adapter_class = LoRAAdapter
@@ -273,18 +273,18 @@ class LoRAMethod(LowRankMethod):
 
 @PEFT_METHODS.register_module(name='dora')
 class DoRAMethod(LowRankMethod):
-    """DoRA (Liu et al., ICML 2024); defaults as the paper has them for LLaMA, dropout aside.
+    """DoRA (Liu et al., ICML 2024). Except for dropout, the defaults are the paper's for LLaMA.
 
     Args:
         rank: Rank of the paths. Defaults to 16.
-        alpha: Over the rank, the factor of the paths. Defaults to 32.
-        targets: Which maps: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
-            (FFN). Defaults to all but o.
+        alpha: Factor of the paths before division by the rank. Defaults to 32.
+        targets: Maps to adapt: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
+            (FFN). Defaults to all except o.
         dropout: Dropout probability of the input of the paths. Defaults to 0.
         rank_stabilized: Whether alpha is divided by the square root of the rank. Defaults to False.
 
     Raises:
-        ValueError: An option is out of its range, or a map is not there.
+        ValueError: An option is out of its range, or a block lacks one of the maps.
     """
 
     adapter_class = DoRAAdapter
