@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
 from .checkpoint import load_adapter, save_adapter
 from .compat import map_config_packages
 from .tuning import (
+    BlockFamily,
     active_adapter,
     add_adapter,
     delete_adapter,
@@ -24,6 +25,7 @@ from .tuning import (
     inject,
     list_adapters,
     merge,
+    register_family,
     remove,
     set_adapter,
     summarize,
@@ -34,6 +36,7 @@ from .version import __version__
 map_config_packages()
 
 __all__ = [
+    'BlockFamily',
     '__version__',
     'active_adapter',
     'add_adapter',
@@ -46,6 +49,7 @@ __all__ = [
     'load_adapter',
     'merge',
     'models',
+    'register_family',
     'remove',
     'save_adapter',
     'set_adapter',

@@ -83,7 +83,7 @@ FAMILIES = [
         _mmpretrain('VisionTransformer', arch=VIT, img_size=64, with_cls_token=False, out_type='raw'),
         2,
     ),
-    Family('DeiT distilled', _mmpretrain('DistilledVisionTransformer', arch=VIT, img_size=64), 2),
+    Family('DeiT distilled', _mmpretrain('DistilledVisionTransformer', arch=VIT, img_size=64, out_type='raw'), 2),
     Family('DeiT III', _mmpretrain('DeiT3', arch=VIT, img_size=64, out_type='raw'), 2),
     Family('BEiT', _mmpretrain('BEiTViT', arch=VIT, img_size=64, out_type='raw'), 2, sizes=((64, 64),)),
     Family('EVA-02', _mmpretrain('ViTEVA02', arch=VIT, img_size=64, out_type='raw'), 2),
@@ -205,3 +205,243 @@ def stir(model: nn.Module, seed: int = 1) -> nn.Module:
             if 'adapter' in name:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def _timm_model(name: str, **arguments) -> Callable[[], nn.Module]:
+    """A timm model as timm makes it, without its classifier."""
+
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, num_classes=0, **{'global_pool': '', **copy.deepcopy(arguments)})
+
+    return build
+
+
+_PLAIN = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2)
+_DYNAMIC = dict(_PLAIN, dynamic_img_size=True)
+_SMALL = ((64, 64),)
+_FREE = ((64, 64), (96, 160))
+_MAXVIT = dict(img_size=64, depths=(1, 1), embed_dim=(32, 64), stem_width=8)
+_COATNET = dict(img_size=64, depths=(1, 1, 2, 1), embed_dim=(8, 32, 32, 64), stem_width=8)
+_PYRAMID = dict(depths=(1, 1, 1, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4))
+_TWINS_SMALL = dict(_PYRAMID, img_size=64, depths=(2, 1, 1, 1), mlp_ratios=(2, 2, 2, 2))
+_CROSSVIT = dict(
+    global_pool='token',
+    img_size=64,
+    img_scale=(1.0, 0.75),
+    patch_size=(8, 16),
+    embed_dim=(16, 32),
+    depth=[[1, 1, 0]] * 2,
+)
+
+_MM_ARCH = dict(embed_dims=16, num_heads=[1, 2, 4, 8])
+_PCPVT = dict(
+    embed_dims=[8, 16, 24, 32],
+    depths=[1, 1, 1, 1],
+    num_heads=[1, 2, 3, 4],
+    patch_sizes=[4, 2, 2, 2],
+    strides=[4, 2, 2, 2],
+    mlp_ratios=[2, 2, 2, 2],
+    sr_ratios=[4, 2, 2, 1],
+)
+_POOLING = dict(layers=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], mlp_ratios=[2, 2, 2, 2], layer_scale_init_value=0.1)
+
+
+def _mvitv2(**arguments) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+
+        cfg = MultiScaleVitCfg(depths=(1, 2, 1), embed_dim=16, num_heads=1, **arguments)
+        return MultiScaleVit(cfg, img_size=(64, 64), num_classes=0, global_pool='')
+
+    return build
+
+
+def _levit() -> nn.Module:
+    from mmpretrain.models.backbones import LeViT
+
+    class TinyLeViT(LeViT):  # whose own check of a dict names keys that it does not read
+        arch_zoo = {'tiny': dict(embed_dims=[16, 32, 32], num_heads=[2, 2, 2], depths=[2, 1, 1], key_dims=[8, 8, 8])}
+
+    return TinyLeViT('tiny', img_size=128)
+
+
+# One for each further kind of block; tests of what is special to families run on them.
+MORE_FAMILIES = [
+    Family('timm EVA-02', _timm_model('eva02_tiny_patch14_224', **_DYNAMIC), 2),
+    Family('timm EVA-02 large', _timm_model('eva02_large_patch14_224', **_DYNAMIC), 2),
+    Family('timm DINOv3', _timm_model('vit_small_patch16_dinov3', **_DYNAMIC), 2),
+    Family('timm DINOv3 SwiGLU', _timm_model('vit_small_plus_patch16_dinov3', **_DYNAMIC), 2),
+    Family('timm PE', _timm_model('vit_pe_spatial_tiny_patch16_512', **_DYNAMIC), 2),
+    Family('timm EVA post-norm', _timm_model('eva02_tiny_patch14_224', use_post_norm=True, **_DYNAMIC), 2),
+    Family('timm BEiT', _timm_model('beit_base_patch16_224', **_PLAIN), 2, _SMALL),
+    Family('timm BEiTv2', _timm_model('beitv2_base_patch16_224', **_PLAIN), 2, _SMALL),
+    Family(
+        'timm SAM',
+        _timm_model('samvit_base_patch16', **_PLAIN, window_size=3, global_attn_indexes=(1,), neck_chans=16),
+        2,
+    ),
+    Family('timm ViT relative', _timm_model('vit_relpos_small_patch16_224', **_PLAIN), 2, _SMALL),
+    Family('timm ViT relative post-norm', _timm_model('vit_srelpos_small_patch16_224', **_PLAIN), 2, _SMALL),
+    Family('timm ViT post-norm', _timm_model('vit_base_patch16_rpn_224', **_DYNAMIC), 2),
+    Family('timm ViT parallel', _timm_model('vit_base_patch16_xp_224', **_DYNAMIC), 2),
+    Family('timm ViT differential', _timm_model('vit_dpwee_patch16_reg1_gap_256', **_DYNAMIC), 2),
+    Family('timm NaFlexViT', _timm_model('naflexvit_base_patch16_gap', embed_dim=32, depth=2, num_heads=2), 2, _FREE),
+    Family(
+        'timm Hiera', _timm_model('hiera_tiny_224', img_size=(64, 64), embed_dim=16, stages=(1, 1, 2, 1)), 5, _SMALL
+    ),
+    Family('timm CaiT', _timm_model('cait_xxs24_224', **_PLAIN, depth_token_only=1), 2, _SMALL),
+    Family('timm XCiT', _timm_model('xcit_nano_12_p16_224', **_PLAIN, cls_attn_layers=1), 2, _FREE),
+    Family(
+        'timm PiT',
+        _timm_model('pit_ti_224', img_size=64, base_dims=(8, 8, 8), depth=(1, 1, 1), heads=(1, 2, 4)),
+        3,
+        _SMALL,
+    ),
+    Family('timm DaViT', _timm_model('davit_tiny', depths=(1, 1), embed_dims=(16, 32), num_heads=(2, 4)), 4, _FREE),
+    Family(
+        'timm TinyViT',
+        _timm_model(
+            'tiny_vit_5m_224', depths=(1, 1, 2), embed_dims=(16, 16, 32), num_heads=(2, 2, 4), window_sizes=(7, 7, 3)
+        ),
+        3,
+        _FREE,
+    ),
+    Family('timm MViTv2', _mvitv2(use_cls_token=False), 4, _SMALL),
+    Family('timm MViTv2 class token', _mvitv2(use_cls_token=True), 4, _SMALL),
+    Family('timm PVTv2', _timm_model('pvt_v2_b0', **_PYRAMID), 4, _FREE),
+    Family('timm PVTv2 linear', _timm_model('pvt_v2_b2_li', **_PYRAMID), 4, _FREE),
+    Family('timm Twins PCPVT', _timm_model('twins_pcpvt_small', **_TWINS_SMALL), 5, _FREE),
+    Family('timm Twins SVT', _timm_model('twins_svt_small', **_TWINS_SMALL), 5, _FREE),
+    Family(
+        'timm TNT',
+        _timm_model('tnt_s_patch16_224', img_size=64, embed_dim=32, inner_dim=8, depth=2, num_heads_outer=2),
+        2,
+        _SMALL,
+    ),
+    Family('timm MaxViT', _timm_model('maxvit_tiny_tf_224', **_MAXVIT), 4, _SMALL),
+    Family('timm MaxViT channels first', _timm_model('maxvit_rmlp_pico_rw_256', **_MAXVIT), 4, _SMALL),
+    Family('timm CoAtNet', _timm_model('coatnet_0_rw_224', **_COATNET), 3, _SMALL),
+    Family('timm CrossViT', _timm_model('crossvit_9_240', **_CROSSVIT), 4, _SMALL),
+    Family(
+        'T2T-ViT',
+        _mmpretrain(
+            'T2T_ViT',
+            img_size=64,
+            embed_dims=32,
+            num_layers=2,
+            out_type='raw',
+            t2t_cfg=dict(token_dims=16),
+            layer_cfgs=dict(num_heads=2, feedforward_channels=64),
+        ),
+        2,
+        _FREE,
+    ),
+    Family(
+        'XCiT',
+        _mmpretrain('XCiT', patch_size=16, embed_dims=32, depth=2, num_heads=2, cls_attn_layers=1, out_type='raw'),
+        2,
+        _FREE,
+    ),
+    Family(
+        'TinyViT',
+        _mmpretrain(
+            'TinyViT',
+            arch=dict(channels=[16, 16, 32, 32], num_heads=[2, 2, 4, 4], depths=[1, 1, 2, 1]),
+            img_size=(64, 64),
+            window_size=[7, 7, 3, 2],
+            gap_before_final_norm=False,
+        ),
+        4,
+        _SMALL,
+    ),
+    Family(
+        'MViT',
+        _mmpretrain('MViT', arch=dict(embed_dims=16, num_layers=4, num_heads=1, downscale_indices=[1, 2]), img_size=64),
+        4,
+        _FREE,
+    ),
+    Family(
+        'HiViT',
+        _mmpretrain(
+            'HiViT',
+            arch=dict(embed_dims=32, depths=[1, 1, 7], num_heads=2),
+            img_size=64,
+            rpe=True,
+            ape=False,
+        ),
+        11,
+        _SMALL,
+    ),
+    Family('Twins PCPVT', _mmpretrain('PCPVT', arch=_PCPVT, norm_after_stage=True), 4, _FREE),
+    Family(
+        'Twins SVT', _mmpretrain('SVT', arch=dict(_PCPVT, window_sizes=[4, 4, 2, 2]), norm_after_stage=True), 4, _FREE
+    ),
+    Family(
+        'DaViT', _mmpretrain('DaViT', arch=dict(_MM_ARCH, depths=[1] * 4), window_size=3, pad_small_map=True), 8, _FREE
+    ),
+    Family(
+        'Conformer',
+        _mmpretrain('Conformer', arch=dict(embed_dims=32, channel_ratio=1, num_heads=2, depths=12), base_channels=32),
+        12,
+        _SMALL,
+    ),
+    Family(
+        'MobileViT',
+        _mmpretrain(
+            'MobileViT',
+            arch=[['mobilenetv2', 8, 2, 1, 2], ['mobilevit', 16, 2, 32, 64, 2, 2], ['mobilevit', 24, 2, 32, 64, 1, 2]],
+            stem_channels=8,
+            out_indices=(1, 2),
+        ),
+        3,
+        _FREE,
+    ),
+    Family('LeViT', _levit, 10, ((128, 128),)),
+    Family(
+        'EdgeNeXt',
+        _mmpretrain(
+            'EdgeNeXt',
+            arch=dict(channels=[8, 16, 24, 32], depths=[1, 2, 2, 2], num_heads=[2, 2, 2, 2]),
+            out_indices=(1, 2, 3),
+            gap_before_final_norm=False,
+        ),
+        3,
+        _FREE,
+    ),
+    Family(
+        'EfficientFormer',
+        _mmpretrain(
+            'EfficientFormer',
+            arch=dict(
+                layers=[1, 1, 1, 2], embed_dims=[8, 16, 24, 32], downsamples=[False, True, True, True], vit_num=1
+            ),
+        ),
+        5,
+        ((224, 224),),
+    ),
+    Family(
+        'MixMIM',
+        _mmpretrain(
+            'MixMIMTransformer',
+            arch=dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8]),
+            img_size=64,
+            window_size=[2, 2, 2, 2],
+        ),
+        4,
+        _SMALL,
+    ),
+    Family(
+        'TNT',
+        _mmpretrain(
+            'TNT',
+            arch=dict(embed_dims_outer=32, embed_dims_inner=8, num_layers=2, num_heads_outer=2, num_heads_inner=2),
+            img_size=64,
+        ),
+        2,
+        _SMALL,
+    ),
+    Family('PoolFormer', _mmpretrain('PoolFormer', arch=_POOLING, out_indices=(2, 6)), 4, _FREE),
+    Family('RIFormer', _mmpretrain('RIFormer', arch=_POOLING, out_indices=(2, 6)), 4, _FREE),
+]

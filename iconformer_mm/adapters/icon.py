@@ -234,6 +234,8 @@ class ICoNAdapter(BottleneckAdapter):
         torch.Size([2, 64, 96])
     """
 
+    patch_only = ('icon',)
+
     def __init__(
         self,
         embed_dims: int,

@@ -30,6 +30,8 @@ class MonaAdapter(BottleneckAdapter):
         ValueError: An argument is out of its range.
     """
 
+    patch_only = ('convs', 'projector')
+
     def __init__(self, embed_dims: int, bottleneck: int = 64, dropout: float = 0.1) -> None:
         super().__init__(embed_dims, bottleneck, 'gelu', dropout, 1.0, False)
         self.norm = nn.LayerNorm(embed_dims)

@@ -65,16 +65,24 @@ class Target:
     """A linear map within a host's weight.
 
     Attributes:
-        weight: Name of the weight. Its first dimension is the output.
-        role: Role of the map in the block: ``'q'``, ``'k'``, ``'v'``, ``'o'``, ``'fc1'`` or ``'fc2'``.
-        rows: Half-open range of the map's rows. Several maps may share one weight.
-        in_features: Input channels of the map.
+        weight: Name of the weight; as a matrix, its first dimension is the output.
+        role: What the map is there: ``'q'``, ``'k'``, ``'v'``, ``'o'``, ``'fc1'`` or ``'fc2'``.
+        rows: First and last + 1 of its rows, in a weight that several share; of each group, where there are several.
+        in_features: Its input channels.
+        groups: Number of groups of rows, such as heads whose q, k and v lie together. Defaults to 1. The maps of one
+            weight have the same.
     """
 
     weight: str
     role: str
     rows: tuple[int, int]
     in_features: int
+    groups: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        """Number of its rows, in all groups."""
+        return (self.rows[1] - self.rows[0]) * self.groups
 
 
 class LoRAAdapter(WeightAdapter):
@@ -119,7 +127,7 @@ class LoRAAdapter(WeightAdapter):
         self.b = nn.ParameterDict()
         for target in targets:
             self.a[target.role] = torch.empty(rank, target.in_features)
-            self.b[target.role] = torch.zeros(target.rows[1] - target.rows[0], rank)
+            self.b[target.role] = torch.zeros(target.num_rows, rank)
             nn.init.kaiming_uniform_(self.a[target.role], a=math.sqrt(5))
 
     def add_path(self, name: str, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
@@ -140,23 +148,26 @@ class LoRAAdapter(WeightAdapter):
         """Run a layer's paths on its input. The result has the shape of the layer's output."""
         x = self.dropout(x)
         is_map = isinstance(layer, nn.Conv2d)
-        dim, outputs = (1, layer.out_channels) if is_map else (-1, layer.out_features)
+        dim, outputs = (1, layer.out_channels) if is_map else (x.dim() - 1, layer.out_features)
         pieces: list[Tensor] = []
-        row = 0
+        row, groups = 0, self.targets[name][0].groups
         for target in self.targets[name]:
             down, up = self.a[target.role], self.b[target.role]
             if is_map:
                 piece = F.conv2d(F.conv2d(x, down[:, :, None, None]) * self.scale, up[:, :, None, None])
             else:
                 piece = F.linear(F.linear(x, down) * self.scale, up)
+            if groups > 1:
+                piece = piece.unflatten(dim, (groups, -1))
             first, last = target.rows
             if first > row:
-                pieces.append(_zeros(piece, dim, first - row))
+                pieces.append(_zeros(piece, dim + (groups > 1), first - row))
             pieces.append(piece)
             row = last
-        if outputs > row:
-            pieces.append(_zeros(pieces[-1], dim, outputs - row))
-        return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
+        if outputs > row * groups:
+            pieces.append(_zeros(pieces[-1], dim + (groups > 1), outputs // groups - row))
+        path = torch.cat(pieces, dim + (groups > 1)) if len(pieces) > 1 else pieces[0]
+        return path.flatten(dim, dim + 1) if groups > 1 else path
 
     def _map(self, weight: Tensor, role: str) -> Tensor:
         """Adapt the matrix of one linear map, (out, in) to (out, in)."""
@@ -166,14 +177,20 @@ class LoRAAdapter(WeightAdapter):
         """Return the weights with their maps adapted."""
         adapted = {}
         for name, weight in weights.items():
-            matrix = weight.flatten(1)
+            matrix = _by_group(weight.flatten(1), self.targets[name])
             pieces, row = [], 0
             for target in self.targets[name]:
                 first, last = target.rows
-                pieces += [matrix[row:first], self._map(matrix[first:last], target.role)]
+                mapped = self._map(matrix[:, first:last].flatten(0, 1), target.role)
+                pieces += [matrix[:, row:first], mapped.unflatten(0, (target.groups, -1))]
                 row = last
-            adapted[name] = torch.cat([*pieces, matrix[row:]]).view_as(weight)
+            adapted[name] = torch.cat([*pieces, matrix[:, row:]], dim=1).view_as(weight)
         return adapted
+
+
+def _by_group(matrix: Tensor, targets: Sequence[Target]) -> Tensor:
+    """Rows (out, ...) of a weight by the groups that its maps lie in: (groups, rows of one, ...)."""
+    return matrix.unflatten(0, (targets[0].groups, -1))
 
 
 def _zeros(like: Tensor, dim: int, size: int) -> Tensor:
@@ -211,7 +228,7 @@ class DoRAAdapter(LoRAAdapter):
         rank_stabilized: bool = False,
     ) -> None:
         super().__init__(targets, rank, alpha, dropout, rank_stabilized)
-        self.magnitude = nn.ParameterDict({t.role: torch.zeros(t.rows[1] - t.rows[0]) for t in targets})
+        self.magnitude = nn.ParameterDict({t.role: torch.zeros(t.num_rows) for t in targets})
 
     def _factor(self, weight: Tensor, role: str) -> Tensor:
         """Return the factors of the rows of ``W + dW``, (out,)."""
@@ -226,15 +243,16 @@ class DoRAAdapter(LoRAAdapter):
         return super()._map(weight, role) * self._factor(weight, role).unsqueeze(1)
 
     def add_path(self, name: str, layer: Any, x: Tensor, out: Tensor) -> Tensor:
-        """Turn a layer's output into its output with the adapted weight; see :meth:`LoRAAdapter.add_path`."""
-        matrix = layer.weight.detach().flatten(1)
+        """Make of a layer's output that of the layer with the adapted weight; see :meth:`LoRAAdapter.add_path`."""
+        matrix = _by_group(layer.weight.detach().flatten(1), self.targets[name])
         factors, row = [], 0
         for target in self.targets[name]:
             first, last = target.rows
-            factor = self._factor(matrix[first:last], target.role)
-            factors += [factor.new_ones(first - row), factor]
+            factor = self._factor(matrix[:, first:last].flatten(0, 1), target.role).unflatten(0, (target.groups, -1))
+            factors += [factor.new_ones(target.groups, first - row), factor]
             row = last
-        factor = torch.cat([*factors, factors[-1].new_ones(len(matrix) - row)])
+        rest = factors[-1].new_ones(len(matrix), matrix.shape[1] - row)
+        factor = torch.cat([*factors, rest], dim=1).flatten()
         bias = layer.bias
         if isinstance(layer, nn.Conv2d):
             factor, bias = factor[:, None, None], None if bias is None else bias[:, None, None]

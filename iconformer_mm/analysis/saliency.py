@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 from iconformer_mm.adapters import TokenGrid
 from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.inference.predictions import kind_of
+from iconformer_mm.tuning.families import FromPatchEmbed
 from iconformer_mm.tuning.grids import GridTracker, PatchEmbedTap, grid_of_call
 from iconformer_mm.tuning.injection import find_backbone
-from iconformer_mm.tuning.sites import FromPatchEmbed, Site, find_sites, no_site_error
+from iconformer_mm.tuning.sites import Site, find_sites, no_site_error
 
 from .kernel_probe import whole_images
 
@@ -161,15 +162,14 @@ class _TracedBlock:
 def _at_block(site: Site) -> Iterator[_TracedBlock]:
     """Within it the grid of a block's tokens is noted at each call."""
     seen = _TracedBlock(site)
-    host, source = site.host, site.family.grid
     tracker, tap = None, None
-    if host is not None and isinstance(source, FromPatchEmbed):
-        tracker = GridTracker(host, source)
-        tap = PatchEmbedTap(host.get_submodule('patch_embed'), source, tracker)
+    if site.host is not None and site.patch_embed is not None and isinstance(site.grid, FromPatchEmbed):
+        tracker = GridTracker(site.host, site.grid)
+        tap = PatchEmbedTap(site.patch_embed, site.grid, tracker)
         tap.replace()
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.grid = grid_of_call(site.family, args, kwargs, tracker)
+        seen.grid = grid_of_call(site, args, kwargs, tracker)
 
     handle = site.block.register_forward_pre_hook(note, with_kwargs=True)
     try:

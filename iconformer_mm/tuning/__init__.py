@@ -1,7 +1,7 @@
 from .accounting import WeightsError
+from .families import FAMILIES, BlockFamily, register_family
 from .injection import get_injection, inject, merge, remove, summarize, unmerge
 from .methods import PEFTMethod, build_method
-from .sites import FAMILIES, BlockFamily
 from .summary import Summary
 from .switching import active_adapter, add_adapter, delete_adapter, disabled, list_adapters, set_adapter
 
@@ -20,6 +20,7 @@ __all__ = [
     'inject',
     'list_adapters',
     'merge',
+    'register_family',
     'remove',
     'set_adapter',
     'summarize',

@@ -11,7 +11,7 @@ from typing import Any
 from mmengine.model import BaseAveragedModel, BaseModel, BaseTTAModel, is_model_wrapper
 from torch import nn
 
-from .sites import class_path, family_of
+from .families import class_path, family_of
 
 # Attributes that hold an image encoder of any kind.
 _VISION = re.compile(
@@ -85,11 +85,8 @@ class _Search:
 
     def __init__(self, model: nn.Module) -> None:
         self.found = Found()
-        known: dict[type, bool] = {}
         self.blocks = self.found.blocks
-        for name, module in model.named_modules():
-            if known.setdefault(type(module), family_of(module) is not None):
-                self.blocks.append(name)
+        self.blocks += [name for name, module in model.named_modules() if family_of(module) is not None]
         self.visit(model, '')
 
     def has_blocks(self, path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any
 
 from torch import nn
@@ -9,8 +10,9 @@ from torch import nn
 from iconformer_mm.adapters import TokenGrid
 
 from .calls import PerThread
+from .families import Argument, FromBlock, FromPatchEmbed, FromShape, FromSquare
 from .replacement import Replacement
-from .sites import Argument, BlockFamily, FromPatchEmbed, FromShape
+from .sites import Site
 
 
 class GridTracker:
@@ -20,8 +22,8 @@ class GridTracker:
     does not refer to the host, so a block can be pickled without the host.
 
     Args:
-        host: Module with a ``patch_embed``.
-        source: How to read the grid from the patch embedding.
+        host: Module with a patch embedding.
+        source: How to read the grid there.
     """
 
     def __init__(self, host: nn.Module, source: FromPatchEmbed) -> None:
@@ -30,9 +32,10 @@ class GridTracker:
         self._host = type(host).__name__
         self._grid = PerThread()
 
-    def note(self, height: int, width: int) -> None:
-        """Store the grid of the forward pass that starts in this thread."""
-        self._grid.value = TokenGrid(height, width, self.num_prefix_tokens)
+    def note(self, height: int, width: int, num_prefix_tokens: int | None = None) -> None:
+        """Take the grid of the forward pass that begins in this thread."""
+        prefix = self.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
+        self._grid.value = TokenGrid(height, width, prefix)
 
     def grid(self) -> TokenGrid:
         """Return the grid of the current forward pass in this thread.
@@ -66,25 +69,51 @@ class PatchEmbedTap(Replacement):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the patch embedding, and report the grid."""
         args, kwargs = self.input_first(args, kwargs)
+        if self.source.before:
+            self.tracker.note(*self.source.read(self.module, args, None))
+            return self.host_forward(*args, **kwargs)
         out = self.host_forward(*args, **kwargs)
         self.tracker.note(*self.source.read(self.module, args, out))
         return out
 
 
-def grid_of_call(family: BlockFamily, args: tuple, kwargs: dict, tracker: GridTracker | None) -> TokenGrid:
-    """Return the grid of the tokens in a call of a block.
+def grid_of_call(site: Site, args: tuple, kwargs: dict, tracker: GridTracker | None) -> TokenGrid:
+    """The grid of the tokens that a block is called with.
 
     Args:
-        family: The block's family.
-        args: Positional arguments of the call, including the input.
+        site: The block.
+        args: Positional arguments of the call, the input among them.
         kwargs: Keyword arguments of the call.
-        tracker: The host's tracker, for families that need one.
+        tracker: The host's tracker, for blocks that need one.
+
+    Raises:
+        ValueError: A block that takes square maps only is called with another number of tokens.
     """
-    source = family.grid
+    source = site.grid
     if isinstance(source, FromPatchEmbed):
         assert tracker is not None
         return tracker.grid()
     if isinstance(source, FromShape):
-        return TokenGrid(*args[0].shape[1:3])
+        return TokenGrid(*args[0].shape[2:4] if '' in site.family.channels_first else args[0].shape[1:3])
+    if isinstance(source, FromBlock):
+        return TokenGrid(*source.read(site.block))
+    if isinstance(source, FromSquare):
+        tokens = args[0].shape[1]
+        side = isqrt(tokens)
+        if side * side != tokens:
+            raise ValueError(
+                f'{site.name} ({site.family.name}) was called with {tokens} tokens, which make no square; use a '
+                'method that asks for no grid, such as adaptformer, lora or ssf'
+            )
+        return TokenGrid(side, side)
     assert isinstance(source, Argument)
-    return TokenGrid(*(kwargs[source.name] if source.name in kwargs else args[source.position]))
+    prefix = 0 if source.num_prefix_tokens is None else source.num_prefix_tokens(site.block)
+
+    def argument(name: str, position: int) -> Any:
+        return kwargs[name] if name in kwargs else args[position]
+
+    size = argument(source.name, source.position)
+    if source.width is not None:
+        size = size, argument(source.width, source.position + 1)
+    height, width = size
+    return TokenGrid(height, width, prefix)

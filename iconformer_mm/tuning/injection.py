@@ -24,9 +24,11 @@ from .backbones import (
     find_copies,
     is_below,
     join,
+    near,
     search,
     unwrap,
 )
+from .families import BlockFamily, FromPatchEmbed, NoGrid, class_path, family_of, register_families
 from .freezing import ADAPTER, Freezing, FrozenParts, is_adapter
 from .frozen_precision import FrozenPrecision, check_frozen_dtype
 from .grids import GridTracker, PatchEmbedTap
@@ -34,9 +36,10 @@ from .methods import PEFTMethod, build_method
 from .quantised import check_gradients_pass
 from .recomputation import Recomputation
 from .selection import Selection
-from .sites import FromPatchEmbed, Site, find_sites, no_site_error
+from .sites import Site, find_sites, no_site_error
 from .summary import Summary
 from .trained_base import TrainedBase, set_values
+from .unread import unread_patches
 
 _KEY = '_peft_injection'
 _MERGED = '_peft_merged'
@@ -317,6 +320,8 @@ class Injection:
         # The first one's names are those that a model with one adapter has.
         suffix = f'__{escape(name)}' if self.adapters else ''
         for path, backbone in self.backbones.items():
+            # What only unread tokens pass would get no gradient, and weight decay would change it all the same.
+            unread = unread_patches(find_sites(backbone))
             for attachment in make_attachments(backbone, method, selection, self.outside[path], self._tracker):
                 attachment.register(suffix, self.adapter_dtype)
                 attachment.joint = self.joint(attachment.module)
@@ -325,8 +330,10 @@ class Injection:
                     attachment.joint.with_cp = True
                 for tapped in attachment.handlers:
                     self._tap(backbone, tapped).users += 1
-                for key in attachment.adapters:
+                for key, made in attachment.adapters.items():
                     attachment.part(key).train(backbone.training)
+                    for part in getattr(made, 'patch_only', ()) if attachment.name in unread else ():
+                        made.get_submodule(part).requires_grad_(False)
                 adapter.attachments.append(attachment)
                 adapter.paths.append(path)
         self.adapters[name] = adapter
@@ -344,15 +351,15 @@ class Injection:
         return self.taps[module]
 
     def _tracker(self, site: Site) -> GridTracker | None:
-        host, source = site.host, site.family.grid
-        if host is None or not isinstance(source, FromPatchEmbed):
+        module, source = site.patch_embed, site.grid
+        if site.host is None or module is None or not isinstance(source, FromPatchEmbed):
             return None
-        if host not in self.trackers:
-            tracker = GridTracker(host, source)
-            tap = PatchEmbedTap(host.get_submodule('patch_embed'), source, tracker)
+        if module not in self.trackers:
+            tracker = GridTracker(site.host, source)
+            tap = PatchEmbedTap(module, source, tracker)
             tap.replace()
-            self.trackers[host] = tracker, tap
-        return self.trackers[host][0]
+            self.trackers[module] = tracker, tap
+        return self.trackers[module][0]
 
     def check_unchanged(self, what: str) -> None:
         """Refuse what needs the base as it was, while some of it is trained in place.
@@ -514,11 +521,16 @@ def plan(backbone: nn.Module, method: PEFTMethod, selection: Selection, outside:
     """
 
     def tracker_of(site: Site) -> None:
-        if isinstance(site.family.grid, FromPatchEmbed) and site.host is None:
+        if isinstance(site.grid, FromPatchEmbed) and site.host is None:
             raise ValueError(
                 f'{type(backbone).__name__} has no `patch_embed` around its blocks, so the grid of its tokens is '
                 f"unknown, and method '{method.name}' asks for it; use one that does not, such as adaptformer, lora or "
-                'ssf, or add a BlockFamily of its own to iconformer_mm.tuning.sites.FAMILIES'
+                'ssf, or register_family(...) with a grid of its own'
+            )
+        if isinstance(site.grid, NoGrid):
+            raise ValueError(
+                f'{site.family.name} blocks have no grid for the adapters of {method.name!r}: {site.grid.reason}. '
+                'Use a method that asks for none, such as adaptformer, lora or ssf'
             )
 
     with torch.device('meta'):
@@ -655,6 +667,7 @@ def inject(
     unfreeze: Sequence[str] = (),
     freeze: Sequence[str] = (),
     backbones: Sequence[str] | None = None,
+    families: Sequence[BlockFamily | Mapping[str, Any]] = (),
     **options: Any,
 ) -> Summary:
     """Put a PEFT method into a model, in place.
@@ -693,6 +706,9 @@ def inject(
             ``['neck.*', 'decode_head.conv_seg']``. BatchNorm among them keeps its statistics. Defaults to none.
         backbones: Paths of the backbones in the model, needed where it has several: ``['image_encoder']``. Defaults
             to None, the only one.
+        families: Blocks that are to be known from now on, beside those that are: each a :class:`BlockFamily`, or what
+            :func:`register_family` takes, e.g. ``dict(like='mmdet Swin', block='my_project.swin.SwinBlock')``. They
+            win over known ones of the same class. Defaults to none.
         **options: Options of the method, such as ``bottleneck=32``.
 
     Returns:
@@ -714,6 +730,8 @@ def inject(
             f'{type(model).__name__} wraps the model and would not see parameters added now; inject into the bare '
             'model, then wrap it'
         )
+    for family in register_families(families):
+        _refuse_unmatched(model, family)
     built = build_method(method, **options)
     current = get_injection(model)
     if current is not None:
@@ -725,6 +743,23 @@ def inject(
     selection = Selection(blocks, unfreeze, freeze, paths)  # type: ignore[arg-type]
     adapt(model, built, selection, dtype, with_cp)
     return summarize(model)
+
+
+def _refuse_unmatched(model: nn.Module, family: BlockFamily) -> None:
+    """Refuse a family that is given for a model which has no block of it.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if any(family_of(module) is family for module in model.modules()):
+        return
+    paths = sorted(
+        {class_path(type(m)) for m in model.modules() if str(type(m).__module__).partition('.')[0] != 'torch'}
+    )
+    raise ValueError(
+        f"families: no module of {type(model).__name__} is a block of '{family.name}' ({family.block})"
+        f'{near(family.block, paths)}, or one that overrides its forward; there are: {", ".join(paths[:20])}'
+    )
 
 
 def adapt(

@@ -10,12 +10,16 @@ from torch import nn
 from .attachments import Joint
 from .sites import Site
 
+# Names of flags by which hosts recompute what they hold: timm's, and that of MMPretrain's TinyViT and MixMIM.
+_FLAGS = ('grad_checkpointing', 'use_checkpoint')
+
 
 class Recomputation:
-    """Takes over timm's gradient checkpointing (``set_grad_checkpointing``).
+    """Takes over gradient checkpointing that a host does from outside of its blocks.
 
-    timm recomputes blocks from outside. There, the grid and the adapter of the original call are no longer known.
-    So the joints of the blocks recompute instead, even if checkpointing is switched on or off later.
+    There neither the grid nor the adapter of the call is known any more, and the first block may get no gradient.
+    The joints of the blocks do it instead, also where it is switched on or off later. What a host recomputes beside
+    its blocks by ``use_checkpoint`` is not recomputed.
 
     Args:
         backbone: The adapted backbone.
@@ -25,16 +29,17 @@ class Recomputation:
 
     def __init__(self, backbone: nn.Module, sites: list[Site], joint_of: Callable[[nn.Module], Joint]) -> None:
         self.joint_of = joint_of
-        self.holders: list[Any] = []
-        self.blocks: list[list[nn.Module]] = []  # per holder
+        self.holders: list[tuple[Any, str]] = []  # with the name of its flag
+        self.blocks: list[list[nn.Module]] = []  # of each holder
         self.is_on: list[bool] = []
         self._setters: list[_Setter] = []
         for name, module in backbone.named_modules():
             blocks = [site.block for site in sites if not name or site.name.startswith(f'{name}.')]
-            if blocks and isinstance(getattr(module, 'grad_checkpointing', None), bool):
-                self.holders.append(module)
-                self.blocks.append(blocks)
-                self.is_on.append(False)
+            for flag in _FLAGS:
+                if (blocks or flag == 'use_checkpoint') and isinstance(getattr(module, flag, None), bool):
+                    self.holders.append((module, flag))
+                    self.blocks.append(blocks)
+                    self.is_on.append(False)
         if self.holders:
             self.take_over()
             self._setters = [
@@ -44,10 +49,10 @@ class Recomputation:
             ]
 
     def take_over(self) -> None:
-        """Switch the host's checkpointing off, and that of its joints on."""
-        for index, holder in enumerate(self.holders):
-            if holder.grad_checkpointing:
-                holder.grad_checkpointing = False
+        """Have joints do what the host would do now."""
+        for index, (holder, flag) in enumerate(self.holders):
+            if getattr(holder, flag):
+                setattr(holder, flag, False)
                 self._switch(index, True)
 
     def set(self, module: Any, enable: bool) -> None:
@@ -55,7 +60,7 @@ class Recomputation:
         type(module).set_grad_checkpointing(module, enable)
         self.take_over()
         inside = {id(m) for m in module.modules()}
-        for index, holder in enumerate(self.holders):
+        for index, (holder, _) in enumerate(self.holders):
             if not enable and id(holder) in inside:
                 self._switch(index, False)
 
@@ -68,8 +73,8 @@ class Recomputation:
         """Give checkpointing back to the host."""
         for setter in self._setters:
             setter.restore()
-        for holder, is_on in zip(self.holders, self.is_on):
-            holder.grad_checkpointing = is_on
+        for (holder, flag), is_on in zip(self.holders, self.is_on):
+            setattr(holder, flag, is_on)
 
 
 class _Setter:

@@ -1,272 +1,39 @@
-"""Block families: where an adapter attaches in each known Transformer block.
-
-A family is one entry of :data:`FAMILIES`. It names a block class by its import
-path, so that no model library is imported here, and says which submodule is the
-FFN, whose input is the residual stream and how the token grid is known. In every
-family a block is attention and then an FFN, each added to the residual stream,
-and the FFN's sum is the last thing it computes.
-"""
+"""The blocks of a backbone that adapters can attach to."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from .families import (
+    FAMILIES,
+    Argument,
+    BlockFamily,
+    FromPatchEmbed,
+    FromShape,
+    GridSource,
+    class_path,
+    family_of,
+    why_refused,
+)
 from .freezing import is_adapter
 
-Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Argument:
-    """The block is called with the grid's size.
-
-    Attributes:
-        name: Name of the argument.
-        position: Its place among the positional arguments.
-    """
-
-    name: str
-    position: int = 1
-
-
-@dataclass(frozen=True)
-class FromShape:
-    """The block's input is a map, (B, H, W, d)."""
-
-
-@dataclass(frozen=True)
-class FromPatchEmbed:
-    """The block sees a bare sequence; the host's patch embedding knows its grid.
-
-    Attributes:
-        read: ``(patch_embed, inputs, output) -> (height, width)``.
-        num_prefix_tokens: Name of the host's attribute (a number or a flag), or
-            the number itself where the host has no such attribute.
-    """
-
-    read: Callable[[nn.Module, tuple, Any], Size]
-    num_prefix_tokens: str | int
-
-
-@dataclass(frozen=True)
-class BlockFamily:
-    """How adapters attach to one class of blocks.
-
-    Attributes:
-        name: For people.
-        block: Import path of the block's class. A subclass belongs to the
-            family as long as it does not override ``forward``.
-        grid: Where the token grid is known.
-        norm: Name of the submodule whose (last) input is the residual stream
-            x'. None where the FFN itself reads the residual stream: there
-            ``input='normed'`` and ``'residual'`` are the same.
-        ffn: Name of the FFN submodule, whose input is LN2(x').
-        attention_norm: Name of the norm LN1 before attention, None where
-            attention reads x itself.
-        attention: Name of the attention submodule, where it is called with LN1(x) as a whole. None
-            where it is called with windows of it; then the output of LN1 is taken.
-        attention_out: Name of the submodule whose output, of the shape of the block's
-            input, is the last that happens to the branch of attention before its sum
-            (with the sum, where it is called with ``identity``). None where there is no such
-            submodule, or the FFN uses it, too.
-        ffn_out: The same for the branch of the FFN.
-        shared_out: Name of the submodule that is the last of both branches, attention
-            first. None where there is no such submodule.
-        takes_prompts: Whether attention runs over any sequence, whatever the
-            place of its tokens.
-        idle: Submodules that the block never calls.
-    """
-
-    name: str
-    block: str
-    grid: Argument | FromShape | FromPatchEmbed
-    norm: str | None
-    ffn: str = 'ffn'
-    attention_norm: str | None = 'norm1'
-    attention: str | None = None
-    attention_out: str | None = None
-    ffn_out: str | None = None
-    shared_out: str | None = None
-    takes_prompts: bool = False
-    idle: tuple[str, ...] = ()
-
-
-def _read_resolution(patch_embed: nn.Module, inputs: tuple, output: Any) -> Size:
-    """OpenMMLab: the patch embedding returns ``(tokens, (height, width))``."""
-    height, width = output[1]
-    return int(height), int(width)
-
-
-def _read_timm(patch_embed: Any, inputs: tuple, output: Tensor) -> Size:
-    """timm: a map (B, H, W, d) for dynamic image sizes, else a sequence."""
-    if output.dim() == 4:
-        return int(output.shape[1]), int(output.shape[2])
-    height, width = patch_embed.dynamic_feat_size(inputs[0].shape[-2:])
-    return int(height), int(width)
-
-
-_MM_VIT = FromPatchEmbed(_read_resolution, 'num_extra_tokens')
-_SEG_VIT = FromPatchEmbed(_read_resolution, 'with_cls_token')
-_SEG_BEIT = FromPatchEmbed(_read_resolution, 1)
-_MMPRETRAIN = 'mmpretrain.models.backbones.'
-_MMDET = 'mmdet.models.backbones.'
-_MMSEG = 'mmseg.models.backbones.'
-_TIMM = 'timm.models.'
-
-FAMILIES: list[BlockFamily] = [
-    BlockFamily(
-        'mmpretrain ViT',
-        _MMPRETRAIN + 'vision_transformer.TransformerEncoderLayer',
-        _MM_VIT,
-        'ln2',
-        attention_norm='ln1',
-        attention='attn',
-        attention_out='attn',
-        ffn_out='ffn',
-        takes_prompts=True,
-    ),
-    # DeiT III normalises the FFN's input by ln1 as well; its ln2 is never called.
-    BlockFamily(
-        'mmpretrain DeiT III',
-        _MMPRETRAIN + 'deit3.DeiT3TransformerEncoderLayer',
-        _MM_VIT,
-        'ln1',
-        attention_norm='ln1',
-        attention='attn',
-        attention_out='attn',
-        ffn_out='ffn',
-        takes_prompts=True,
-        idle=('ln2',),
-    ),
-    BlockFamily(
-        'mmpretrain BEiT',
-        _MMPRETRAIN + 'beit.BEiTTransformerEncoderLayer',
-        _MM_VIT,
-        'ln2',
-        attention_norm='ln1',
-        shared_out='drop_path',
-    ),
-    BlockFamily(
-        'mmpretrain EVA-02',
-        _MMPRETRAIN + 'vit_eva02.EVA02EndcoderLayer',
-        _MM_VIT,
-        'norm2',
-        ffn='mlp',
-        shared_out='drop_path',
-    ),
-    # Attention runs on windows of LN1(x), and nothing follows that sees the whole map.
-    BlockFamily(
-        'mmpretrain ViT-SAM',
-        _MMPRETRAIN + 'vit_sam.TransformerEncoderLayer',
-        FromShape(),
-        'ln2',
-        attention_norm='ln1',
-        ffn_out='ffn',
-    ),
-    BlockFamily(
-        'mmpretrain Swin',
-        _MMPRETRAIN + 'swin_transformer.SwinBlock',
-        Argument('hw_shape'),
-        'norm2',
-        attention='attn',
-        attention_out='attn',
-        ffn_out='ffn',
-    ),
-    BlockFamily(
-        'mmpretrain SwinV2',
-        _MMPRETRAIN + 'swin_transformer_v2.SwinBlockV2',
-        Argument('hw_shape'),
-        None,
-        attention_norm=None,
-        attention_out='norm1',
-        ffn_out='norm2',
-    ),
-    BlockFamily(
-        'mmdet Swin',
-        _MMDET + 'swin.SwinBlock',
-        Argument('hw_shape'),
-        'norm2',
-        attention='attn',
-        attention_out='attn',
-        ffn_out='ffn',
-    ),
-    BlockFamily(
-        'mmdet PVT',
-        _MMDET + 'pvt.PVTEncoderLayer',
-        Argument('hw_shape'),
-        'norm2',
-        attention='attn',
-        attention_out='attn',
-        ffn_out='ffn',
-    ),
-    BlockFamily(
-        'mmseg Swin',
-        _MMSEG + 'swin.SwinBlock',
-        Argument('hw_shape'),
-        'norm2',
-        attention='attn',
-        attention_out='attn',
-        ffn_out='ffn',
-    ),
-    BlockFamily(
-        'mmseg ViT',
-        _MMSEG + 'vit.TransformerEncoderLayer',
-        _SEG_VIT,
-        'norm2',
-        attention='attn',
-        attention_out='attn',
-        ffn_out='ffn',
-        takes_prompts=True,
-    ),
-    # MAE's block is a BEiT block.
-    BlockFamily('mmseg BEiT', _MMSEG + 'beit.BEiTTransformerEncoderLayer', _SEG_BEIT, 'norm2', shared_out='drop_path'),
-    BlockFamily(
-        'mmseg MiT',
-        _MMSEG + 'mit.TransformerEncoderLayer',
-        Argument('hw_shape'),
-        'norm2',
-        attention='attn',
-        attention_out='attn',
-        ffn_out='ffn',
-    ),
-    BlockFamily('mmseg Twins', _MMSEG + 'twins.LSAEncoderLayer', Argument('hw_shape'), 'norm2', shared_out='drop_path'),
-    BlockFamily(
-        'mmseg Twins global', _MMSEG + 'twins.GSAEncoderLayer', Argument('hw_shape'), 'norm2', shared_out='drop_path'
-    ),
-    BlockFamily(
-        'timm ViT',
-        _TIMM + 'vision_transformer.Block',
-        FromPatchEmbed(_read_timm, 'num_prefix_tokens'),
-        'norm2',
-        ffn='mlp',
-        attention_out='drop_path1',
-        ffn_out='drop_path2',
-        takes_prompts=True,
-    ),
-    BlockFamily(
-        'timm Swin',
-        _TIMM + 'swin_transformer.SwinTransformerBlock',
-        FromShape(),
-        'norm2',
-        ffn='mlp',
-        attention_out='drop_path1',
-        ffn_out='drop_path2',
-    ),
-    BlockFamily(
-        'timm SwinV2',
-        _TIMM + 'swin_transformer_v2.SwinTransformerV2Block',
-        FromShape(),
-        None,
-        ffn='mlp',
-        attention_norm=None,
-        attention_out='drop_path1',
-        ffn_out='drop_path2',
-    ),
+__all__ = [
+    'FAMILIES',
+    'Argument',
+    'BlockFamily',
+    'FromPatchEmbed',
+    'FromShape',
+    'Site',
+    'class_path',
+    'family_of',
+    'find_sites',
+    'host_modules',
+    'host_parameters',
+    'no_site_error',
 ]
 
 
@@ -279,15 +46,34 @@ class Site:
         block: The block itself.
         family: Its family.
         embed_dims: Width d of its tokens.
-        host: For :class:`FromPatchEmbed` families the module that owns the
+        source: Which of its family's sources says where its token grid is known.
+        host: For :class:`FromPatchEmbed` the module around the block that owns the
             patch embedding. None for others, and where there is none.
+        patch_embed: The host's module that knows the grid. None where there is no host.
     """
 
     name: str
     block: nn.Module
     family: BlockFamily
     embed_dims: int
-    host: nn.Module | None
+    source: int = 0
+    host: nn.Module | None = None
+    patch_embed: nn.Module | None = None
+
+    @property
+    def grid(self) -> GridSource:
+        """Where its token grid is known."""
+        return self.family.sources[self.source]
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches of the block that an adapter can stand parallel to."""
+        return self.family.branches
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether attention changes number or width of the tokens."""
+        return self.family.reshapes is not None and self.family.reshapes(self.block)
 
 
 def host_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -300,23 +86,9 @@ def host_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in module.named_parameters() if not is_adapter(name))
 
 
-def class_path(cls: type) -> str:
-    """Import path of a class."""
-    return f'{cls.__module__}.{cls.__qualname__}'
-
-
-def family_of(block: nn.Module) -> BlockFamily | None:
-    """The family a module belongs to, None for any other module."""
-    for cls in type(block).__mro__:
-        for family in FAMILIES:
-            if family.block == class_path(cls) and type(block).forward is getattr(cls, 'forward', None):
-                return family
-    return None
-
-
 def _width(block: nn.Module, family: BlockFamily) -> int:
     """Token width: what the FFN's first layer reads."""
-    ffn = getattr(block, family.ffn)
+    ffn = block.get_submodule(family.ffn)
     for module in ffn.modules():
         # By attributes, which layers with packed weights have, too.
         width = getattr(module, 'in_features', getattr(module, 'in_channels', None))
@@ -328,14 +100,32 @@ def _width(block: nn.Module, family: BlockFamily) -> int:
     )
 
 
-def _owner_of_patch_embed(backbone: nn.Module, name: str) -> nn.Module | None:
-    """The innermost module around a block that has a patch embedding."""
-    while name:
-        name = name.rpartition('.')[0]
-        host = backbone.get_submodule(name)
-        if isinstance(getattr(host, 'patch_embed', None), nn.Module):
-            return host
-    return None
+def _submodule(module: nn.Module, name: str) -> nn.Module | None:
+    """A submodule by name, None where there is none."""
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _place_of_grid(
+    backbone: nn.Module, block: str, family: BlockFamily
+) -> tuple[int, nn.Module | None, nn.Module | None]:
+    """Where the grid of a block is known: which source, and for one of a host the host and its module."""
+    sources = {i: source for i, source in enumerate(family.sources) if isinstance(source, FromPatchEmbed)}
+    path = block
+    while path and sources:
+        path = path.rpartition('.')[0]
+        host = backbone.get_submodule(path)
+        classes = [class_path(cls) for cls in type(host).__mro__]
+        for index, source in sources.items():
+            if source.host is None or source.host in classes:
+                inside = block.removeprefix(f'{path}.')
+                module = _submodule(host, source.module if isinstance(source.module, str) else source.module(inside))
+                if module is not None:
+                    return index, host, module
+    others = [i for i in range(len(family.sources)) if i not in sources]
+    return (others or list(sources))[-1], None, None
 
 
 def find_sites(backbone: nn.Module) -> list[Site]:
@@ -344,30 +134,37 @@ def find_sites(backbone: nn.Module) -> list[Site]:
     Raises:
         ValueError: A block lacks a submodule that its family names.
     """
-    sites = []
+    sites: list[Site] = []
     for name, module in host_modules(backbone):
         family = family_of(module)
         if family is not None:
             named = (family.norm, family.attention_norm, family.attention_out, family.ffn_out, family.shared_out)
-            for part in (family.ffn, family.attention, *named):
-                if part is not None and not isinstance(getattr(module, part, None), nn.Module):
+            for part in (family.ffn, family.attention, family.skip, *named):
+                if part is not None and _submodule(module, part) is None:
                     raise ValueError(
                         f"the block {name} has no submodule '{part}', which its BlockFamily '{family.name}' names; "
                         f'it has: {", ".join(n for n, _ in module.named_children())}'
                     )
-            host = _owner_of_patch_embed(backbone, name) if isinstance(family.grid, FromPatchEmbed) else None
-            sites.append(Site(name, module, family, _width(module, family), host))
+            sites.append(Site(name, module, family, _width(module, family), *_place_of_grid(backbone, name, family)))
     return sites
 
 
 def no_site_error(backbone: nn.Module) -> ValueError:
-    """What to raise for a backbone without sites: what was looked for and what was there."""
+    """What to raise for a backbone without sites: the reason, or what was looked for and what was there."""
+    refused = why_refused(backbone)
+    if refused:
+        path, reason = next(iter(refused.items()))
+        return ValueError(
+            f'blocks of {type(backbone).__name__} ({path}) take no adapters: {reason}. Methods that need no blocks '
+            'work: bitfit, norm, ssf, frozen, full'
+        )
     known = '\n'.join(f'  {family.name:<20} {family.block}' for family in FAMILIES)
     return ValueError(
         f'no known Transformer block in {type(backbone).__name__}, so there is nowhere to put an adapter.\n'
         f'Looked for:\n{known}\n'
         f'Found:\n{_describe(backbone)}\n'
-        'To adapt another backbone, add a BlockFamily for its block to iconformer_mm.tuning.sites.FAMILIES.'
+        "To adapt another backbone, make its block known: register_family(like='NAME', block='PATH') where it is a "
+        'copy of a known one, register_family(BlockFamily(...)) where it is not.'
     )
 
 

@@ -13,6 +13,9 @@ from iconformer_mm.registry import PEFT_METHODS
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.attachments import WeightMergingAttachment
 
+# With all tokens read; where the class token alone is, the last block's filter is not trained.
+RAW = {'VisionTransformer': dict(out_type='raw')}
+
 
 @pytest.mark.parametrize(
     ('cls', 'arch', 'backbone', 'adapters', 'without_norm', 'share'),
@@ -24,12 +27,18 @@ from iconformer_mm.tuning.attachments import WeightMergingAttachment
     ],
 )
 def test_budget(cls, arch, backbone, adapters, without_norm, share):
-    model = getattr(backbones, cls)(arch=arch)
+    model = getattr(backbones, cls)(arch=arch, **RAW.get(cls, {}))
     summary = inject(model, 'icon')
     assert (summary.backbone, summary.adapters, summary.trainable) == (backbone, adapters, adapters)
     assert round(100 * summary.backbone_share, 3) == share
     remove(model)
     assert inject(model, 'icon', kernel_norm=None).adapters == without_norm
+
+
+def test_a_filter_that_nobody_reads_is_not_trained():
+    """In a ViT-B that returns its class token, 38,016 parameters of the last block would get no gradient."""
+    summary = inject(backbones.VisionTransformer(arch='base', out_type='cls_token'), 'icon')
+    assert (summary.adapters, summary.trainable) == (1_645_824, 1_645_824 - 38_016)
 
 
 # Parameters that a method adds to a block of width d (FFN 4 d), with the defaults of its paper.
@@ -73,7 +82,7 @@ SWIN_DEPTHS = {128: 2, 256: 2, 512: 18, 1024: 2}
 
 @pytest.fixture(scope='module')
 def vit_base():
-    return backbones.VisionTransformer(arch='base')
+    return backbones.VisionTransformer(arch='base', out_type='raw')
 
 
 @pytest.fixture(scope='module')

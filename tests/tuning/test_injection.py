@@ -365,7 +365,7 @@ def test_heads_stay_trainable_and_never_count():
     model = build_classifier(
         dict(
             type='ImageClassifier',
-            backbone=dict(type='VisionTransformer', arch=VIT, img_size=64),
+            backbone=dict(type='VisionTransformer', arch=VIT, img_size=64, out_type='avg_featmap'),
             head=dict(type='LinearClsHead', num_classes=10, in_channels=32),
         )
     )
@@ -402,12 +402,16 @@ def test_nothing_matched_is_an_error():
 
 
 def test_subclasses_with_a_forward_of_their_own_do_not_match():
-    from mmpretrain.models.backbones import MixMIMTransformer
+    from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
 
-    model = MixMIMTransformer(
-        arch=dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8]), img_size=64, window_size=[2, 2, 2, 2]
-    )
-    with pytest.raises(ValueError, match='no known Transformer block in MixMIMTransformer'):
+    class Scaled(TransformerEncoderLayer):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = vit()
+    for layer in model.layers:
+        layer.__class__ = Scaled
+    with pytest.raises(ValueError, match='no known Transformer block in VisionTransformer'):
         inject(model)
 
 

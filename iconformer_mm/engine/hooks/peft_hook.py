@@ -54,6 +54,8 @@ class PEFTHook(WeightsHook):
         unfreeze: Patterns of the backbone's own parameters to train as well. Defaults to none.
         freeze: Patterns of parameters outside the backbone that are not trained. Defaults to none.
         backbones: Paths of the backbones in a model that has several. Defaults to None, the only one.
+        families: Blocks that are to be known beside those that are, see :func:`iconformer_mm.inject`, e.g.
+            ``[dict(like='mmdet Swin', block='my_project.swin.SwinBlock')]``. Defaults to none.
 
     Raises:
         ValueError: The model is already adapted or lacks what was selected, an option is unknown, the runner has no
@@ -76,6 +78,7 @@ class PEFTHook(WeightsHook):
         unfreeze: Sequence[str] = (),
         freeze: Sequence[str] = (),
         backbones: Sequence[str] | None = None,
+        families: Sequence[dict] = (),
     ) -> None:
         super().__init__()
         if save_adapter not in (True, False, 'raw'):
@@ -88,6 +91,7 @@ class PEFTHook(WeightsHook):
         self.unfreeze = unfreeze
         self.freeze = freeze
         self.backbones = backbones
+        self.families = families
         self._injection: Injection | None = None
 
     def before_run(self, runner: Runner) -> None:
@@ -112,6 +116,7 @@ class PEFTHook(WeightsHook):
             unfreeze=self.unfreeze,
             freeze=self.freeze,
             backbones=self.backbones,
+            families=self.families,
         )
         self._injection = get_injection(model)
         runner.logger.info(f'\n{summary}')

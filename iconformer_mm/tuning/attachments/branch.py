@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from iconformer_mm.adapters import Adapter
+from iconformer_mm.adapters import Adapter, TokenGrid
 from iconformer_mm.compat import is_compiling
 
 from ..calls import Frame, run_in_frame
+from ..families import FromShape
 from ..grids import GridTracker
 from ..sites import Site
 from .base import BlockAttachment
@@ -76,27 +77,32 @@ class BranchAttachment(BlockAttachment):
         self.needs_grid = any(adapter.needs_grid for adapter in adapters.values())
         self.at_ffn = FFN in adapters
         family = site.family
-        # An adapter that reads x' has to wait for it.
-        joins_attention = input != 'sum' and family.attention_out is not None
-        self.joins_later = ATTENTION in adapters and not joins_attention
-        # DeiT III uses one norm twice, before attention and before the FFN.
+        at_attention = ATTENTION in adapters
+        # What is made of x' has to wait for it, unless nothing reads it before it has changed.
+        joins_at_output = family.attention_out is not None and (input != 'sum' or not family.direct)
+        self._joins_shared = at_attention and family.shared_out is not None and not family.direct
+        self.joins_later = at_attention and not joins_at_output and not self._joins_shared
+        # DeiT III uses one norm twice, first before attention and then before the FFN.
         self._one_norm = family.norm is not None and family.norm == family.attention_norm
+        self._has_late_grid = site.reshapes and isinstance(site.grid, FromShape)
         before: dict[str, list[Callable[[Frame, Tensor], Tensor]]] = {}
         after: dict[str, list[Callable[[Frame, Tensor], Tensor]]] = {}
         if self.at_ffn or self.joins_later:  # in post-norm blocks the FFN reads x' directly
             before.setdefault(family.norm or family.ffn, []).append(self._between_branches)
         if self.at_ffn and input == 'normed':
             before.setdefault(family.ffn, []).append(self._see_ffn_input)
-        if ATTENTION in adapters and input == 'normed':
+        if at_attention and family.skip is not None:
+            before.setdefault(family.skip, []).append(self._see_skip)
+        if at_attention and input == 'normed':
             if family.attention is not None:
                 before.setdefault(family.attention, []).append(self._see_attention_input)
             elif family.attention_norm is not None:
-                after.setdefault(family.attention_norm, []).append(self._see_attention_input)
-        if input == 'output' and family.shared_out is not None:
+                after.setdefault(family.attention_norm, []).append(self._see_attention_norm)
+        if family.shared_out is not None and (input == 'output' or self._joins_shared):
             after.setdefault(family.shared_out, []).append(self._see_shared_output)
         elif input == 'output' and self.at_ffn and family.ffn_out is not None:
             after.setdefault(family.ffn_out, []).append(self._see_ffn_output)
-        if ATTENTION in adapters and joins_attention:
+        if at_attention and joins_at_output:
             assert family.attention_out is not None
             after.setdefault(family.attention_out, []).append(self._join_attention)
         self.handlers = {
@@ -104,74 +110,121 @@ class BranchAttachment(BlockAttachment):
             for name in {**before, **after}
         }
 
+    def _tokens(self, frame: Frame, x: Tensor, place: str | None) -> Tensor:
+        """Tokens (B, N, d) of what a submodule reads or returns."""
+        first = x.dim() == 4 and place in self.family.channels_first
+        if self._has_late_grid and self.needs_grid:
+            frame.grid = TokenGrid(*(x.shape[2:4] if first else x.shape[1:3]))
+        return x.flatten(2).transpose(1, 2) if first else x.flatten(1, -2)
+
+    def _delta(self, key: str, frame: Frame, tokens: Tensor) -> Tensor:
+        """What an adapter makes of tokens (B, N, d)."""
+        grid, order = frame.grid, self.family.order
+        if order is None or grid is None:
+            return self.part(key)(tokens, grid)
+        size, places = order(self.module, (grid.height, grid.width), tokens.shape[1])
+        places = places.to(tokens.device)
+        return self.part(key)(tokens[:, places.argsort()], TokenGrid(*size))[:, places]
+
+    def _like(self, tokens: Tensor, x: Tensor, place: str | None) -> Tensor:
+        """Tokens (B, N, d) in the shape of what a submodule reads or returns."""
+        if x.dim() == 4 and place in self.family.channels_first:
+            return tokens.transpose(1, 2).reshape(x.shape)
+        return tokens.reshape(x.shape)
+
+    def _see_skip(self, frame: Frame, x: Tensor) -> Tensor:
+        frame.values['skip'] = self._tokens(frame, x, self.family.skip)
+        return x
+
     def _see_attention_input(self, frame: Frame, normed: Tensor) -> Tensor:
-        frame.values.setdefault('attention input', normed)
+        frame.values.setdefault('attention input', self._tokens(frame, normed, self.family.attention))
+        return normed
+
+    def _see_attention_norm(self, frame: Frame, normed: Tensor) -> Tensor:
+        frame.values.setdefault('attention input', self._tokens(frame, normed, self.family.attention_norm))
         return normed
 
     def _see_ffn_input(self, frame: Frame, normed: Tensor) -> Tensor:
-        frame.values['ffn input'] = normed
+        frame.values['ffn input'] = self._tokens(frame, normed, self.family.ffn)
         return normed
 
     def _see_ffn_output(self, frame: Frame, out: Tensor) -> Tensor:
-        frame.values['ffn output'] = out
+        frame.values['ffn output'] = self._tokens(frame, out, self.family.ffn_out)
         return out
 
     def _see_shared_output(self, frame: Frame, out: Tensor) -> Tensor:
-        """Store the output of the current branch. Attention runs first."""
-        frame.values['ffn output' if 'attention output' in frame.values else 'attention output'] = out
-        return out
+        """Sees the output of the branch that runs, attention first, the FFN last."""
+        is_first = 'attention output' not in frame.values
+        key = 'attention output' if is_first else 'ffn output'
+        frame.values[key] = self._tokens(frame, out, self.family.shared_out)
+        return self._join_attention(frame, out) if is_first and self._joins_shared else out
+
+    def _skip(self, frame: Frame) -> Tensor:
+        """What attention is added to."""
+        return frame.values['skip'] if 'skip' in frame.values else frame.values['block input']
 
     def _parallel_input(self, frame: Frame) -> Tensor:
-        """Return the input of an adapter parallel to attention."""
-        x = frame.values['block input']
+        """What an adapter parallel to attention reads."""
+        x = self._skip(frame)
         return frame.values.get('attention input', x) if self.input == 'normed' else x
 
     def _join_attention(self, frame: Frame, out: Tensor) -> Tensor:
-        """Add the adapter's output to the output of attention."""
-        tokens = out if self.input == 'output' else self._parallel_input(frame)
-        return out + self._apply('adapter_attention', frame, tokens, out)
+        """Adds to the output of attention what its adapter says."""
+        place = self.family.attention_out or self.family.shared_out
+        if self.input == 'output':
+            tokens = self._tokens(frame, out, place)
+        elif self.input == 'sum':
+            tokens = self._skip(frame) + self._tokens(frame, out, place)
+        else:
+            tokens = self._parallel_input(frame)
+        return out + self._like(self._delta('adapter_attention', frame, tokens), out, place)
 
     def _between_branches(self, frame: Frame, x: Tensor) -> Tensor:
-        """Store x' before the FFN. Add the output of attention's adapter first, unless it was added before."""
-        values = frame.values
+        """Sees x' on its way to the FFN; adds to it what the adapter of attention says, unless that was done before."""
+        values, place = frame.values, self.family.norm or self.family.ffn
         if self._one_norm and 'attention reads' not in values:
             values['attention reads'] = x
             return x
         if self.joins_later:
             tokens: Any
             if self.input == 'sum':
-                tokens = x
+                tokens = self._tokens(frame, x, place)
             elif self.input == 'output':
                 tokens = values.get('attention output')
-                if tokens is None:  # the family does not name the output
-                    tokens = x - values['block input'].reshape(x.shape)
+                if tokens is None:  # a family that does not name it
+                    tokens = self._tokens(frame, x, place) - self._skip(frame)
             else:
                 tokens = self._parallel_input(frame)
-            values['delta'] = self._apply('adapter_attention', frame, tokens, x)
-            x = x + values['delta']
-        values['residual'] = x
+            values['delta'] = self._delta('adapter_attention', frame, tokens)
+            x = x + self._like(values['delta'], x, place)
+        values['residual'] = self._tokens(frame, x, place)
         return x
 
-    def _apply(self, key: str, frame: Frame, tokens: Tensor, like: Tensor) -> Tensor:
-        """Apply an adapter to tokens (B, N, d) or (B, H, W, d). The result has the shape of ``like``."""
-        return self.part(key)(tokens.flatten(1, -2), frame.grid).reshape(like.shape)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the block, and add the adapters' outputs."""
-        grid = self.grid(args, kwargs) if self.needs_grid else None
-        out = self.joint.run(self._run_block, grid, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward, with the adapters' outputs added."""
+        grid = None
+        if self.needs_grid:
+            grid = self.grid(args, kwargs)
+            if self.family.grid_after is not None:
+                size = self.family.grid_after(self.module, (grid.height, grid.width))
+                grid = TokenGrid(*size, num_prefix_tokens=grid.num_prefix_tokens)
+        outputs = self.joint.run(self._run_block, grid, *args, **kwargs)
+        out = outputs[self.family.stream] if isinstance(outputs, tuple) else outputs
         if out.requires_grad and not is_compiling():
             # A stage outputs channels-first maps, so their gradient is channels-first in memory. Without this
             # hook, the gradients of all earlier blocks are so, too. Their sums and copies take twice as long.
             out.register_hook(Tensor.contiguous)
-        return out
+        return outputs
 
-    def _run_block(self, grid: Any, *args: Any, **kwargs: Any) -> Tensor:
-        frame = Frame(self.handlers, grid, {'block input': args[0]})
-        out = run_in_frame(frame, self.joint.host_forward, *args, **kwargs)
+    def _run_block(self, grid: Any, *args: Any, **kwargs: Any) -> Any:
+        stream = self.family.stream
+        frame = Frame(self.handlers, grid)
+        frame.values['block input'] = self._tokens(frame, args[stream], '')
+        outputs = run_in_frame(frame, self.joint.host_forward, *args, **kwargs)
+        out = outputs[stream] if isinstance(outputs, tuple) else outputs
         values = frame.values
         if self.joins_later:
-            out = out + values['delta'].reshape(out.shape)
+            out = out + self._like(values['delta'], out, '')
         if self.at_ffn:
             residual = values['residual']
             if self.input == 'normed':
@@ -179,10 +232,10 @@ class BranchAttachment(BlockAttachment):
             elif self.input == 'residual':
                 tokens = residual
             elif self.input == 'sum':
-                tokens = out
+                tokens = self._tokens(frame, out, '')
             else:
                 tokens = values.get('ffn output')
-                if tokens is None:  # the family does not name the output
-                    tokens = out - residual.reshape(out.shape)
-            out = out + self._apply('adapter', frame, tokens, out)
-        return out
+                if tokens is None:  # a family that does not name it
+                    tokens = self._tokens(frame, out, '') - residual
+            out = out + self._like(self._delta('adapter', frame, tokens), out, '')
+        return (*outputs[:stream], out, *outputs[stream + 1 :]) if isinstance(outputs, tuple) else out

@@ -61,16 +61,27 @@ class AdapterMethod(PEFTMethod):
         return dict(input=self.input, sites=self.sites, **{**self._adapter_defaults(), **self.adapter_options})
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
-        """Create the adapters of every block."""
-        return [
-            BranchAttachment(
-                site,
-                {branch: self.adapter_class(site.embed_dims, **self.adapter_options) for branch in self.sites},
-                self.input,
-                tracker_of(site) if self.adapter_class.needs_grid else None,
+        """Make the adapters of every block."""
+        attachments: list[Attachment] = []
+        for site in sites:
+            branches = [branch for branch in self.sites if self._fits(site, branch)]
+            if branches:
+                made = {branch: self.adapter_class(site.embed_dims, **self.adapter_options) for branch in branches}
+                tracker = tracker_of(site) if self.adapter_class.needs_grid else None
+                attachments.append(BranchAttachment(site, made, self.input, tracker))
+        if sites and not attachments:
+            block = sites[0]
+            raise ValueError(
+                f'{block.family.name} blocks have no {" or ".join(self.sites)} that an adapter of method '
+                f"'{self.name}' can stand at; they have {', '.join(block.branches)}, so set "
+                f'sites={list(block.branches)}'
             )
-            for site in sites
-        ]
+        return attachments
+
+    def _fits(self, site: Site, branch: str) -> bool:
+        """Whether an adapter can stand at a branch; it cannot parallel to attention that changes the tokens' number."""
+        parallel = branch == ATTENTION and self.input in ('normed', 'residual')
+        return branch in site.branches and not (parallel and site.reshapes)
 
 
 @PEFT_METHODS.register_module(name='icon')

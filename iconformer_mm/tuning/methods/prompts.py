@@ -52,16 +52,16 @@ class VPTMethod(PEFTMethod):
                 f'{site.family.name} blocks ({site.family.block}) take no prompt tokens: their attention is windowed '
                 'or depends on positions. Visual prompt tuning needs plain ViT blocks'
             )
-        if site.host is None:
+        if site.host is None or site.patch_embed is None:
             raise ValueError(
                 f'{site.name} is not in a module with a `patch_embed`, whose size is needed to initialise prompt tokens'
             )
-        patch_embed = site.host.get_submodule('patch_embed')
-        convolution = next((m for m in patch_embed.modules() if isinstance(m, nn.Conv2d)), None)
-        if convolution is None:
+        layers = (nn.Conv2d, nn.Linear)
+        layer = next((m for m in site.patch_embed.modules() if isinstance(m, layers)), None)
+        if layer is None or site.patch_embed is site.host:
             raise ValueError(
-                f'the patch embedding of {type(site.host).__name__} has no convolution, so the size of a patch is '
-                'unknown. It is needed to initialise prompt tokens'
+                f'{type(site.host).__name__} has no patch embedding by a convolution or a linear layer around its '
+                'blocks, so the size of a patch, which prompts are initialised by, is unknown'
             )
-        patch_dims = convolution.weight[0].numel()
+        patch_dims = layer.weight[0].numel()
         return PromptAdapter(site.embed_dims, patch_dims, self.num_tokens, self.dropout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from .base import PEFTMethod, TrackerOf
 
 _LINEAR = (nn.Linear, _ConvNd)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _NormBase)
+_NORM_NAMES = re.compile(r'(rms|layer)_?norm(2d)?$', re.IGNORECASE)  # of classes that libraries write themselves
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def find_layers(module: nn.Module, idle: Sequence[str] = ()) -> list[Layer]:
         if name.partition('.')[0] in idle:
             continue
         names = {n: f'{name}.{n}'.removeprefix('.') for n, _ in layer.named_parameters(recurse=False)}
-        is_norm = isinstance(layer, _NORMS)
+        is_norm = isinstance(layer, _NORMS) or bool('weight' in names and _NORM_NAMES.search(type(layer).__name__))
         if isinstance(layer, nn.MultiheadAttention) and 'in_proj_weight' in names:
             rows = layer.in_proj_weight.shape[0]
             layers.append(Layer(names['in_proj_weight'], names.get('in_proj_bias'), rows, False))
@@ -168,7 +170,12 @@ class PartialMethod(PEFTMethod):
             raise ValueError(f'num_blocks is {self.num_blocks}, but {type(backbone).__name__} has {len(sites)} blocks')
         attachments: list[Attachment] = []
         for site in sites[-self.num_blocks :]:
-            names = [n for n, _ in host_parameters(site.block) if n.partition('.')[0] not in site.family.idle]
+            # Hosts keep what they made of attention_biases, so that in evaluation they do not see others.
+            names = [
+                n
+                for n, _ in host_parameters(site.block)
+                if n.partition('.')[0] not in site.family.idle and not n.endswith('attention_biases')
+            ]
             adapter = _deltas(site.block, names)
             assert adapter is not None  # every block has weights
             attachments.append(WeightAttachment(site.name, site.block, site.family.name, adapter))
@@ -190,24 +197,44 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
         ValueError: The block has no map with a role.
     """
     weights = {name: p for name, p in host_parameters(site.block) if p.dim() > 1}
-    found = {}
+    found: dict[str, Target] = {}
     for name, weight in weights.items():
-        rows, columns = weight.shape[0], weight[0].numel()
-        if name.endswith(('qkv.weight', 'in_proj_weight')):
-            third = rows // 3
-            for index, role in enumerate('qkv'):
-                found[role] = Target(name, role, (index * third, (index + 1) * third), columns)
-        elif name.endswith(('.proj.weight', 'out_proj.weight')):
-            found['o'] = Target(name, 'o', (0, rows), columns)
-        elif name.startswith(f'{site.family.ffn}.') and weight.shape[1] > 1:  # not a depth-wise convolution
-            role = 'fc2' if 'fc1' in found else 'fc1'
-            found[role] = Target(name, role, (0, rows), columns)
+        for role, (first, last) in _roles(site, name, weight, found).items():
+            found[role] = Target(name, role, (first, last), weight[0].numel())
+    for role, (name, first, last, groups) in (site.family.rows(site.block) if site.family.rows else {}).items():
+        found[role] = Target(name, role, (first, last), weights[name][0].numel(), groups)
     missing = [role for role in roles if role not in found]
     if missing:
         raise ValueError(
             f'no linear map {", ".join(missing)} in {site.name} ({site.family.name}); its weights: {", ".join(weights)}'
         )
     return [found[role] for role in roles]
+
+
+def _branch(role: str) -> str:
+    """The branch that a map is in."""
+    return 'ffn' if role in ('fc1', 'fc2') else 'attention'
+
+
+def _roles(site: Site, name: str, weight: nn.Parameter, found: dict[str, Target]) -> dict[str, tuple[int, int]]:
+    """What a weight of a block is, by its name: the roles of its rows."""
+    rows = weight.shape[0]
+    if site.family.ffn and name.startswith(f'{site.family.ffn}.'):
+        if 'ffn' not in site.branches or weight.shape[1] <= 1:  # a depth-wise convolution
+            return {}
+        return {'fc2' if 'fc1' in found else 'fc1': (0, rows)}
+    if 'attention' not in site.branches:
+        return {}
+    if name.endswith(('qkv.weight', 'in_proj_weight')):
+        return {role: (i * rows // 3, (i + 1) * rows // 3) for i, role in enumerate('qkv')}
+    if name.endswith('.kv.weight'):
+        return {'k': (0, rows // 2), 'v': (rows // 2, rows)}
+    if name.endswith(('.proj.weight', 'out_proj.weight')):
+        return {'o': (0, rows)}
+    for role in 'qkv':
+        if name.endswith((f'.{role}.weight', f'.{role}_proj.weight')):
+            return {role: (0, rows)}
+    return {}
 
 
 class LowRankMethod(PEFTMethod):
@@ -229,16 +256,22 @@ class LowRankMethod(PEFTMethod):
         self.rank_stabilized = rank_stabilized
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
-        """Adapt the maps of every block."""
-        return [
-            LowRankAttachment(
-                site,
-                self.adapter_class(
-                    find_targets(site, self.targets), self.rank, self.alpha, self.dropout, self.rank_stabilized
-                ),
+        """Adapt the maps of every block, in blocks without attention or without an FFN those that are there."""
+        attachments: list[Attachment] = []
+        for site in sites:
+            roles = [role for role in self.targets if _branch(role) in site.branches]
+            if roles:
+                targets = find_targets(site, roles)
+                adapter = self.adapter_class(targets, self.rank, self.alpha, self.dropout, self.rank_stabilized)
+                attachments.append(LowRankAttachment(site, adapter))
+        if sites and not attachments:
+            block = sites[0]
+            there = ['fc1', 'fc2'] if 'ffn' in block.branches else ['q', 'k', 'v', 'o']
+            raise ValueError(
+                f'{block.family.name} blocks have no linear map {", ".join(self.targets)}, since they have '
+                f'{", ".join(block.branches)} only; set targets={there}'
             )
-            for site in sites
-        ]
+        return attachments
 
 
 @PEFT_METHODS.register_module(name='lora')
