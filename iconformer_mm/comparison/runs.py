@@ -94,8 +94,10 @@ class Scheduler:
         ready = [run for run in self.results.ready(*self.selection) if run.name not in self.begun]
         for run in ready[: self.jobs - len(self.running)]:
             self.begun.add(run.name)
-            pictures = run.task.pictures if run.seed == self.results.comparison.seeds[0] and not run.search else ()
-            job = (run.settings, ROOT / run.task.base, self.results.work_dir(run), self.results.file(run), pictures)
+            first = run.seed == self.results.comparison.seeds[0] and not run.search
+            pictures = run.task.pictures if first else ()
+            files = (self.results.work_dir(run), self.results.file(run))
+            job = (run.settings, ROOT / run.task.base, *files, first, pictures)
             process = self.context.Process(target=run_in_child, args=job)
             process.start()
             self.running[process.sentinel] = (run, process)

@@ -67,7 +67,12 @@ class DivergenceHook(Hook):
 
 
 def train_and_validate(
-    settings: dict[str, Any], base: Path, folder: Path, result: Path, pictures: Sequence[int] = ()
+    settings: dict[str, Any],
+    base: Path,
+    folder: Path,
+    result: Path,
+    keep_adapter: bool = False,
+    pictures: Sequence[int] = (),
 ) -> None:
     """Train and validate on one core, and write the result.
 
@@ -76,6 +81,7 @@ def train_and_validate(
         base: Pre-trained weights, which frozen ones are compared with.
         folder: Work folder with the output, ``output.log``; removed in the end.
         result: File to write.
+        keep_adapter: Whether to keep the adapter file, beside the result (``.safetensors``). Defaults to False.
         pictures: Test images of which the predictions are kept, by index, in a file beside it (``.npz``).
 
     Raises:
@@ -87,7 +93,7 @@ def train_and_validate(
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
-    runner = build_runner(make_config(settings, folder))
+    runner = build_runner(make_config(settings, folder, keep_adapter))
     runner.register_hook(DivergenceHook())
     score = train(runner, settings['metric'])
     content = dict(
@@ -101,6 +107,9 @@ def train_and_validate(
     )
     if pictures and score is not None:
         keep_predictions(runner, pictures, result.with_suffix('.npz'))
+    adapter = folder / 'adapter.safetensors'
+    if keep_adapter and adapter.is_file():
+        os.replace(adapter, result.with_suffix('.safetensors'))
     # A key a line: short, and readable in a diff.
     lines = ',\n'.join(f'{json.dumps(key)}: {json.dumps(value)}' for key, value in content.items())
     with written_whole(result) as temporary:
@@ -108,11 +117,11 @@ def train_and_validate(
     shutil.rmtree(folder)
 
 
-def make_config(settings: dict[str, Any], folder: Path) -> Config:
+def make_config(settings: dict[str, Any], folder: Path, save_adapter: bool = False) -> Config:
     """The config of a run, which writes no checkpoints."""
     cfg = load_config(str(ROOT / settings['config']))
     add_peft(cfg, settings['method'])
-    cfg.default_hooks.peft.save_adapter = False
+    cfg.default_hooks.peft.save_adapter = save_adapter
     cfg.merge_from_dict(settings['options'])
     cfg.merge_from_dict(
         {

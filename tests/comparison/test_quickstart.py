@@ -9,6 +9,8 @@ import yaml
 from commands import tool
 from conftest import ROOT
 
+from iconformer_mm.checkpoint import read_adapter
+
 CONFIGS = ROOT / 'configs' / 'comparison'
 
 
@@ -47,6 +49,10 @@ def test_quickstart(tmp_path):
     for method in rows:
         run = json.loads((tmp_path / 'runs' / 'digits' / method / 'seed0.json').read_text())
         assert run['frozen_weights_checked'] == (method != 'full')
+    kept = {path.parent.name: path for path in (tmp_path / 'runs').rglob('*.safetensors')}
+    assert set(kept) == {'frozen', 'adaptformer', 'icon'}  # of the first seed
+    content, tensors = read_adapter(kept['icon'])
+    assert content['method']['type'] == 'icon' and sum(t.numel() for t in tensors.values()) == counts[2]
     assert (tmp_path / 'tradeoff.png').stat().st_size > 10_000
     assert 'There was no search' in (tmp_path / 'search.md').read_text()
     assert (tmp_path / 'table.md').read_text().count('\n') == 8
