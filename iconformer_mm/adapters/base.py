@@ -171,11 +171,11 @@ class Adapter(nn.Module):
     An adapter knows nothing about its host. Both ``tokens`` and the delta are (B, N, d).
 
     Attributes:
-        needs_grid: Whether the adapter asks where the tokens lie. Then ``N == grid.num_tokens``.
-            An adapter that does not gets None for the grid, and works on any tokens,
-            such as those that masked pre-training leaves. Defaults to True.
-        patch_only: Names of submodules that patch tokens alone pass. They are not trained where only class tokens
-            are read. Defaults to none.
+        needs_grid: Whether the adapter uses the layout of the tokens. If True,
+            ``N == grid.num_tokens``. If False, the grid is None and the adapter accepts
+            any tokens, such as those left after masking in pre-training. Defaults to True.
+        patch_only: Names of submodules that process only patch tokens. They are not trained in
+            blocks of which only the class tokens are read. Defaults to none.
     """
 
     needs_grid = True

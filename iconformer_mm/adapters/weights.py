@@ -65,12 +65,12 @@ class Target:
     """A linear map within a host's weight.
 
     Attributes:
-        weight: Name of the weight; as a matrix, its first dimension is the output.
-        role: What the map is there: ``'q'``, ``'k'``, ``'v'``, ``'o'``, ``'fc1'`` or ``'fc2'``.
-        rows: First and last + 1 of its rows, in a weight that several share; of each group, where there are several.
-        in_features: Its input channels.
-        groups: Number of groups of rows, such as heads whose q, k and v lie together. Defaults to 1. The maps of one
-            weight have the same.
+        weight: Name of the weight. Its first dimension is the output.
+        role: Role of the map in the block: ``'q'``, ``'k'``, ``'v'``, ``'o'``, ``'fc1'`` or ``'fc2'``.
+        rows: Half-open range of the map's rows in each group. Several maps may share one weight.
+        in_features: Input channels of the map.
+        groups: Number of groups of rows, such as heads that each have q, k and v in adjacent rows. All maps of a
+            weight have the same number. Defaults to 1.
     """
 
     weight: str
@@ -81,7 +81,7 @@ class Target:
 
     @property
     def num_rows(self) -> int:
-        """Number of its rows, in all groups."""
+        """Number of the map's rows in all groups."""
         return (self.rows[1] - self.rows[0]) * self.groups
 
 
@@ -189,7 +189,7 @@ class LoRAAdapter(WeightAdapter):
 
 
 def _by_group(matrix: Tensor, targets: Sequence[Target]) -> Tensor:
-    """Rows (out, ...) of a weight by the groups that its maps lie in: (groups, rows of one, ...)."""
+    """Split the rows of a weight (out, ...) into the groups of its maps, (groups, rows per group, ...)."""
     return matrix.unflatten(0, (targets[0].groups, -1))
 
 
@@ -243,7 +243,7 @@ class DoRAAdapter(LoRAAdapter):
         return super()._map(weight, role) * self._factor(weight, role).unsqueeze(1)
 
     def add_path(self, name: str, layer: Any, x: Tensor, out: Tensor) -> Tensor:
-        """Make of a layer's output that of the layer with the adapted weight; see :meth:`LoRAAdapter.add_path`."""
+        """Turn a layer's output into its output with the adapted weight; see :meth:`LoRAAdapter.add_path`."""
         matrix = _by_group(layer.weight.detach().flatten(1), self.targets[name])
         factors, row = [], 0
         for target in self.targets[name]:

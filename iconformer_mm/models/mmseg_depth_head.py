@@ -15,25 +15,25 @@ from torch import Tensor, nn
 
 
 class DepthLoss:
-    """Mixin before a decode head of mmseg: the loss of a predicted depth."""
+    """Mixin with the loss of a predicted depth. List it before the class of an mmseg decode head."""
 
     loss_decode: nn.Module
     align_corners: bool
 
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: list) -> dict[str, Tensor]:
-        """Compare the prediction with the true depth at full size.
+        """Compute the losses of the prediction against the true depth at full size.
 
         Args:
-            seg_logits: Predicted depth, (B, 1, h, w).
+            seg_logits: Predicted depth in metres, (B, 1, h, w).
             batch_data_samples: Samples with ``gt_depth_map`` (1, H, W) in
-                metres; 0 where it is unknown.
+                metres. 0 means unknown.
 
         Returns:
             The losses by name.
         """
         target = torch.stack([sample.gt_depth_map.data for sample in batch_data_samples]).to(seg_logits)
         depth = F.interpolate(seg_logits, size=target.shape[2:], mode='bilinear', align_corners=self.align_corners)
-        # Of an image without any known depth SiLogLoss has no gradient but NaN.
+        # For an image without known depth, the gradient of SiLogLoss is NaN.
         known = (target > 0).flatten(1).any(dim=1)
         losses: dict[str, Tensor] = {}
         for loss in [self.loss_decode] if not isinstance(self.loss_decode, nn.ModuleList) else self.loss_decode:
@@ -126,15 +126,14 @@ class DPTDepthHead(DepthLoss, DPTHead):
         embed_dims: Channels of the backbone's maps.
         channels: Channels of the fusion blocks. Defaults to 256.
         max_depth: Largest depth, in metres. Defaults to 10.
-        readout_type: What is done with the class token: ``'ignore'``, ``'add'`` or ``'project'``. The latter two need
-            pairs of a map and the class token, such as ``TIMMFeatures(prefix_tokens='cls')`` gives. Defaults to
-            ``'ignore'``.
-        in_index: Which of the backbone's maps to take, four of them. Defaults to ``(0, 1, 2, 3)``.
+        readout_type: How to use the class token: ``'ignore'``, ``'add'`` or ``'project'``. The latter two need pairs
+            of a map and the class token, e.g. from ``TIMMFeatures(prefix_tokens='cls')``. Defaults to ``'ignore'``.
+        in_index: Indices of the four backbone maps to use. Defaults to ``(0, 1, 2, 3)``.
         loss_decode: Config of the loss. Defaults to ``dict(type='SiLogLoss')``.
         **kwargs: Further arguments of mmseg's ``DPTHead``.
 
     Raises:
-        ValueError: ``max_depth`` is out of range, or the class token is needed and not given.
+        ValueError: ``max_depth`` is out of range, or the class token is needed but missing.
     """
 
     def __init__(
@@ -158,7 +157,7 @@ class DPTDepthHead(DepthLoss, DPTHead):
             input_transform='multiple_select',
             num_classes=1,
             out_channels=1,
-            threshold=0.5,  # unused; mmseg wants one for a single channel
+            threshold=0.5,  # unused, but mmseg requires it for a single channel
             dropout_ratio=0.0,
             loss_decode=loss_decode or dict(type='SiLogLoss'),
             **kwargs,
@@ -168,14 +167,14 @@ class DPTDepthHead(DepthLoss, DPTHead):
     def forward(self, inputs: Sequence[Any]) -> Tensor:
         """Predict depth in metres from maps (B, C, h, w), or pairs of a map and the class token (B, C).
 
-        The result is (B, 1, 8h, 8w) where h and w are even, and a few places larger where they are odd.
+        The result is (B, 1, 8h, 8w) if h and w are even, and a few pixels larger if they are odd.
         """
         if isinstance(inputs[0], Tensor):
             if self.reassemble_blocks.readout_type != 'ignore':
                 raise ValueError(
-                    f"readout_type='{self.reassemble_blocks.readout_type}' needs the class token: give the backbone "
-                    "prefix_tokens='cls' (TIMMFeatures) or output_cls_token=True (mmseg), or take 'ignore'"
+                    f"readout_type='{self.reassemble_blocks.readout_type}' needs the class token: set in the backbone "
+                    "prefix_tokens='cls' (TIMMFeatures) or output_cls_token=True (mmseg), or use 'ignore'"
                 )
             inputs = [[features, None] for features in inputs]
-        # In float32: half precision is too coarse near the ends of a sigmoid.
+        # In float32, because half precision is too coarse near the ends of a sigmoid.
         return super().forward(inputs).float().sigmoid() * self.max_depth

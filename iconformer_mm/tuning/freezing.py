@@ -55,7 +55,7 @@ class Freezing:
             if is_adapter(name) or name in own:
                 is_trained = parameter.requires_grad if is_adapter(name) else name in trained
                 parameter.requires_grad_(trains and is_trained)
-        # Those whose statistics are held; a caller takes one out by train() of the module itself.
+        # BatchNorms whose statistics are frozen. The caller releases one with train() of the module itself.
         statistics = {n.rpartition('.')[0] for n in trained if n not in own}
         self._held = {
             n

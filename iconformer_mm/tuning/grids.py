@@ -23,7 +23,7 @@ class GridTracker:
 
     Args:
         host: Module with a patch embedding.
-        source: How to read the grid there.
+        source: How to read the grid from the patch embedding.
     """
 
     def __init__(self, host: nn.Module, source: FromPatchEmbed) -> None:
@@ -33,7 +33,7 @@ class GridTracker:
         self._grid = PerThread()
 
     def note(self, height: int, width: int, num_prefix_tokens: int | None = None) -> None:
-        """Take the grid of the forward pass that begins in this thread."""
+        """Store the grid of the forward pass that starts in this thread."""
         prefix = self.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
         self._grid.value = TokenGrid(height, width, prefix)
 
@@ -78,16 +78,16 @@ class PatchEmbedTap(Replacement):
 
 
 def grid_of_call(site: Site, args: tuple, kwargs: dict, tracker: GridTracker | None) -> TokenGrid:
-    """The grid of the tokens that a block is called with.
+    """Return the grid of the tokens in a call of a block.
 
     Args:
         site: The block.
-        args: Positional arguments of the call, the input among them.
+        args: Positional arguments of the call, including the input.
         kwargs: Keyword arguments of the call.
         tracker: The host's tracker, for blocks that need one.
 
     Raises:
-        ValueError: A block that takes square maps only is called with another number of tokens.
+        ValueError: A block that supports only square maps is called with a number of tokens that is not a square.
     """
     source = site.grid
     if isinstance(source, FromPatchEmbed):
@@ -102,8 +102,8 @@ def grid_of_call(site: Site, args: tuple, kwargs: dict, tracker: GridTracker | N
         side = isqrt(tokens)
         if side * side != tokens:
             raise ValueError(
-                f'{site.name} ({site.family.name}) was called with {tokens} tokens, which make no square; use a '
-                'method that asks for no grid, such as adaptformer, lora or ssf'
+                f'{site.name} ({site.family.name}) was called with {tokens} tokens, which make no square map; use a '
+                'method that needs no grid, such as adaptformer, lora or ssf'
             )
         return TokenGrid(side, side)
     assert isinstance(source, Argument)

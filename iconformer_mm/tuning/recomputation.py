@@ -10,16 +10,16 @@ from torch import nn
 from .attachments import Joint
 from .sites import Site
 
-# Names of flags by which hosts recompute what they hold: timm's, and that of MMPretrain's TinyViT and MixMIM.
+# Names of the flags for gradient checkpointing: timm's, and that of MMPretrain's TinyViT and MixMIM.
 _FLAGS = ('grad_checkpointing', 'use_checkpoint')
 
 
 class Recomputation:
-    """Takes over gradient checkpointing that a host does from outside of its blocks.
+    """Takes over gradient checkpointing that a host applies from outside its blocks.
 
-    There neither the grid nor the adapter of the call is known any more, and the first block may get no gradient.
-    The joints of the blocks do it instead, also where it is switched on or off later. What a host recomputes beside
-    its blocks by ``use_checkpoint`` is not recomputed.
+    There, the grid and the adapter of the original call are no longer known, and the first block may get no gradient.
+    So the joints of the blocks recompute instead, even if checkpointing is switched on or off later. Other modules
+    that a host recomputes with ``use_checkpoint`` are not recomputed.
 
     Args:
         backbone: The adapted backbone.
@@ -30,7 +30,7 @@ class Recomputation:
     def __init__(self, backbone: nn.Module, sites: list[Site], joint_of: Callable[[nn.Module], Joint]) -> None:
         self.joint_of = joint_of
         self.holders: list[tuple[Any, str]] = []  # with the name of its flag
-        self.blocks: list[list[nn.Module]] = []  # of each holder
+        self.blocks: list[list[nn.Module]] = []  # per holder
         self.is_on: list[bool] = []
         self._setters: list[_Setter] = []
         for name, module in backbone.named_modules():
@@ -49,7 +49,7 @@ class Recomputation:
             ]
 
     def take_over(self) -> None:
-        """Have joints do what the host would do now."""
+        """Switch the host's checkpointing off, and that of the joints on."""
         for index, (holder, flag) in enumerate(self.holders):
             if getattr(holder, flag):
                 setattr(holder, flag, False)

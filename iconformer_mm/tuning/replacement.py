@@ -98,7 +98,7 @@ def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
         child = module._modules[head]
         assert child is not None
         view.__dict__['_modules'][head] = with_parameters(child, inner)
-    # Some modules keep their children in a list as well, and call them from there.
+    # Some modules also keep their children in a list, and call them from there.
     views = {id(module._modules[head]): view.__dict__['_modules'][head] for head in below}
     for name, kept in module.__dict__.items() if views else ():
         if type(kept) in (list, tuple) and any(id(each) in views for each in kept):

@@ -54,7 +54,7 @@ class PEFTHook(WeightsHook):
         unfreeze: Patterns of the backbone's own parameters to train as well. Defaults to none.
         freeze: Patterns of parameters outside the backbone that are not trained. Defaults to none.
         backbones: Paths of the backbones in a model that has several. Defaults to None, the only one.
-        families: Blocks that are to be known beside those that are, see :func:`iconformer_mm.inject`, e.g.
+        families: Families of further blocks, see :func:`iconformer_mm.inject`, e.g.
             ``[dict(like='mmdet Swin', block='my_project.swin.SwinBlock')]``. Defaults to none.
 
     Raises:

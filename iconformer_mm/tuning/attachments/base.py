@@ -214,11 +214,11 @@ class BlockAttachment(Attachment):
 
     def __init__(self, site: Site, adapters: dict[str, nn.Module], tracker: GridTracker | None = None) -> None:
         super().__init__(site.name, site.block, site.family.name, adapters)
-        # Without the host, so that a block can be pickled without it.
+        # Drop the host, so that a block can be pickled without it.
         self.site = replace(site, host=None, patch_embed=None)
         self.family = site.family
         self.tracker = tracker
 
     def grid(self, args: tuple, kwargs: dict) -> TokenGrid:
-        """The grid of the tokens that the block is called with."""
+        """Return the grid of the tokens in a call of the block."""
         return grid_of_call(self.site, args, kwargs, self.tracker)

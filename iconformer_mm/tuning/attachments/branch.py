@@ -78,11 +78,11 @@ class BranchAttachment(BlockAttachment):
         self.at_ffn = FFN in adapters
         family = site.family
         at_attention = ATTENTION in adapters
-        # What is made of x' has to wait for it, unless nothing reads it before it has changed.
+        # An adapter that reads x' has to wait for it, unless nothing reads x' before it changes.
         joins_at_output = family.attention_out is not None and (input != 'sum' or not family.direct)
         self._joins_shared = at_attention and family.shared_out is not None and not family.direct
         self.joins_later = at_attention and not joins_at_output and not self._joins_shared
-        # DeiT III uses one norm twice, first before attention and then before the FFN.
+        # DeiT III uses one norm twice, before attention and before the FFN.
         self._one_norm = family.norm is not None and family.norm == family.attention_norm
         self._has_late_grid = site.reshapes and isinstance(site.grid, FromShape)
         before: dict[str, list[Callable[[Frame, Tensor], Tensor]]] = {}
@@ -111,14 +111,14 @@ class BranchAttachment(BlockAttachment):
         }
 
     def _tokens(self, frame: Frame, x: Tensor, place: str | None) -> Tensor:
-        """Tokens (B, N, d) of what a submodule reads or returns."""
+        """Convert a submodule's input or output to tokens (B, N, d)."""
         first = x.dim() == 4 and place in self.family.channels_first
         if self._has_late_grid and self.needs_grid:
             frame.grid = TokenGrid(*(x.shape[2:4] if first else x.shape[1:3]))
         return x.flatten(2).transpose(1, 2) if first else x.flatten(1, -2)
 
     def _delta(self, key: str, frame: Frame, tokens: Tensor) -> Tensor:
-        """What an adapter makes of tokens (B, N, d)."""
+        """Apply an adapter to tokens (B, N, d)."""
         grid, order = frame.grid, self.family.order
         if order is None or grid is None:
             return self.part(key)(tokens, grid)
@@ -127,7 +127,7 @@ class BranchAttachment(BlockAttachment):
         return self.part(key)(tokens[:, places.argsort()], TokenGrid(*size))[:, places]
 
     def _like(self, tokens: Tensor, x: Tensor, place: str | None) -> Tensor:
-        """Tokens (B, N, d) in the shape of what a submodule reads or returns."""
+        """Convert tokens (B, N, d) to the shape of a submodule's input or output."""
         if x.dim() == 4 and place in self.family.channels_first:
             return tokens.transpose(1, 2).reshape(x.shape)
         return tokens.reshape(x.shape)
@@ -153,23 +153,23 @@ class BranchAttachment(BlockAttachment):
         return out
 
     def _see_shared_output(self, frame: Frame, out: Tensor) -> Tensor:
-        """Sees the output of the branch that runs, attention first, the FFN last."""
+        """Store the output of the current branch. Attention runs first, the FFN last."""
         is_first = 'attention output' not in frame.values
         key = 'attention output' if is_first else 'ffn output'
         frame.values[key] = self._tokens(frame, out, self.family.shared_out)
         return self._join_attention(frame, out) if is_first and self._joins_shared else out
 
     def _skip(self, frame: Frame) -> Tensor:
-        """What attention is added to."""
+        """Return the tokens to which the output of attention is added."""
         return frame.values['skip'] if 'skip' in frame.values else frame.values['block input']
 
     def _parallel_input(self, frame: Frame) -> Tensor:
-        """What an adapter parallel to attention reads."""
+        """Return the input of an adapter parallel to attention."""
         x = self._skip(frame)
         return frame.values.get('attention input', x) if self.input == 'normed' else x
 
     def _join_attention(self, frame: Frame, out: Tensor) -> Tensor:
-        """Adds to the output of attention what its adapter says."""
+        """Add the adapter's output to the output of attention."""
         place = self.family.attention_out or self.family.shared_out
         if self.input == 'output':
             tokens = self._tokens(frame, out, place)
@@ -180,7 +180,7 @@ class BranchAttachment(BlockAttachment):
         return out + self._like(self._delta('adapter_attention', frame, tokens), out, place)
 
     def _between_branches(self, frame: Frame, x: Tensor) -> Tensor:
-        """Sees x' on its way to the FFN; adds to it what the adapter of attention says, unless that was done before."""
+        """Store x' before the FFN. Add the output of attention's adapter first, unless it was added before."""
         values, place = frame.values, self.family.norm or self.family.ffn
         if self._one_norm and 'attention reads' not in values:
             values['attention reads'] = x
@@ -191,7 +191,7 @@ class BranchAttachment(BlockAttachment):
                 tokens = self._tokens(frame, x, place)
             elif self.input == 'output':
                 tokens = values.get('attention output')
-                if tokens is None:  # a family that does not name it
+                if tokens is None:  # the family does not name the output
                     tokens = self._tokens(frame, x, place) - self._skip(frame)
             else:
                 tokens = self._parallel_input(frame)
@@ -201,7 +201,7 @@ class BranchAttachment(BlockAttachment):
         return x
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward, with the adapters' outputs added."""
+        """Run the block, and add the adapters' outputs."""
         grid = None
         if self.needs_grid:
             grid = self.grid(args, kwargs)
@@ -235,7 +235,7 @@ class BranchAttachment(BlockAttachment):
                 tokens = self._tokens(frame, out, '')
             else:
                 tokens = values.get('ffn output')
-                if tokens is None:  # a family that does not name it
+                if tokens is None:  # the family does not name the output
                     tokens = self._tokens(frame, out, '') - residual
             out = out + self._like(self._delta('adapter', frame, tokens), out, '')
         return (*outputs[:stream], out, *outputs[stream + 1 :]) if isinstance(outputs, tuple) else out

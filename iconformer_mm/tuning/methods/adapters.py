@@ -61,7 +61,7 @@ class AdapterMethod(PEFTMethod):
         return dict(input=self.input, sites=self.sites, **{**self._adapter_defaults(), **self.adapter_options})
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
-        """Make the adapters of every block."""
+        """Create the adapters of every block."""
         attachments: list[Attachment] = []
         for site in sites:
             branches = [branch for branch in self.sites if self._fits(site, branch)]
@@ -72,14 +72,17 @@ class AdapterMethod(PEFTMethod):
         if sites and not attachments:
             block = sites[0]
             raise ValueError(
-                f'{block.family.name} blocks have no {" or ".join(self.sites)} that an adapter of method '
-                f"'{self.name}' can stand at; they have {', '.join(block.branches)}, so set "
+                f'{block.family.name} blocks have no {" or ".join(self.sites)} that supports an adapter of method '
+                f"'{self.name}'; they have {', '.join(block.branches)}, so set "
                 f'sites={list(block.branches)}'
             )
         return attachments
 
     def _fits(self, site: Site, branch: str) -> bool:
-        """Whether an adapter can stand at a branch; it cannot parallel to attention that changes the tokens' number."""
+        """Whether a block supports an adapter at a branch.
+
+        An adapter cannot be parallel to attention that changes the number of tokens.
+        """
         parallel = branch == ATTENTION and self.input in ('normed', 'residual')
         return branch in site.branches and not (parallel and site.reshapes)
 

@@ -60,8 +60,8 @@ class VPTMethod(PEFTMethod):
         layer = next((m for m in site.patch_embed.modules() if isinstance(m, layers)), None)
         if layer is None or site.patch_embed is site.host:
             raise ValueError(
-                f'{type(site.host).__name__} has no patch embedding by a convolution or a linear layer around its '
-                'blocks, so the size of a patch, which prompts are initialised by, is unknown'
+                f'{type(site.host).__name__} has no patch embedding with a convolution or a linear layer, so the size '
+                'of a patch is unknown. It is needed to initialise prompt tokens'
             )
         patch_dims = layer.weight[0].numel()
         return PromptAdapter(site.embed_dims, patch_dims, self.num_tokens, self.dropout)

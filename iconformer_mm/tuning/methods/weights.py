@@ -21,7 +21,7 @@ from .base import PEFTMethod, TrackerOf
 
 _LINEAR = (nn.Linear, _ConvNd)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _NormBase)
-_NORM_NAMES = re.compile(r'(rms|layer)_?norm(2d)?$', re.IGNORECASE)  # of classes that libraries write themselves
+_NORM_NAMES = re.compile(r'(rms|layer)_?norm(2d)?$', re.IGNORECASE)  # names of the libraries' own norm classes
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class PartialMethod(PEFTMethod):
             raise ValueError(f'num_blocks is {self.num_blocks}, but {type(backbone).__name__} has {len(sites)} blocks')
         attachments: list[Attachment] = []
         for site in sites[-self.num_blocks :]:
-            # Hosts keep what they made of attention_biases, so that in evaluation they do not see others.
+            # In evaluation, hosts cache values computed from attention_biases, so they would not see new ones.
             names = [
                 n
                 for n, _ in host_parameters(site.block)
@@ -212,12 +212,12 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
 
 
 def _branch(role: str) -> str:
-    """The branch that a map is in."""
+    """Return the branch of a map."""
     return 'ffn' if role in ('fc1', 'fc2') else 'attention'
 
 
 def _roles(site: Site, name: str, weight: nn.Parameter, found: dict[str, Target]) -> dict[str, tuple[int, int]]:
-    """What a weight of a block is, by its name: the roles of its rows."""
+    """Return the roles of a weight's rows, by the name of the weight."""
     rows = weight.shape[0]
     if site.family.ffn and name.startswith(f'{site.family.ffn}.'):
         if 'ffn' not in site.branches or weight.shape[1] <= 1:  # a depth-wise convolution
@@ -256,7 +256,7 @@ class LowRankMethod(PEFTMethod):
         self.rank_stabilized = rank_stabilized
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
-        """Adapt the maps of every block, in blocks without attention or without an FFN those that are there."""
+        """Adapt the maps of every block. Blocks without attention or FFN get the maps that they have."""
         attachments: list[Attachment] = []
         for site in sites:
             roles = [role for role in self.targets if _branch(role) in site.branches]
@@ -268,8 +268,8 @@ class LowRankMethod(PEFTMethod):
             block = sites[0]
             there = ['fc1', 'fc2'] if 'ffn' in block.branches else ['q', 'k', 'v', 'o']
             raise ValueError(
-                f'{block.family.name} blocks have no linear map {", ".join(self.targets)}, since they have '
-                f'{", ".join(block.branches)} only; set targets={there}'
+                f'{block.family.name} blocks have no linear map {", ".join(self.targets)}, since they have only '
+                f'{", ".join(block.branches)}; set targets={there}'
             )
         return attachments
 
