@@ -172,8 +172,9 @@ class DPTDepthHead(DepthLoss, DPTHead):
         if isinstance(inputs[0], Tensor):
             if self.reassemble_blocks.readout_type != 'ignore':
                 raise ValueError(
-                    f"readout_type='{self.reassemble_blocks.readout_type}' needs the class token: set in the backbone "
-                    "prefix_tokens='cls' (TIMMFeatures) or output_cls_token=True (mmseg), or use 'ignore'"
+                    f"readout_type='{self.reassemble_blocks.readout_type}' needs the class token: set "
+                    "prefix_tokens='cls' (TIMMFeatures) or output_cls_token=True (mmseg) in the backbone, or use "
+                    "'ignore'"
                 )
             inputs = [[features, None] for features in inputs]
         # In float32, because half precision is too coarse near the ends of a sigmoid.
