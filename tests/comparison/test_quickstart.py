@@ -26,7 +26,8 @@ def shorten(name, path, options, methods=None):
 
 
 def test_the_script_runs_the_comparison():
-    (command,) = [line for line in (ROOT / 'tools' / 'quickstart.sh').read_text().splitlines() if 'compare.py' in line]
+    lines = (ROOT / 'tools' / 'quickstart.sh').read_text().splitlines()
+    (command,) = [line for line in lines if line.startswith('exec ')]
     assert 'tools/compare.py configs/comparison/quickstart.yaml --out work_dirs/quickstart "$@"' in command
 
 
@@ -52,6 +53,10 @@ def test_quickstart(tmp_path):
     kept = {path.parent.name: path for path in (tmp_path / 'runs').rglob('*.safetensors')}
     assert set(kept) == {'frozen', 'adaptformer', 'icon'}  # of the first seed
     content, tensors = read_adapter(kept['icon'])
+    line = next(line for line in (tmp_path / 'table.md').read_text().splitlines() if '| iCoN |' in line)
+    cells = [cell.strip(' *') for cell in line.strip('|').split('|')]
+    assert cells[:3] == ['iCoN', f'{counts[2]:,}', f'{4 * (projections + kernels) / 454_080:.2%}']
+    assert cells[3] == f'{rows["icon"]["mean"]:.1f}' and cells[5] == f'{kept["icon"].stat().st_size / 2**10:,.0f}'
     assert content['method']['type'] == 'icon' and sum(t.numel() for t in tensors.values()) == counts[2]
     assert (tmp_path / 'tradeoff.png').stat().st_size > 10_000
     assert 'There was no search' in (tmp_path / 'search.md').read_text()
