@@ -84,8 +84,9 @@ def build(cfg: dict, library: str) -> nn.Module:
     """A backbone without its weights."""
     cfg = copy.deepcopy(cfg)
     for key in ('init_cfg', 'pretrained', 'checkpoint'):
-        if key in cfg:
-            cfg[key] = None if key != 'pretrained' else False if 'TIMM' in str(cfg.get('type')) else None
+        cfg.pop(key, None)
+    if 'TIMM' in str(cfg.get('type')):
+        cfg['pretrained'] = False
     init_default_scope(library)
     model = MODELS.build(cfg)
     model.eval()
@@ -139,9 +140,12 @@ def classify(cfg: dict, library: str) -> tuple[str, str]:
         except Exception as error:  # pre-training asks for masks, and the like
             how = f'built only, since it does not run by itself: {type(error).__name__}'
     reasons = []
+    # As in a model: pre-training that drops tokens is refused there, and not where the backbone stands alone.
+    holder = nn.Module()
+    holder.backbone = model
     for method in METHODS:
         try:
-            inject(model, method)
+            inject(holder, method)
         except ValueError as error:
             reasons.append(str(error).splitlines()[0])
             continue

@@ -19,7 +19,7 @@ _UNEXPECTED = re.compile(r"(\S+?)\(\) got an unexpected keyword argument '(\w+)'
 _UNREGISTERED = re.compile(r"'?(\S+) is not in the (\S+) registry")
 
 
-def user_errors(main: Callable[[], Any]) -> Callable[[], Any]:
+def user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
     """Have a tool's ``main`` end with one line, without a traceback, where the user can mend what went wrong."""
 
     @functools.wraps(main)

@@ -192,6 +192,8 @@ def names_weights(node: Any) -> bool:
         inits = inits if isinstance(inits, (list, tuple)) else [inits]
         # In older configs of MMSegmentation, `pretrained` is a name. For timm's models it is a flag, whose default
         # differs between libraries; they also have `checkpoint_path`.
+        if node.get('checkpoint') and is_type(node, 'TIMMFeatures', 'ICoNTIMMFeatures'):
+            return True
         if node.get('checkpoint_path') or node.get('pretrained', _timm_default(node.get('type'))):
             return True
         pretrained = any(is_type(init, 'Pretrained', 'PretrainedInit') for init in inits if init)

@@ -6,6 +6,10 @@ from mmdet.models.backbones import SwinTransformer
 from mmdet.registry import MODELS
 
 from .peft_backbone import PEFTBackbone
+from .timm_features import ICoNTIMMFeatures, TIMMFeatures
+
+MODELS.register_module(module=TIMMFeatures)
+MODELS.register_module(module=ICoNTIMMFeatures)
 
 
 @MODELS.register_module()

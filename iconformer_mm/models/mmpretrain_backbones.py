@@ -8,6 +8,10 @@ from mmpretrain.models.backbones import SwinTransformer, SwinTransformerV2, TIMM
 from mmpretrain.registry import MODELS
 
 from .peft_backbone import PEFTBackbone
+from .timm_features import ICoNTIMMFeatures, TIMMFeatures
+
+MODELS.register_module(module=TIMMFeatures)
+MODELS.register_module(module=ICoNTIMMFeatures)
 
 
 @MODELS.register_module()

@@ -11,7 +11,7 @@ from typing import Any
 from mmengine.model import BaseAveragedModel, BaseModel, BaseTTAModel, is_model_wrapper
 from torch import nn
 
-from .families import class_path, family_of
+from .families import class_path, family_of, why_refused
 
 # Attributes that hold an image encoder of any kind.
 _VISION = re.compile(
@@ -214,6 +214,8 @@ def find_backbones(model: nn.Module, paths: Sequence[str] | None = None) -> dict
     if learning:
         return dict(learning)
     if isinstance(model, BaseModel) or found.followers or found.blocks:
+        for path, reason in why_refused(model).items():
+            raise ValueError(f'{type(model).__name__} has blocks ({path}) that take no adapters: {reason}')
         children = ', '.join(f"'{n}' ({type(m).__name__})" for n, m in model.named_children())
         raise ValueError(
             f'no backbone is found in {type(model).__name__}, which has {children}: say what to adapt with '

@@ -207,6 +207,8 @@ TOOLS = {
     'predict': (['a.png', '--confg', 'CONFIG'], '--config'),
     'visualize_icon': (['a.png', '--adaptr', 'a'], '--adapter'),
     'convert_adapter': (['a.pth', '--form', 'mona'], '--from'),
+    'convert_backbone': (['a.pth', 'b', '--too', 'timm'], '--to'),
+    'fetch_real': (['--weel', 'x'], '--wheel'),
     'export_backbone': (['a.pth', 'b', '--prefx', 'x'], '--prefix'),
     'report': (['folder', '--max-mb', '3'], '--max-mib'),
     'compare': (['a.yaml', '--minute', '3', '--task-s', 'x'], '--tasks'),

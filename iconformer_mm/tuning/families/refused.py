@@ -7,12 +7,14 @@ from torch import nn
 from .base import class_path
 
 _MMPRETRAIN = 'mmpretrain.models.'
-_TIMM = 'timm.models.'
 
 # Import path of a class, with why nothing can be put into it.
 REFUSED: dict[str, str] = {
     _MMPRETRAIN + 'backbones.revvit.RevTransformerEncoderLayer': (
         'its backward pass recomputes the blocks by itself, without what is put into them'
+    ),
+    _MMPRETRAIN + 'multimodal.ofa.ofa_modules.OFAEncoderLayer': (
+        'it runs tokens of an image and of text in one sequence, of which no part is an encoder of images'
     ),
 }
 
