@@ -109,6 +109,7 @@ def train_and_validate(
         keep_predictions(runner, pictures, result.with_suffix('.npz'))
     adapter = folder / 'adapter.safetensors'
     if keep_adapter and adapter.is_file():
+        content['adapter_bytes'] = adapter.stat().st_size
         os.replace(adapter, result.with_suffix('.safetensors'))
     # A key a line: short, and readable in a diff.
     lines = ',\n'.join(f'{json.dumps(key)}: {json.dumps(value)}' for key, value in content.items())

@@ -130,7 +130,32 @@ def backbones(results: Results) -> list[list[str]]:
 
 
 def table(results: Results, rows: Rows, bold: str) -> tuple[list[str], list[list[str]]]:
-    """Titles and cells of the table, methods as rows."""
+    """Titles and cells of the table, methods as rows: the costs beside one task, the mean rank over several."""
+    make = table_of_a_task if len(results.comparison.tasks) == 1 else table_of_tasks
+    return make(results, rows, bold)
+
+
+def table_of_a_task(results: Results, rows: Rows, bold: str) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells for one task."""
+    (task,) = results.comparison.tasks.values()
+    titles = ['method', 'trained params', 'backbone share', task.title, 'seconds', 'adapter (KiB)']
+    best = min((row.rank for row in rows.values()), default=None)
+    lines = []
+    for method in results.comparison.methods.values():
+        row = rows.get((task.name, method.name))
+        if row is None:
+            lines.append([method.title, *'-----'])
+            continue
+        sizes = [run['adapter_bytes'] for run in results.of_seeds(task, method) if 'adapter_bytes' in run]
+        score = score_text(task, row, row.rank == best, len(results.comparison.seeds), bold)
+        size = f'{sizes[0] / 2**10:,.0f}' if sizes else '-'
+        costs = [f'{row.trained_parameters:,}', f'{row.backbone_share:.2%}']
+        lines.append([method.title, *costs, score, f'{row.train_seconds:.0f}', size])
+    return titles, lines
+
+
+def table_of_tasks(results: Results, rows: Rows, bold: str) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells for several tasks."""
     comparison = results.comparison
     groups = backbones(results)
     titles = ['method']
