@@ -287,7 +287,7 @@ CASES = {
     '... does not fit: it was': other_base,
     '... does not fit: 2 tensors': lambda tmp_path: load_into(tmp_path, classifier(5)),
     'adapter file nowhere': lambda _: read_adapter('nowhere.safetensors'),
-    '... is no intact': read_broken,
+    '... is not a valid': read_broken,
     '... is a safetensors file': read_weights,
     '... is a training checkpoint': read_checkpoint,
     "method 'full'": lambda tmp_path: save_adapter(adapted('full'), tmp_path / 'a.safetensors'),

@@ -323,7 +323,7 @@ def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str
         version = content['format_version']
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(
-            f"{path} is no intact adapter file: its metadata '{_KEY}' cannot be read: {type(error).__name__}: "
+            f"{path} is not a valid adapter file: its metadata '{_KEY}' cannot be read: {type(error).__name__}: "
             f'{shortened(str(error))}'
         ) from error
     if type(version) is not int or version not in READABLE_VERSIONS:
@@ -334,10 +334,10 @@ def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str
     buffers = ('base_buffers', 'base_buffers_fingerprint')
     for key, other in (buffers, buffers[::-1]):
         if other in content and key not in content:
-            raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no valid `{key}`')
+            raise AdapterFileError(f'{path} is not a valid adapter file: its metadata has no valid `{key}`')
     fault = next((key for key, is_proper in _PROPER.items() if not is_proper(content.get(key))), None)
     if fault is not None:
-        raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no valid `{fault}`')
+        raise AdapterFileError(f'{path} is not a valid adapter file: its metadata has no valid `{fault}`')
     return content
 
 
@@ -375,7 +375,7 @@ def _selection_of(content: dict[str, Any], model: nn.Module, path: str | os.Path
     try:
         selection = Selection.from_config(content.get('selection'))
     except (ValueError, TypeError) as error:
-        raise AdapterFileError(f'{path} is no intact adapter file: {error}') from error
+        raise AdapterFileError(f'{path} is not a valid adapter file: {error}') from error
     if 'selection' not in content:
         heads = heads_of(model, selection)
         held = any(name.startswith(f'{head}.') for name in content['base_parameters'] for head in heads)

@@ -46,7 +46,7 @@ def read_onnx(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception as error:  # damaged bytes raise anything
-        raise DamagedFileError(f'{path} is no intact ONNX file: {shortened(str(error))}') from error
+        raise DamagedFileError(f'{path} is not a valid ONNX file: {shortened(str(error))}') from error
     tensors: dict[str, Tensor] = {}
     for initializer in graph.initializer:
         if initializer.data_location == onnx.TensorProto.EXTERNAL:
@@ -58,11 +58,11 @@ def read_onnx(path: str | os.PathLike) -> dict[str, Tensor]:
             array = numpy_helper.to_array(initializer)
         except Exception as error:  # of truncated data
             raise DamagedFileError(
-                f'{path} is no intact ONNX file: {initializer.name}: {shortened(str(error))}'
+                f'{path} is not a valid ONNX file: {initializer.name}: {shortened(str(error))}'
             ) from error
         tensors[initializer.name] = torch.from_numpy(array.copy())
     if not tensors:
-        raise DamagedFileError(f'{path} is no intact ONNX file: it holds no weights')
+        raise DamagedFileError(f'{path} is not a valid ONNX file: it holds no weights')
     _name_matrices(graph, tensors)
     _join_positions(tensors)
     return tensors

@@ -149,7 +149,7 @@ def read_checkpoint(
 
     Raises:
         UntrustedFileError: The file holds anything else and is not trusted.
-        DamagedFileError: It is no intact checkpoint.
+        DamagedFileError: It is not a valid checkpoint.
         FileNotFoundError: The file does not exist.
     """
     path = expanded(path)
@@ -166,9 +166,9 @@ def read_checkpoint(
     except pickle.UnpicklingError as error:
         reason = _without_advice(str(error))
     except Exception as error:  # damaged bytes can raise any exception
-        raise DamagedFileError(f'{path} is no intact checkpoint: {shortened(repr(error))}') from error
+        raise DamagedFileError(f'{path} is not a valid checkpoint: {shortened(repr(error))}') from error
     if not _is_pickled(path):
-        raise DamagedFileError(f'{path} is no intact checkpoint: {shortened(reason)}')
+        raise DamagedFileError(f'{path} is not a valid checkpoint: {shortened(reason)}')
     raise UntrustedFileError(
         f'{path} holds more than tensors and plain data, and reading it could execute code. If you trust its origin, '
         f'{advice}. ({shortened(reason)})'

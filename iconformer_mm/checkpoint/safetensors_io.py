@@ -102,13 +102,13 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str,
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DamagedFileError(f'{path} is no intact safetensors file: {shortened(str(error))}') from error
+        raise DamagedFileError(f'{path} is not a valid safetensors file: {shortened(str(error))}') from error
     # Files of other programs may have a `checksum` key of their own. Do not rely on the key alone to recognise our
     # files: the key itself may be damaged.
     ours = any(key.startswith(OURS) or '"package_version"' in text for key, text in metadata.items())
     if ours and checksum(tensors, metadata) != metadata.get(CHECKSUM):
         raise DamagedFileError(
-            f'{path} is no intact safetensors file: its content does not match its checksum. It was altered or '
+            f'{path} is not a valid safetensors file: its content does not match its checksum. It was altered or '
             'damaged after it was written. Use another copy'
         )
     return metadata, tensors
@@ -121,7 +121,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         path: The file.
 
     Returns:
-        The metadata. Empty for what is no intact safetensors file; :func:`read_safetensors` reports that.
+        The metadata. Empty for what is not a valid safetensors file; :func:`read_safetensors` reports that.
     """
     try:
         with safetensors.safe_open(path, framework='pt') as file:

@@ -201,14 +201,14 @@ def decode_checkpoint(metadata: dict[str, str], tensors: dict[str, Tensor], path
                 return checkpoint
     except _MALFORMED as error:
         raise DamagedFileError(
-            f'{path} is no intact training checkpoint: {type(error).__name__}: {shortened(str(error))}'
+            f'{path} is not a valid training checkpoint: {type(error).__name__}: {shortened(str(error))}'
         ) from error
     if type(version) is not int or version != CHECKPOINT_VERSION:
         raise DamagedFileError(
             f'{path} has checkpoint version {shortened(version, 20)}, this iconformer_mm {__version__} reads version '
             f'{CHECKPOINT_VERSION}. Install the release that wrote the file, or a newer one'
         )
-    raise DamagedFileError(f'{path} is no intact training checkpoint: it lacks `meta` or `state_dict`')
+    raise DamagedFileError(f'{path} is not a valid training checkpoint: it lacks `meta` or `state_dict`')
 
 
 def raw_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -231,13 +231,13 @@ def check_note(note: Any, path: Any) -> None:
         DamagedFileError: The note is not in the format that the hook writes.
     """
     if not isinstance(note, dict):
-        raise DamagedFileError(f'{path} is no intact training checkpoint: its note is a {type(note).__name__}')
+        raise DamagedFileError(f'{path} is not a valid training checkpoint: its note is a {type(note).__name__}')
     for key, is_proper in _NOTE.items():
         if key not in note or not is_proper(note[key]):
-            raise DamagedFileError(f'{path} is no intact training checkpoint: its note has no valid `{key}`')
+            raise DamagedFileError(f'{path} is not a valid training checkpoint: its note has no valid `{key}`')
     for key, is_proper in _LATER_NOTE.items():
         if note.get(key) is not None and not is_proper(note[key]):
-            raise DamagedFileError(f'{path} is no intact training checkpoint: its note has no valid `{key}`')
+            raise DamagedFileError(f'{path} is not a valid training checkpoint: its note has no valid `{key}`')
 
 
 def _are_texts(value: Any) -> bool:

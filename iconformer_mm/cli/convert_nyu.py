@@ -31,7 +31,7 @@ def open_labelled(path: Path) -> h5py.File:
     try:
         file = h5py.File(path, 'r')
     except OSError as error:
-        raise SystemExit(f'{path} is no intact MATLAB 7.3 file: {error}') from None
+        raise SystemExit(f'{path} is not a valid MATLAB 7.3 file: {error}') from None
     lacking = {'images', 'depths', 'sceneTypes'} - set(file)
     if lacking:
         raise SystemExit(f'{path} is not the labelled data set of NYU-v2: it lacks {", ".join(sorted(lacking))}')

@@ -66,7 +66,9 @@ def _seed_of(path: str | os.PathLike | None) -> int | None:
         return None
     seed = load_safetensors(str(path)).get('meta', {}).get('seed')
     if seed is not None and not is_seed(seed):
-        raise DamagedFileError(f'{path} is no intact training checkpoint: its `seed` is none')
+        raise DamagedFileError(
+            f'{path} is not a valid training checkpoint: its `seed` is not an integer from 0 to 2**32 - 1'
+        )
     return seed
 
 

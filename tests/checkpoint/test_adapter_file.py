@@ -251,7 +251,7 @@ def test_another_method_is_refused(tmp_path):
 def test_bad_files_are_refused(damage, tmp_path):
     path = tmp_path / 'a.safetensors'
     save_adapter(trained(), path)
-    message = 'no intact safetensors file'
+    message = 'not a valid safetensors file'
     if damage == 'truncate':
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == 'empty':
@@ -316,7 +316,7 @@ def test_mmengine_reads_safetensors(tmp_path):
     save_file({'w': torch.ones(2)}, tmp_path / 'w.safetensors')
     assert torch.equal(CheckpointLoader.load_checkpoint(str(tmp_path / 'w.safetensors'))['w'], torch.ones(2))
     (tmp_path / 'bad.safetensors').write_bytes(b'no')
-    with pytest.raises(RuntimeError, match='bad.safetensors is no intact safetensors file'):
+    with pytest.raises(RuntimeError, match='bad.safetensors is not a valid safetensors file'):
         load_safetensors(str(tmp_path / 'bad.safetensors'))
     with pytest.raises(FileNotFoundError):
         load_safetensors(str(tmp_path / 'none.safetensors'))

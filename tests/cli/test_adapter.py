@@ -164,12 +164,12 @@ def test_what_cannot_be_read_is_status_3(files, capsys, tmp_path, monkeypatch):
     (tmp_path / 'half.pth').write_bytes((files / 'base.pth').read_bytes()[:1000])
     for arguments, message in (
         (('info', tmp_path / 'none.safetensors'), 'does not exist'),
-        (('info', tmp_path / 'half.safetensors'), 'no intact safetensors file'),
+        (('info', tmp_path / 'half.safetensors'), 'not a valid safetensors file'),
         (('verify', file, '--base', tmp_path / 'evil.pth'), 'could execute code'),
         (('extract', tmp_path / 'evil.pth', '--config', files / 'config.py'), 'could execute code'),
         (('extract', tmp_path / 'foreign.pth'), 'its --config is needed'),
         (('verify', file, '--base', tmp_path / 'text.pth'), 'it holds no `state_dict` of tensors'),
-        (('verify', file, '--base', tmp_path / 'half.pth'), 'half.pth is no intact checkpoint'),
+        (('verify', file, '--base', tmp_path / 'half.pth'), 'half.pth is not a valid checkpoint'),
         (('verify', file, '--base', tmp_path / 'foreign.pth'), 'lacks .* tensors of the base'),
     ):
         status, result = call(capsys, *arguments)

@@ -34,7 +34,7 @@ def test_the_result_is_what_the_printed_config_loads(checkpoint, tmp_path, capsy
 @pytest.mark.parametrize(
     ('make', 'target', 'message'),
     [
-        (lambda p: p.write_bytes(p.read_bytes()[:5000]), 'timm', 'error: .*deit.pth is no intact checkpoint'),
+        (lambda p: p.write_bytes(p.read_bytes()[:5000]), 'timm', 'error: .*deit.pth is not a valid checkpoint'),
         (lambda p: torch.save({'a': torch.ones(1)}, p), 'timm', 'error: the file is none of the known backbones'),
         (lambda p: p.unlink(), 'timm', 'error: checkpoint .*deit.pth does not exist'),
         (lambda p: None, 'mmdet', 'error: mmdet has no class for ViT; convert it --to mmpretrain'),

@@ -160,7 +160,7 @@ def test_resume_falls_back_to_the_newest_intact_checkpoint(how, tmp_path, caplog
     assert equal(state(whole), state(resumed))
     log = next((tmp_path / 'cut').glob('*/*.log'))
     text = ''.join(p.read_text() for p in log.parent.parent.glob('*/*.log'))
-    assert 'epoch_3.safetensors is no intact safetensors file' in text
+    assert 'epoch_3.safetensors is not a valid safetensors file' in text
     assert 'resuming from epoch_2.safetensors, the newest intact checkpoint' in text
 
 

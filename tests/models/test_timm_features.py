@@ -256,7 +256,7 @@ def test_a_damaged_or_missing_file(tmp_path):
     path = tmp_path / 'a.safetensors'
     saved(timm.create_model(DINOV2, **SMALL), path)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(DamagedFileError, match='no intact safetensors file'):
+    with pytest.raises(DamagedFileError, match='not a valid safetensors file'):
         small(DINOV2, checkpoint=str(path)).init_weights()
     with pytest.raises(FileNotFoundError, match=r'nowhere\.pth does not exist'):
         small(DINOV2, checkpoint='nowhere.pth').init_weights()

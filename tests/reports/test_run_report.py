@@ -92,7 +92,7 @@ def test_a_start_with_nothing_yet(tmp_path):
         'Curves': 'nothing was logged yet',
         'Metrics': 'no validation was logged',
         'Predictions': 'no pictures were found',
-        'Adapter': 'no intact safetensors file',
+        'Adapter': 'not a valid safetensors file',
         'Environment': 'no log with an environment',
         'Config': 'no config was found',
     }.items():
