@@ -15,7 +15,6 @@ from iconformer_mm.analysis.inspection import find_mistakes
 from iconformer_mm.datasets.scenes import SHAPES
 from iconformer_mm.engine import add_peft, load_config
 from iconformer_mm.engine.config import names_weights
-from iconformer_mm.tuning.sites import FAMILIES
 
 RECIPES = sorted(path.stem for path in (ROOT / 'configs' / 'foundation').glob('*.py'))
 # Parameters of the backbone, and the share of it that iCoN trains, in percent.
@@ -29,13 +28,6 @@ SIZES = {
     'eva02-large': (303_272_960, 1.35),
     'siglip-base': (85_797_120, 1.92),
 }
-# timm's Eva, which DINOv3 and EVA-02 are, is a family of a later release.
-known = any(family.block == 'timm.models.eva.EvaBlock' for family in FAMILIES)
-EVA = pytest.mark.skipif(not known, reason="timm's Eva is no family yet")
-
-
-def cases(names):
-    return [pytest.param(n, marks=EVA) if n.startswith(('dinov3', 'eva02')) else n for n in names]
 
 
 def recipe(name):
@@ -48,7 +40,7 @@ def test_there_are_recipes():
     assert len(RECIPES) == 19 and {name.rpartition('_')[0].partition('_')[0] for name in RECIPES} == set(SIZES)
 
 
-@pytest.mark.parametrize('name', cases(RECIPES))
+@pytest.mark.parametrize('name', RECIPES)
 def test_sizes_and_shares(name):
     cfg = recipe(name)
     assert names_weights(cfg.model) and find_mistakes(cfg) == []
@@ -151,7 +143,7 @@ METRICS = {'food101': 'accuracy/top1', 'coco': 'coco/segm_mAP', 'nyu': 'rmse'}
 METHODS = ('icon', 'adaptformer', 'frozen', 'lora', 'full')
 
 
-@pytest.mark.parametrize('name', cases([n for n in RECIPES if 'large' not in n or 'mask2former' in n or 'eva' in n]))
+@pytest.mark.parametrize('name', [n for n in RECIPES if 'large' not in n or 'mask2former' in n or 'eva' in n])
 @pytest.mark.filterwarnings('ignore')
 def test_trains_two_iterations_and_tests(name, data, tmp_path):
     """Narrowed, the large models are the base ones."""

