@@ -127,7 +127,7 @@ def test_the_summary_is_read_as_it_was_written(method, tmp_path):
         ('{"method": ', 'JSONDecodeError'),
         ('[]', 'TypeError'),
         ('{"method": "icon"}', "KeyError: 'trainable'"),
-        (None, 'there is no peft_summary.json to read'),
+        (None, 'there is no peft_summary.json: no PEFTHook'),
     ],
 )
 def test_a_damaged_summary_is_named(content, words, tmp_path):
