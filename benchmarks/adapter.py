@@ -1,4 +1,4 @@
-"""One adapter alone, forward and backward, on the tokens of ViT-B and Swin-B.
+"""Time a single adapter, forward and backward, on the tokens of ViT-B and Swin-B.
 
 python benchmarks/adapter.py --out work_dirs/adapter
 """
@@ -30,7 +30,7 @@ from measure import (
 )
 
 REFERENCE = 'AdaptFormer'
-# As the methods have them by default; a bottleneck of 64 but in Convpass (8) and LoRand (half of the width).
+# With the defaults of the methods: a bottleneck of 64, except in Convpass (8) and LoRand (half the width).
 ADAPTERS: dict[str, Callable[[int], adapters.Adapter]] = {
     'iCoN': adapters.ICoNAdapter,
     'icon-static': partial(adapters.ICoNAdapter, kernel='static'),
@@ -44,7 +44,7 @@ ADAPTERS: dict[str, Callable[[int], adapters.Adapter]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """Tokens, (B, N, d)."""
+    """Tokens of shape (B, N, d)."""
 
     batch: int
     grid: TokenGrid
@@ -64,7 +64,7 @@ CASES = {
 
 
 def make_step(adapter: nn.Module, case: Case, device: str, dtype: torch.dtype) -> Callable[[], None]:
-    """Forward and backward of an adapter, to its parameters and to the tokens; autocast unless in float32."""
+    """Make a forward and backward pass of an adapter, with gradients of its parameters and tokens."""
     adapter = adapter.to(device)
     shape = (case.batch, case.grid.num_tokens, case.embed_dims)
     tokens = torch.randn(shape, device=device, requires_grad=True)
@@ -80,7 +80,7 @@ def make_step(adapter: nn.Module, case: Case, device: str, dtype: torch.dtype) -
 
 
 def main() -> None:
-    """Run the tool."""
+    """Run the benchmark."""
     parser = make_parser(__doc__.partition('\n')[0], 'work_dirs/adapter', [*CASES], [*CASES])
     args = parser.parse_args()
     prepare(args)

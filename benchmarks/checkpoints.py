@@ -1,4 +1,4 @@
-"""Sizes of checkpoints and adapter files, and the seconds to write and read them, against MMEngine's.
+"""Compare sizes and read and write times of checkpoints and adapter files with MMEngine's checkpoints.
 
 python benchmarks/checkpoints.py --out work_dirs/checkpoints
 """
@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ COLUMNS = {'model': '', 'file': '', 'MiB': ',.1f', 'write (s)': '.2f', 'read (s)
 
 
 def stepped_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over what is trained, with its state as after a step."""
+    """Make an AdamW for the trained parameters, with its state after one step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     for parameter in trained:
@@ -42,7 +43,7 @@ def stepped_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def seconds(function: Callable[[], object], rounds: int) -> float:
-    """Median time of a call."""
+    """Measure the median time of a call, in seconds."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -52,7 +53,7 @@ def seconds(function: Callable[[], object], rounds: int) -> float:
 
 
 def checkpoint_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """What MMEngine's Runner would save."""
+    """Make the checkpoint that MMEngine's Runner would save."""
     return dict(
         meta=dict(epoch=1, iter=1),
         state_dict=dict(model.state_dict()),
@@ -62,7 +63,7 @@ def checkpoint_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def measure(name: str, config: str, folder: Path, rounds: int) -> list[dict]:
-    """The rows of a model."""
+    """Measure the rows of a model."""
     rows = []
 
     def row(kind: str, path: Path, write: Callable[[], object], read: Callable[[], object]) -> None:
@@ -105,16 +106,16 @@ def measure(name: str, config: str, folder: Path, rounds: int) -> list[dict]:
 
     row('iCoN, adapter checkpoint', small, save_small, lambda: read_into(model, optimizer, small, frozen))
     for kind, part in (('iCoN, adapter file with head', model), ('iCoN, adapter file of the backbone', model.backbone)):
-        row(kind, small, lambda part=part: save_adapter(part, small), lambda part=part: load_adapter(part, small))
+        row(kind, small, partial(save_adapter, part, small), partial(load_adapter, part, small))
     print(f'{name}: fingerprint of the base in {seconds(lambda: fingerprint(model), rounds):.2f} s', flush=True)
     return rows
 
 
 def main() -> None:
-    """Run the tool."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--out', type=Path, default=Path('work_dirs/checkpoints'), help='folder for the results')
-    parser.add_argument('--rounds', type=int, default=3, help='times are medians of so many (3)')
+    parser.add_argument('--rounds', type=int, default=3, help='number of rounds; times are medians over them (3)')
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []

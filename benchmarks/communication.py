@@ -1,8 +1,8 @@
-"""Bytes of gradients that data-parallel training exchanges in a step, iCoN against full fine-tuning.
+"""Compare the gradient bytes that data-parallel training exchanges per step: iCoN and full fine-tuning.
 
     python benchmarks/communication.py
 
-Counted in the buckets that DistributedDataParallel hands to its communication hook.
+The bytes are counted in the buckets that DistributedDataParallel passes to its communication hook.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ CASES = {
 
 
 def exchanged_bytes(config: str, size: int, method: str) -> int:
-    """Bytes of one step of a config's backbone."""
+    """Count the bytes of one step of a config's backbone."""
     backbone = build_model(config).backbone
-    backbone.train()  # which of mmpretrain returns nothing
+    backbone.train()  # mmpretrain's train() returns None
     inject(backbone, method)
     wrapped = DistributedDataParallel(backbone)
     total = 0
 
-    def count(state, bucket):  # torch checks annotations as objects, not as the texts they would be here
+    # Without annotations: torch checks them as objects, not as the texts they would be here.
+    def count(state, bucket):  # type: ignore[no-untyped-def]
         nonlocal total
         total += bucket.buffer().nbytes
-        future = torch.futures.Future()
+        future: torch.futures.Future = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
 
@@ -43,7 +44,7 @@ def exchanged_bytes(config: str, size: int, method: str) -> int:
 
 
 def main() -> None:
-    """Run the tool."""
+    """Run the benchmark."""
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=0, world_size=1)
         print('| model | full (MiB) | iCoN (MiB) | ratio |\n|---|---:|---:|---:|')

@@ -1,4 +1,4 @@
-"""What the benchmarks share: contestants timed in interleaved rounds, ratios, and results as files."""
+"""Helpers of the benchmarks: timing of contestants in interleaved rounds, ratios, and result files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,33 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.model import BaseModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
 
-from iconformer_mm.apis import inspection, load_config
-from iconformer_mm.visualization.figures import new_figure, save_figure
+from iconformer_mm.analysis import inspection
+from iconformer_mm.comparison.tables import to_markdown
+from iconformer_mm.engine import load_config
+from iconformer_mm.figures import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / 'tools'))
-from experiments import to_markdown  # noqa: E402
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 def make_parser(description: str, out: str, cases: Sequence[str], default: Sequence[str]) -> argparse.ArgumentParser:
-    """The command line that the benchmarks of speed have in common.
+    """Build the command line that the speed benchmarks share.
 
     Args:
         description: What is measured.
-        out: Default of the folder for the results.
-        cases: What ``--cases`` chooses from, by name.
-        default: The cases of a run without it.
+        out: Default folder for the results.
+        cases: The choices of ``--cases``.
+        default: The default of ``--cases``.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('--out', type=Path, default=Path(out), help='folder for the results')
-    parser.add_argument('--rounds', type=int, default=7, help='figures are medians of so many rounds (7)')
-    parser.add_argument('--threads', type=int, default=1, help='threads of torch on the CPU (1)')
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where (cpu)')
+    parser.add_argument('--rounds', type=int, default=7, help='number of rounds; results are medians over them (7)')
+    parser.add_argument('--threads', type=int, default=1, help='CPU threads of torch (1)')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='device to run on (cpu)')
     parser.add_argument('--dtype', choices=tuple(DTYPES), default='float32', help='precision (float32)')
     parser.add_argument(
         '--cases', nargs='+', choices=cases, default=list(default), metavar='CASE', help=', '.join(cases)
@@ -50,10 +49,10 @@ def make_parser(description: str, out: str, cases: Sequence[str], default: Seque
 
 
 def prepare(args: argparse.Namespace, min_rounds: int = 1) -> None:
-    """Set seed and threads.
+    """Set the seed and the number of threads.
 
     Raises:
-        SystemExit: There is no such device, or the rounds are too few.
+        SystemExit: The device is not available, or the rounds are too few.
     """
     if args.rounds < min_rounds:
         raise SystemExit(f'--rounds must be at least {min_rounds}, got {args.rounds}')
@@ -64,12 +63,12 @@ def prepare(args: argparse.Namespace, min_rounds: int = 1) -> None:
 
 
 def precision(device: str, dtype: torch.dtype) -> AbstractContextManager:
-    """Autocast to a precision, unless it is float32."""
+    """Return an autocast context for a dtype. For float32 it does nothing."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype=dtype)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures of a run depend on, for its results."""
+    """Return the settings that the results of a run depend on."""
     if args.device == 'cuda':
         device = torch.cuda.get_device_name()
     else:
@@ -77,12 +76,12 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return dict(device=device, dtype=args.dtype, rounds=args.rounds, torch=torch.__version__)
 
 
-def build_model(config: str, changes: Mapping[str, Any] | None = None) -> nn.Module:
+def build_model(config: str, changes: Mapping[str, Any] | None = None) -> BaseModel:
     """The model of a config without its pre-trained weights, the same one each time.
 
     Args:
         config: Path under ``configs/``.
-        changes: Settings over those of the config, keys with dots.
+        changes: Settings that override those of the config, with dotted keys. Defaults to None.
     """
     cfg = load_config(str(ROOT / 'configs' / config))
     cfg.merge_from_dict(dict(changes or {}))
@@ -93,7 +92,7 @@ def build_model(config: str, changes: Mapping[str, Any] | None = None) -> nn.Mod
 
 
 def progress_bar() -> Progress:
-    """Progress over the cases, a bar each."""
+    """Make a progress display with one bar per task."""
     return Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
@@ -105,19 +104,19 @@ def interleave(
     device: str = 'cpu',
     min_seconds: float = 0.02,
 ) -> dict[str, list[float]]:
-    """Time contestants in turn, round by round, so that slow drifts of the machine hit all of them alike.
+    """Time contestants in turn, round by round, so that slow drifts of the machine affect all of them equally.
 
     Args:
-        contestants: The calls, by name; each is made once before the rounds, to warm up.
+        contestants: The calls, by name. Each is run once to warm up before the rounds.
         rounds: Number of rounds.
-        progress: Where a bar is shown.
-        description: Its label.
-        device: ``'cuda'`` to wait for the device.
-        min_seconds: A shorter call is repeated until it takes as long as that, and the mean counts.
-            With 0 there is one call a round, and none to find the number of repetitions.
+        progress: Display for the progress bar.
+        description: Label of the bar.
+        device: ``'cuda'`` to wait for the device. Defaults to ``'cpu'``.
+        min_seconds: Minimum duration of a measurement. A shorter call is repeated, and the mean is taken. With 0, each
+            round makes a single call, and no call is made to find the number of repetitions. Defaults to 0.02.
 
     Returns:
-        The seconds of a call in every round, by the contestants' names.
+        The seconds per call in every round, by the contestants' names.
     """
 
     def seconds(call: Callable[[], object], number: int) -> float:
@@ -143,7 +142,7 @@ def interleave(
 
 
 def replayed(call: Callable[[], object]) -> Callable[[], None]:
-    """A call on CUDA as a graph of its kernels, whose time is that of the device: Python and dispatch are left out."""
+    """Record a CUDA call as a graph. Replaying it takes only device time, without Python and dispatch."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -157,23 +156,23 @@ def replayed(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-    """Median over the rounds of the ratio within a round."""
+    """Return the median over the rounds of the ratio within each round."""
     return statistics.median(a / b for a, b in zip(times, reference))
 
 
 def rows_of(
     times: Mapping[str, Sequence[float]], references: Mapping[str, str], **columns: Any
 ) -> list[dict[str, Any]]:
-    """What :func:`interleave` returned as rows of a table.
+    """Convert the result of :func:`interleave` to rows of a table.
 
     Args:
-        times: Seconds of every round, by contestant.
-        references: Contestants that the others are compared with, by the column of the ratio.
-        **columns: What all rows have in common, for the first columns.
+        times: Seconds in every round, by contestant.
+        references: Contestants to compare the others with, by the column of the ratio.
+        **columns: Values that all rows share, for the first columns.
 
     Returns:
-        A row a contestant: these columns, ``contestant``, ``ms`` (median), the ratios
-        to references that took part, and ``seconds`` of every round.
+        One row per contestant: the shared columns, ``contestant``, ``ms`` (median), the ratios to the references that
+        took part, and ``seconds`` of every round.
     """
     rows = []
     for name, seconds in times.items():
@@ -190,9 +189,9 @@ class Table:
     """Rows of results.
 
     Attributes:
-        name: Key in the JSON file and title.
-        columns: The columns that are shown, with their format: ``''`` for text, ``'.2f'`` for numbers.
-        rows: Columns and values; a value that is missing is shown as ``-``.
+        name: Title, and key in the JSON file.
+        columns: The columns to show, with their format: ``''`` for text, or one such as ``'.2f'`` for numbers.
+        rows: Values by column. A missing value is shown as ``-``.
     """
 
     name: str
@@ -200,14 +199,14 @@ class Table:
     rows: Sequence[Mapping[str, Any]]
 
     def cells(self) -> list[list[str]]:
-        """The rows as text."""
+        """Format the rows as text."""
         return [
             [format(row[column], form) if row.get(column) is not None else '-' for column, form in self.columns.items()]
             for row in self.rows
         ]
 
     def to_markdown(self) -> str:
-        """The table under its title."""
+        """Format the table, with its title, as Markdown."""
         return f'## {self.name}\n\n{to_markdown(list(self.columns), self.cells())}'
 
 
@@ -217,11 +216,11 @@ class Panel:
 
     Attributes:
         title: Title.
-        series: Places and heights of points, by the name of what they belong to; places are names or numbers.
-        ylabel: Label of the heights.
-        xlabel: Label of the places.
-        log: Axes with a logarithmic scale, ``'x'``, ``'y'`` or ``'xy'``.
-        line: Height of a horizontal line, such as 1 for ratios.
+        series: x and y values of the points, by the name of the series. x values are names or numbers.
+        ylabel: Label of the y axis.
+        xlabel: Label of the x axis. Defaults to ``''``.
+        log: Axes with a logarithmic scale: ``'x'``, ``'y'`` or ``'xy'``. Defaults to ``''``.
+        line: y value of a horizontal line, such as 1 for ratios. Defaults to None.
     """
 
     title: str
@@ -233,12 +232,12 @@ class Panel:
 
 
 def series_of(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> dict[str, tuple[list[Any], list[float]]]:
-    """A series a contestant, of the rows which have the value.
+    """Collect one series per contestant, from the rows that have the y value.
 
     Args:
         rows: Rows with a column ``contestant``.
-        x: Column of the places.
-        y: Column of the heights.
+        x: Column of the x values.
+        y: Column of the y values.
     """
     series: dict[str, tuple[list[Any], list[float]]] = {}
     for row in rows:
@@ -250,7 +249,7 @@ def series_of(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> dict[str, tu
 
 
 def plot(panels: Sequence[Panel], path: Path) -> None:
-    """Plot panels one below another."""
+    """Plot panels below one another."""
     figure = new_figure(9, 4.2 * len(panels))
     for panel, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0]):
         for index, (name, (places, heights)) in enumerate(panel.series.items()):
@@ -266,7 +265,7 @@ def plot(panels: Sequence[Panel], path: Path) -> None:
         if 'y' in panel.log:
             axes.set_yscale('log')
         elif 'x' in panel.log:
-            axes.set_ylim(bottom=0)  # what hardly grows is to look so
+            axes.set_ylim(bottom=0)  # show slow growth as slow
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         axes.grid(alpha=0.3)
         axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
@@ -279,10 +278,10 @@ def write_results(
     """Print tables, and write ``results.json``, ``results.md`` and, if there are panels, ``results.png``.
 
     Args:
-        out: Folder, which is made.
-        tables: The tables; the JSON file also has the columns that are not shown.
-        settings: What the figures depend on.
-        panels: The plot.
+        out: Folder. It is created.
+        tables: The tables. The JSON file also has the columns that are not shown.
+        settings: The settings that the results depend on. Defaults to None.
+        panels: The panels of the plot. Defaults to none.
     """
     out.mkdir(parents=True, exist_ok=True)
     text = '\n'.join(table.to_markdown() for table in tables)

@@ -1,13 +1,14 @@
-"""The dynamic convolution alone, forward and backward, against other ways to compute it and against copying memory.
+"""Time the dynamic convolution, forward and backward, against other implementations and against memory copies.
 
     python benchmarks/op.py --out work_dirs/op
 
-On CUDA, times are those of the device: what a contestant launches is recorded once and played back. "ms, launched"
-is the time with Python, dispatch and autograd, which a training step hides behind other work of the device or not.
+On CUDA, the times are device times: the kernels that a contestant launches are recorded once and replayed.
+"ms, launched" also includes Python, dispatch and autograd. A training step may or may not overlap that time with other
+device work.
 
-"copy bound" is the time to move what has to be moved at the speed of a copy that is measured
-in the same rounds: six tensors of the size of x (forward reads x and writes the output; the gradient
-of x reads the output's gradient and writes that of x; the kernels' gradient reads the output's gradient and x).
+"copy bound" is the time to move the necessary data at the speed of a copy, which is measured in the same rounds. The
+data are six tensors of the size of x. Forward reads x and writes the output. The gradient of x reads the output's
+gradient and writes the gradient of x. The gradient of the kernels reads the output's gradient and x.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +40,14 @@ from measure import (
     write_results,
 )
 
-COPIED = 256 * 2**20  # bytes, far more than a cache holds
-MOVED = 6  # tensors
+COPIED = 256 * 2**20  # bytes, far larger than any cache
+MOVED = 6  # tensors of the size of x
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Maps x, (B, H, W, C), and kernels, (B, C, K, K)."""
+    """Shape of maps x, (B, H, W, C), and kernels, (B, C, K, K)."""
 
     batch: int
     height: int
@@ -81,7 +83,7 @@ CASES = {
     'vit-b-512-k5': Shape(8, 32, 32, size=5),
     'vit-b-512-k7': Shape(8, 32, 32, size=7),
 }
-# How time grows with the map and with the batch, by the case's name.
+# Shapes that show how time grows with the map and with the batch, by case name.
 GROWTH = {
     'growth-map': [Shape(1, *grid) for grid in ((14, 14), (28, 28), (56, 56), (112, 112), (200, 334))],
     'growth-batch': [Shape(batch, 32, 32) for batch in (1, 2, 4, 8, 16)],
@@ -89,7 +91,7 @@ GROWTH = {
 
 
 def grouped(x: Tensor, kernels: Tensor) -> Tensor:
-    """One convolution with B * C groups, maps behind one another."""
+    """One convolution with B * C groups; the maps lie one after another in memory."""
     (batch, height, width, channels), size = x.shape, kernels.shape[-1]
     maps = x.permute(0, 3, 1, 2).reshape(1, batch * channels, height, width)
     out = F.conv2d(maps, kernels.reshape(-1, 1, size, size), padding=size // 2, groups=batch * channels)
@@ -97,7 +99,7 @@ def grouped(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def grouped_channels_last(x: Tensor, kernels: Tensor) -> Tensor:
-    """One convolution with B * C groups, channels of all samples innermost."""
+    """One convolution with B * C groups; the channels of all samples are innermost in memory."""
     (batch, height, width, channels), size = x.shape, kernels.shape[-1]
     maps = x.permute(1, 2, 0, 3).reshape(1, height, width, batch * channels).permute(0, 3, 1, 2)
     out = F.conv2d(maps, kernels.reshape(-1, 1, size, size), padding=size // 2, groups=batch * channels)
@@ -105,7 +107,7 @@ def grouped_channels_last(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def loop(x: Tensor, kernels: Tensor) -> Tensor:
-    """A depth-wise convolution a sample."""
+    """One depth-wise convolution per sample."""
     channels, half = x.shape[3], kernels.shape[-1] // 2
     samples = x.permute(0, 3, 1, 2).split(1)
     out = [F.conv2d(one, k, padding=half, groups=channels) for one, k in zip(samples, kernels.unsqueeze(2))]
@@ -113,7 +115,7 @@ def loop(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def shifted(x: Tensor, kernels: Tensor) -> Tensor:
-    """K * K shifted maps, each times its tap."""
+    """The sum of K * K shifted maps, each multiplied by its tap."""
     (height, width), size = x.shape[1:3], kernels.shape[-1]
     half = size // 2
     padded = F.pad(x, (0, 0, half, half, half, half))
@@ -125,7 +127,7 @@ def shifted(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def ways(device: str, compiled: bool) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """The contestants on a device, our backends last; those whose package is not there are left out."""
+    """Return the contestants on a device, our backends last. Backends without their package are left out."""
     found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {'grouped convolution': grouped}
     if device == 'cuda':
         found['grouped convolution, channels last'] = grouped_channels_last
@@ -133,16 +135,16 @@ def ways(device: str, compiled: bool) -> dict[str, Callable[[Tensor, Tensor], Te
         found['loop over samples'] = loop
     found['shifted products'] = shifted
     if compiled:
-        torch.compiler.reset()  # shapes of other cases do not count, and each is compiled as it is
+        torch.compiler.reset()  # forget the shapes of other cases; compile for each shape
         found['shifted products, torch.compile'] = torch.compile(shifted, dynamic=False)
     for name in ('triton', 'grouped') if device == 'cuda' else ('numba', 'auto'):
         if name == 'auto' or backends.find(name) is not None:
-            found[f'ours, {name}'] = lambda x, kernels, name=name: dynamic_depthwise_conv2d(x, kernels, name)
+            found[f'ours, {name}'] = partial(dynamic_depthwise_conv2d, backend=name)
     return found
 
 
 class Problem:
-    """Random values of a shape, and forward and backward of a contestant on them."""
+    """Random inputs of a shape, and a contestant's forward and backward pass on them."""
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         maps = (shape.batch, shape.height, shape.width, shape.channels)
@@ -152,15 +154,16 @@ class Problem:
         self.grad = torch.randn(maps, device=device, dtype=dtype)
 
     def run(self, way: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The output, the gradient of x and that of the kernels."""
+        """Return the output, the gradient of x and the gradient of the kernels."""
         out = way(self.x, self.kernels)
-        return out, *torch.autograd.grad(out, (self.x, self.kernels), self.grad)
+        grad_x, grad_kernels = torch.autograd.grad(out, (self.x, self.kernels), self.grad)
+        return out, grad_x, grad_kernels
 
     def check(self, found: dict[str, Callable[[Tensor, Tensor], Tensor]]) -> None:
-        """Whether all contestants compute the same thing.
+        """Check that all contestants compute the same result.
 
         Raises:
-            RuntimeError: One of them does not.
+            RuntimeError: A contestant's result differs.
         """
         expected = self.run(shifted)
         for name, way in found.items():
@@ -173,14 +176,14 @@ class Problem:
 def measure_case(
     name: str, shape: Shape, device: str, dtype: torch.dtype, compiled: bool, rounds: int, progress: Progress
 ) -> tuple[list[dict], dict]:
-    """The rows of a shape, and that of the copies beside it."""
+    """Measure the rows of a shape, and the row of the copies in the same rounds."""
     problem = Problem(shape, device, dtype)
     found = ways(device, compiled)
     problem.check(found)
-    contestants: dict[str, Callable[[], object]] = {k: lambda way=way: problem.run(way) for k, way in found.items()}
+    contestants: dict[str, Callable[[], object]] = {k: partial(problem.run, way) for k, way in found.items()}
     source = torch.ones(COPIED, dtype=torch.uint8, device=device)
     target, copy = torch.empty_like(source), torch.empty_like(problem.grad)
-    target.zero_()  # memory is given at the first touch
+    target.zero_()  # the first access allocates the memory
     contestants['copy'] = lambda: target.copy_(source)
     contestants['copy of own size'] = lambda: copy.copy_(problem.grad)
     launched: dict[str, list[float]] = {}
@@ -215,9 +218,11 @@ def measure_case(
 def measure_growth(
     name: str, shapes: list[Shape], device: str, dtype: torch.dtype, rounds: int, progress: Progress
 ) -> list[dict]:
-    """The rows of shapes that grow, for the default backend."""
+    """Measure the rows of growing shapes, with the default backend."""
     problems = {str(shape): Problem(shape, device, dtype) for shape in shapes}
-    calls = {key: lambda problem=problem: problem.run(dynamic_depthwise_conv2d) for key, problem in problems.items()}
+    calls: dict[str, Callable[[], object]] = {
+        key: partial(problem.run, dynamic_depthwise_conv2d) for key, problem in problems.items()
+    }
     if device == 'cuda':
         calls = {key: replayed(call) for key, call in calls.items()}
     rows = rows_of(interleave(calls, rounds, progress, name, device), {}, case=name)
@@ -228,13 +233,13 @@ def measure_growth(
 
 
 def main() -> None:
-    """Run the tool."""
+    """Run the benchmark."""
     cases = [*CASES, *GROWTH]
     parser = make_parser(__doc__.partition('\n')[0], 'work_dirs/op', cases, cases)
-    parser.add_argument('--compiled', action='store_true', help='also shifted products by torch.compile')
+    parser.add_argument('--compiled', action='store_true', help='also time shifted products with torch.compile')
     args = parser.parse_args()
     if args.compiled and not any(shutil.which(compiler) for compiler in ('c++', 'g++', 'clang++')):
-        parser.error('--compiled: torch.compile needs a C++ compiler, and there is none')
+        parser.error('--compiled: torch.compile needs a C++ compiler (c++, g++ or clang++), but none is installed')
     prepare(args)
     dtype = DTYPES[args.dtype]
     rows, copies, growth = [], [], []

@@ -1,12 +1,12 @@
-"""Training steps and inference of whole models under PEFT methods, with the peak memory of a step.
+"""Time training steps and inference of whole models with PEFT methods. Optionally measure peak memory.
 
     python benchmarks/step.py --out work_dirs/step
     python benchmarks/step.py --cases upernet-swin-b --methods full icon adaptformer --memory --rounds 0
     python benchmarks/step.py --cases swin-t --methods icon adaptformer --rounds 0 --growth 7
 
-A step is forward, backward and AdamW over what is trained, without clipping of gradients. Weights and images
-are random. GFLOP are billions of floating-point operations an image, as torch counts them: their ratio is
-that of the times if nothing else took time.
+A step is forward, backward and an AdamW update of the trained parameters, without gradient clipping. Weights and
+images are random. GFLOP are billions of floating-point operations per image, as torch counts them. Their ratio would be
+the ratio of the times if nothing else took time.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from weakref import finalize
 import numpy as np
 import torch
 from mmengine.logging import MMLogger
+from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,16 +53,16 @@ from measure import (
 )
 
 UNADAPTED = 'unadapted'
-# By the names of the contestants, what inject is given.
+# The arguments of inject, by contestant.
 METHODS: dict[str, dict[str, Any]] = {
     **{name: dict(method=name) for name in ('full', 'frozen', 'icon', 'icon-static', 'adaptformer', 'lora', 'mona')},
-    'icon at the FFN': dict(method=dict(type='icon', sites=['ffn'])),  # where AdaptFormer is
+    'icon at the FFN': dict(method=dict(type='icon', sites=['ffn'])),  # the position of AdaptFormer's adapters
     'icon, with_cp': dict(method='icon', with_cp=True),
     'icon, bfloat16 base': dict(method='icon', frozen_dtype='bfloat16'),
 }
 DEFAULT_METHODS = ('full', 'frozen', 'icon', 'icon-static', 'adaptformer', 'lora', 'mona')
-CLASSES = 5  # that labels are drawn from: every head has as many, and which it is changes no work
-BOXES = 8  # an image
+CLASSES = 5  # labels are drawn from these; every head has at least as many, and the label does not change the work
+BOXES = 8  # per image
 MEMORY_STEPS = 3
 MIB = 2**20
 
@@ -71,10 +72,10 @@ class Case:
     """A model and its images.
 
     Attributes:
-        config: Its config, a path under ``configs/``.
+        config: Path of the config under ``configs/``.
         size: Height and width of the images in pixels.
-        batch: Images a step.
-        changes: Settings over those of the config, keys with dots.
+        batch: Number of images per step.
+        changes: Settings that override those of the config, with dotted keys.
     """
 
     config: str
@@ -94,23 +95,23 @@ CASES = {
     'swin-b': Case(_SWIN, (224, 224), 8),
     'upernet-swin-b': Case('ade20k/swin-base-in22k_upernet_full_8xb2-160k_ade20k-512x512.py', (512, 512), 2),
     'upernet-swin-l': Case('ade20k/swin-large-in22k_upernet_full_8xb2-160k_ade20k-512x512.py', (512, 512), 2),
-    # Untrained scores are below the threshold of detections: at inference its mask heads have nothing to do.
+    # Untrained scores are below the detection threshold, so its mask heads do no work at inference.
     'cascade-swin-b': Case('coco/cascade-mask-rcnn_swin-b-in22k_fpn_full_1x_coco.py', (800, 1333), 1),
 }
 DEFAULT_CASES = ('vit-s', 'swin-t')
-# Sizes and images a step, for how time grows with either.
-GROWTH = [((224, 224), 1), ((448, 448), 1), ((224, 224), 4), ((224, 224), 16), ((800, 1333), 1)]  # by pixels
+# Image sizes and images per step, to show how time grows with each.
+GROWTH = [((224, 224), 1), ((448, 448), 1), ((224, 224), 4), ((224, 224), 16), ((800, 1333), 1)]  # sorted by pixels
 
 
 def _labelled(size: tuple[int, int]) -> Any:
-    """A data sample of MMPretrain with a random label."""
+    """Make an MMPretrain data sample with a random label."""
     from mmpretrain.structures import DataSample
 
     return DataSample().set_gt_label(int(torch.randint(CLASSES, ())))
 
 
 def _segmented(size: tuple[int, int]) -> Any:
-    """A data sample of MMSegmentation with a random map of labels."""
+    """Make an MMSegmentation data sample with a random label map."""
     from mmseg.structures import SegDataSample
 
     sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
@@ -119,7 +120,7 @@ def _segmented(size: tuple[int, int]) -> Any:
 
 
 def _detected(size: tuple[int, int]) -> Any:
-    """A data sample of MMDetection with random boxes, and masks which fill them."""
+    """Make an MMDetection data sample with random boxes and masks that fill them."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
@@ -140,7 +141,7 @@ def _detected(size: tuple[int, int]) -> Any:
 SAMPLES = {'mmpretrain': _labelled, 'mmseg': _segmented, 'mmdet': _detected}
 
 
-def make_data(model: nn.Module, case: Case, batch: int, training: bool) -> dict[str, Any]:
+def make_data(model: BaseModel, case: Case, batch: int, training: bool) -> dict[str, Any]:
     """Random images and their truth, through the model's own data preprocessor."""
     torch.manual_seed(0)
     make_sample = SAMPLES[DefaultScope.get_current_instance().scope_name]
@@ -149,7 +150,7 @@ def make_data(model: nn.Module, case: Case, batch: int, training: bool) -> dict[
     return model.data_preprocessor(dict(inputs=images, data_samples=samples), training)
 
 
-def build(case: Case, device: str) -> nn.Module:
+def build(case: Case, device: str) -> BaseModel:
     """The model of a case, with its random initialisation."""
     MMLogger.get_current_instance().setLevel('WARNING')  # of which it reports every tensor
     model = build_model(case.config, case.changes)
@@ -157,7 +158,7 @@ def build(case: Case, device: str) -> nn.Module:
     return model.to(device)
 
 
-def adapt(model: nn.Module, method: str) -> nn.Module:
+def adapt(model: BaseModel, method: str) -> BaseModel:
     """Put a method into a model, unless it is to stay as it is."""
     if method != UNADAPTED:
         device = next(model.parameters()).device
@@ -166,21 +167,20 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
     return model
 
 
-def build_all(case: Case, methods: Sequence[str], device: str) -> dict[str, nn.Module]:
+def build_all(case: Case, methods: Sequence[str], device: str) -> dict[str, BaseModel]:
     """A model a method.
 
-    All that leave the parameters of the backbone as they are share them, so that large models fit into
-    memory side by side.
+    Methods that do not change the backbone's parameters share them, so that several large models fit into memory.
     """
     base = build(case, device)
     shared = {id(parameter): parameter for parameter in base.backbone.parameters()}
     own = [m for m in methods if m == 'full' or 'frozen_dtype' in METHODS.get(m, {})]
-    # All copies are made before a method freezes what they share.
+    # Make all copies before a method freezes the shared parameters.
     copies = {m: copy.deepcopy(base, {} if m in own else dict(shared)) for m in methods}
     return {method: adapt(model, method) for method, model in copies.items()}
 
 
-def inference(model: nn.Module, data: dict, dtype: torch.dtype) -> Callable[[], None]:
+def inference(model: BaseModel, data: dict, dtype: torch.dtype) -> Callable[[], None]:
     """Prediction of a batch by a model in eval mode."""
     model.eval()
     device = data['inputs'].device.type
@@ -192,11 +192,11 @@ def inference(model: nn.Module, data: dict, dtype: torch.dtype) -> Callable[[], 
     return step
 
 
-def training(model: nn.Module, data: dict, dtype: torch.dtype) -> Callable[[], None]:
+def training(model: BaseModel, data: dict, dtype: torch.dtype) -> Callable[[], None]:
     """A training step of a model in train mode."""
     model.train()
     device = data['inputs'].device.type
-    # A rate so small that the work of the heads, which depends on the weights, stays the same.
+    # The work of the heads depends on the weights. This rate is small enough to keep it the same.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-8)
 
     def step() -> None:
@@ -219,10 +219,10 @@ def measure_case(
     rounds: int,
     progress: Progress,
 ) -> tuple[list[dict], list[dict]]:
-    """The rows of a case: of training steps, and of inference."""
+    """Measure a case. Return the rows of training steps and those of inference."""
     adapted = [method for method in methods if method != 'full']
     models = build_all(case, [*methods, UNADAPTED], device)
-    # Inference is first: as long as the adapters add nothing, all have the same predictions to work on.
+    # Measure inference first: untrained adapters add nothing, so all models have the same predictions to process.
     data = make_data(models[UNADAPTED], case, batch, training=False)
     steps = {method: inference(models[method], data, dtype) for method in [UNADAPTED, *adapted]}
     times = interleave(steps, rounds, progress, f'{name}, inference', device, min_seconds=0)
@@ -242,9 +242,9 @@ def measure_case(
 def measure_growth(
     name: str, case: Case, methods: Sequence[str], device: str, dtype: torch.dtype, rounds: int, progress: Progress
 ) -> list[dict]:
-    """The rows of training steps with larger and with more images; all of them take turns."""
+    """Measure training steps with larger and with more images, all interleaved."""
     models = build_all(case, methods, device)
-    steps = {}
+    steps: dict[str, Callable[[], None]] = {}
     for size, batch in GROWTH:
         data = make_data(models[methods[0]], replace(case, size=size), batch, training=True)
         steps |= {f'{method} {size} {batch}': training(model, data, dtype) for method, model in models.items()}
@@ -266,7 +266,7 @@ def measure_growth(
 
 
 def count_operations(steps: Mapping[str, Callable[[], None]], batch: int) -> dict[str, float]:
-    """Floating-point operations an image of matrix products, convolutions and attention, in billions."""
+    """Count billions of floating-point operations per image, of matrix products, convolutions and attention."""
     counts = {}
     for method, step in steps.items():
         with FlopCounterMode(display=False) as counter:
@@ -276,16 +276,16 @@ def count_operations(steps: Mapping[str, Callable[[], None]], batch: int) -> dic
 
 
 def add_operations(rows: list[dict], counts: Mapping[str, float], *references: str) -> None:
-    """Put numbers of operations, and their ratios, into the rows of a case."""
+    """Add the numbers of operations and their ratios to the rows of a case."""
     for row in rows:
         row['GFLOP'] = counts[row['contestant']]
         row |= {f'GFLOP to {r}': row['GFLOP'] / counts[r] for r in references if r in counts}
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made under it and alive at a time.
+    """Counts the bytes of live tensors that were created while it was active.
 
-    What an operator takes and gives back within itself is not seen.
+    Memory that an operator allocates and frees internally is not counted.
     """
 
     def __init__(self) -> None:
@@ -297,7 +297,7 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operator, and count what it returned unless it is the memory of another tensor."""
+        """Run an operator. Count the tensors that it returns, unless they share memory with another tensor."""
         out = func(*args, **(kwargs or {}))
         for tensor in tree_flatten(out)[0]:
             if isinstance(tensor, Tensor):
@@ -316,21 +316,20 @@ class LiveTensors(TorchDispatchMode):
 
 
 def resident_peak() -> int:
-    """Peak resident set of this process in bytes.
+    """Return the peak resident set of this process in bytes.
 
-    Not ``ru_maxrss``, which starts with what the parent process had before this one became another program.
+    ``ru_maxrss`` is not used: it starts with the memory that the parent process had before ``exec``.
     """
     lines = Path('/proc/self/status').read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith('VmHWM'))
 
 
 def peak_memory(case: Case, method: str, batch: int, device: str, dtype: torch.dtype, threads: int) -> dict[str, float]:
-    """Peak memory of a model and its training steps; to be called in a process of its own.
+    """Measure the peak memory of a model and its training steps. Call it in a separate process.
 
     Returns:
-        ``peak (MiB)``: on CUDA what its allocator gave out, on the CPU the resident set of the process
-        with all libraries, Numba among them where it is used. On the CPU also ``live tensors (MiB)``,
-        see :class:`LiveTensors`.
+        ``peak (MiB)``: on CUDA, the memory that the allocator handed out; on the CPU, the resident set of the process
+        with all libraries, including Numba if used. On the CPU also ``live tensors (MiB)``, see :class:`LiveTensors`.
     """
     torch.set_num_threads(threads)
     live = LiveTensors()
@@ -345,39 +344,39 @@ def peak_memory(case: Case, method: str, batch: int, device: str, dtype: torch.d
 
 
 def measure_memory(name: str, case: Case, methods: Sequence[str], *settings: Any, progress: Progress) -> list[dict]:
-    """The rows of a case: peaks of the methods, a fresh process each.
+    """Measure the memory rows of a case: the peak of each method, in a fresh process each.
 
     Args:
         name: Name of the case.
         case: The case.
         methods: The methods.
-        *settings: The further arguments of :func:`peak_memory`.
-        progress: Where a bar is shown.
+        *settings: The other arguments of :func:`peak_memory`.
+        progress: Display for the progress bar.
 
     Raises:
-        RuntimeError: A process died, as one does for which there is not enough memory.
+        RuntimeError: A process died, for example because memory ran out.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for method in progress.track(methods, description=f'{name}, memory'):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
             try:
                 peaks = pool.submit(peak_memory, case, method, *settings).result()
             except BrokenProcessPool:
-                raise RuntimeError(f'{name}, {method}: the process died; is there enough memory?') from None
+                raise RuntimeError(f'{name}, {method}: the process died, possibly because memory ran out') from None
         rows.append(dict(case=name, contestant=method, **peaks))
     for column in ('peak (MiB)', 'live tensors (MiB)'):
-        peaks = {row['contestant']: row.get(column) for row in rows}
+        found = {row['contestant']: row.get(column) for row in rows}
         for row in rows:
             for reference in ('full', 'adaptformer'):
-                if peaks.get(reference):
-                    row[f'{column.removesuffix(" (MiB)")} to {reference}'] = row[column] / peaks[reference]
+                if found.get(reference):
+                    row[f'{column.removesuffix(" (MiB)")} to {reference}'] = row[column] / found[reference]
     return rows
 
 
 def write(
     args: argparse.Namespace, trained: list[dict], inferred: list[dict], memory: list[dict], growth: list[dict]
 ) -> None:
-    """Write the rows that there are: tables and plots."""
+    """Write tables and plots of the rows measured so far."""
     tables, panels = [], []
     for title, rows, references in (
         ('training step', trained, ('to full', 'to adaptformer')),
@@ -404,15 +403,15 @@ def write(
 
 
 def main() -> None:
-    """Run the tool."""
+    """Run the benchmark."""
     parser = make_parser(__doc__.partition('\n')[0], 'work_dirs/step', [*CASES], DEFAULT_CASES)
     parser.add_argument(
         '--methods', nargs='+', choices=METHODS, default=DEFAULT_METHODS, metavar='METHOD', help=', '.join(METHODS)
     )
-    parser.add_argument('--batch', type=int, help="images a step, in place of the case's own number")
-    parser.add_argument('--memory', action='store_true', help='also peak memory; with --rounds 0 nothing else')
+    parser.add_argument('--batch', type=int, help="images per step (default: the case's own number)")
+    parser.add_argument('--memory', action='store_true', help='also measure peak memory; with --rounds 0 only that')
     parser.add_argument(
-        '--growth', type=int, metavar='ROUNDS', default=0, help='also steps with larger and with more images'
+        '--growth', type=int, metavar='ROUNDS', default=0, help='also time steps with larger and with more images'
     )
     args = parser.parse_args()
     if args.batch is not None and args.batch < 1:
@@ -425,7 +424,7 @@ def main() -> None:
             case = CASES[name]
             batch = args.batch or case.batch
             settings = (batch, args.device, dtype)
-            if args.memory:  # before the models for timing take it
+            if args.memory:  # before the models for timing occupy memory
                 memory += measure_memory(name, case, args.methods, *settings, args.threads, progress=progress)
             if args.rounds:
                 rows = measure_case(name, case, args.methods, *settings, args.rounds, progress)
@@ -433,7 +432,7 @@ def main() -> None:
                 inferred += rows[1]
             if args.growth:
                 growth += measure_growth(name, case, args.methods, args.device, dtype, args.growth, progress)
-            write(args, trained, inferred, memory, growth)  # after each, since a case may take an hour
+            write(args, trained, inferred, memory, growth)  # after each case, because one may take an hour
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
-"""What a forward pass stores for the backward pass, by the operators that want it.
+"""Measure what a forward pass stores for the backward pass, by operator.
 
     python benchmarks/stored.py --cases upernet-swin-b --methods full icon adaptformer --out work_dirs/stored
 
-A tensor that several operators want is counted once, for the first of them; parameters are not counted.
+A tensor that several operators need is counted once, for the first of them. Parameters are not counted.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from measure import Panel, Table, make_parser, prepare, settings_of, write_results
 from step import CASES, DEFAULT_METHODS, METHODS, MIB, adapt, build, make_data
 
-SMALL = 0.01  # of the whole; kinds below that are one row
+SMALL = 0.01  # share of the total; smaller kinds form one row
 
 
 def nodes_of(loss: Tensor) -> Iterator[Any]:
-    """The nodes of the graph behind a loss."""
+    """Yield the nodes of the graph of a loss."""
     seen, waiting = set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -31,7 +31,7 @@ def nodes_of(loss: Tensor) -> Iterator[Any]:
 
 
 def saved_by(node: Any) -> Iterator[Tensor]:
-    """The tensors that a node keeps."""
+    """Yield the tensors that a node stores."""
     if hasattr(node, 'saved_tensors'):
         yield from (t for t in node.saved_tensors if t is not None)
         return
@@ -42,7 +42,7 @@ def saved_by(node: Any) -> Iterator[Tensor]:
 
 
 def stored_bytes(model: nn.Module, loss: Tensor) -> Counter[str]:
-    """Bytes by the kind of node."""
+    """Count the stored bytes by kind of node."""
     counted = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes: Counter[str] = Counter()
     for node in nodes_of(loss):
@@ -55,7 +55,7 @@ def stored_bytes(model: nn.Module, loss: Tensor) -> Counter[str]:
 
 
 def rows_of(found: dict[str, Counter[str]]) -> list[dict[str, Any]]:
-    """Rows of MiB a kind, a column a method; what is small in all of them is one row."""
+    """Make one row of MiB per kind, one column per method. Kinds that are small in all methods form one row."""
     totals = {method: sizes.total() for method, sizes in found.items()}
     large = [
         kind for kind in sum(found.values(), Counter()) if any(s[kind] > SMALL * totals[m] for m, s in found.items())
@@ -68,7 +68,7 @@ def rows_of(found: dict[str, Counter[str]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the tool."""
+    """Run the benchmark."""
     parser = make_parser(__doc__.partition('\n')[0], 'work_dirs/stored', [*CASES], ['vit-s', 'swin-t'])
     parser.add_argument(
         '--methods', nargs='+', choices=METHODS, default=DEFAULT_METHODS, metavar='METHOD', help=', '.join(METHODS)

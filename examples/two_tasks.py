@@ -19,8 +19,8 @@ from mmpretrain.registry import DATASETS, MODELS
 from torch import Tensor, nn
 
 from iconformer_mm import disabled, inject, load_adapter, save_adapter, set_adapter
-from iconformer_mm.apis import load_config
 from iconformer_mm.datasets.classification import digits  # noqa: F401 (registers the data set)
+from iconformer_mm.engine import load_config
 
 CONFIG = Path(__file__).resolve().parent.parent / 'configs' / 'quickstart' / 'vit-quickstart_icon_digits.py'
 TURNS = ('upright', 'a quarter turn', 'half a turn', 'three quarters')

@@ -5,7 +5,15 @@ dict(imports=['iconformer_mm'])`` is all that a config needs. From then on
 ``_base_ = 'iconformer_mm::...'`` finds our configs, too.
 """
 
-from . import datasets, engine, models
+try:
+    from . import datasets, engine, models
+except ModuleNotFoundError as error:
+    if error.name != 'mmengine':
+        raise
+    raise ImportError(
+        'iconformer_mm needs MMEngine, which is not installed: pip install onedl-mmengine, or mmengine beside the '
+        "original OpenMMLab releases. The extras bring whole libraries: pip install 'iconformer_mm[cls]' (or det, seg)"
+    ) from None
 from .checkpoint import load_adapter, save_adapter
 from .compat import map_config_packages
 from .tuning import (

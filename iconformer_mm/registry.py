@@ -1,20 +1,20 @@
-"""Registries of iconformer_mm, and how its parts reach those of the mm libraries.
+"""The registry of PEFT methods, and how our parts reach the registries of the mm libraries.
 
-``ADAPTERS`` holds the adapter modules, ``PEFT_METHODS`` the named recipes that
-say which adapter goes where and what else is trained. MMEngine gives a scope
-one child of ``MODELS``; methods are no modules, so theirs stands alone.
+``PEFT_METHODS`` holds the named recipes that say which adapter goes where and what else is trained. MMEngine gives a
+scope one child of ``MODELS``; methods are no modules, so theirs stands alone.
 """
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from mmengine.registry import MODELS, Registry
+from mmengine.registry import Registry
 
-ADAPTERS = Registry('adapter', parent=MODELS, scope='iconformer_mm', locations=['iconformer_mm.adapters'])
 PEFT_METHODS = Registry('PEFT method', scope='iconformer_mm', locations=['iconformer_mm.tuning'])
 
 
@@ -67,3 +67,34 @@ def is_type(part: Any, *names: str) -> bool:
     kind = part.get('type') if isinstance(part, Mapping) else type(part)
     found = {base.__name__ for base in kind.__mro__} if isinstance(kind, type) else {type_name(part)}
     return not found.isdisjoint(names)
+
+
+def accepted(target: Any) -> set[str]:
+    """Names of the arguments that a class or a function takes; with ``**kwargs``, those of the base classes, too."""
+    functions = [target]
+    if isinstance(target, type):
+        functions = [vars(base)['__init__'] for base in target.__mro__ if '__init__' in vars(base)]
+    names: set[str] = set()
+    for function in functions:
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):
+            break
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names - {'self'}
+
+
+def __getattr__(name: str) -> Any:
+    """``ADAPTERS``, in which methods outside of this package still register their adapters; nothing reads it."""
+    if name != 'ADAPTERS':
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    warnings.warn(
+        f'{__name__}.ADAPTERS is deprecated and goes in a later release: adapters need not be registered, the '
+        '`adapter_class` of a method is enough',
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    globals()[name] = Registry('adapter', scope='iconformer_mm')
+    return globals()[name]

@@ -1,6 +1,8 @@
+import multiprocessing
 import os
 import socket
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,28 @@ from mmengine.registry import init_default_scope
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ['PIP_NO_INDEX'] = '1'  # nothing may be installed by a test
+# Processes that tests start by forkserver are copies of one that has imported the libraries.
+multiprocessing.set_forkserver_preload(
+    [
+        'torch._dynamo',
+        'torch.distributed.fsdp',
+        'iconformer_mm.cli.main',
+        'mmpretrain.models',
+        'mmpretrain.datasets',
+        'mmdet.models',
+        'mmdet.datasets',
+        'mmseg.models',
+        'mmseg.datasets',
+    ]
+)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What is true of the checkout, whichever libraries are installed, is checked once.
+not_with_the_originals = pytest.mark.skipif(
+    any(found.name == 'mmengine' for found in distributions()),
+    reason='the tools of a release and of the site are in the environment of the maintained builds',
+)
 
 
 def free_port() -> str:

@@ -43,11 +43,9 @@ from mmengine.hooks import Hook, runtime_info_hook  # noqa: E402
 from mmengine.logging import HistoryBuffer  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from test_peft_hook import config  # noqa: E402
+from tiny_runs import config  # noqa: E402
 
 from iconformer_mm import load_adapter  # noqa: E402
-from iconformer_mm.adapter import main as adapter_tool  # noqa: E402
-from iconformer_mm.apis import build_runner  # noqa: E402
 from iconformer_mm.checkpoint import (  # noqa: E402
     AdapterFileError,
     DamagedFileError,
@@ -57,6 +55,8 @@ from iconformer_mm.checkpoint import (  # noqa: E402
 )
 from iconformer_mm.checkpoint.reading import UntrustedFileError, guard_loading, read_checkpoint  # noqa: E402
 from iconformer_mm.checkpoint.safetensors_io import CHECKSUM, checksum  # noqa: E402
+from iconformer_mm.cli.adapter import main as adapter_tool  # noqa: E402
+from iconformer_mm.engine import build_runner  # noqa: E402
 from iconformer_mm.tuning import WeightsError, get_injection, remove  # noqa: E402
 
 DOCUMENTED = (AdapterFileError, DamagedFileError, UntrustedFileError, WeightsError, FileNotFoundError)

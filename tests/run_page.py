@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LINKED = ('configs', 'docs', 'examples', 'iconformer_mm', 'requirements', 'tools')
+LINKED = ('benchmarks', 'configs', 'docs', 'examples', 'iconformer_mm', 'requirements', 'tools')
 BLOCK = re.compile(r'(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<kind>\w+)\n(?P<code>.*?)^```', re.M | re.S)
 FILE = re.compile(r'# ([\w/]+\.\w+)\n')
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iconformer_mm.apis import load_config
 from iconformer_mm.compat import is_plain
+from iconformer_mm.engine import load_config
 
 
 @pytest.mark.parametrize('library', ['mmpretrain', 'mmdet', 'mmseg'])

@@ -1,8 +1,8 @@
 """The documentation's code runs, its commands are those of the tools, and its links lead somewhere.
 
 Most pages are run as they are, block by block, in a process of their own (tests/run_page.py). The
-README, docs/adapters.md and docs/methods.md speak of models and files that are not there: their blocks are run here
-and in tests/test_readme.py on small ones.
+README, docs/adapters.md and docs/methods.md speak of models and files that are not there: tests/test_readme.py and
+this module run their blocks on small ones.
 """
 
 import io
@@ -11,30 +11,36 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 sys.path[:0] = [str(ROOT / 'tests' / 'tuning'), str(ROOT / 'tools')]
 from families import stir  # noqa: E402
-from mmengine.registry import HOOKS  # noqa: E402
+from mmengine.registry import HOOKS, MODELS, init_default_scope  # noqa: E402
 from rich.console import Console  # noqa: E402
-from run_page import read_blocks  # noqa: E402
+from run_page import FILE, read_blocks  # noqa: E402
 from test_switching import classifier  # noqa: E402
+from tool_parsers import parser_of_command, parser_of_tool  # noqa: E402
 
-from comparison import Board, load_comparison  # noqa: E402
-from comparison_report import report  # noqa: E402
-from docs_reference import PAGE, parser_of, write_page  # noqa: E402
 from iconformer_mm import active_adapter, inject, list_adapters, save_adapter  # noqa: E402
-from iconformer_mm.apis.launch import find_config  # noqa: E402
+from iconformer_mm.comparison.results import Results  # noqa: E402
+from iconformer_mm.comparison.spec import load_comparison  # noqa: E402
+from iconformer_mm.comparison.tables import report  # noqa: E402
+from iconformer_mm.engine import load_config  # noqa: E402
+from iconformer_mm.engine.config import find_config  # noqa: E402
 
 README = ROOT / 'README.md'
+ADAPTERS = ROOT / 'docs' / 'adapters.md'
 PAGES = [README, *sorted((ROOT / 'docs').rglob('*.md')), *sorted((ROOT / 'configs').rglob('*.md'))]
 # What these have in Python is run by the tests named.
 BY_OTHERS = {
-    'README.md': 'tests/test_readme.py, and test_adapters here',
-    'docs/adapters.md': 'test_adapters',
+    'README.md': 'tests/test_readme.py',
+    'docs/adapters.md': 'test_adapters, test_predict',
     'docs/methods.md': 'test_methods',
     'configs/_base_/peft/README.md': 'tests/test_method_files.py, as configs of the benchmarks',
 }
@@ -66,9 +72,8 @@ def test_links(path):
 def test_index():
     """The index names every page."""
     index = (ROOT / 'docs' / 'README.md').read_text(encoding='utf-8')
-    assert [
-        page.name for page in (ROOT / 'docs').glob('*.md') if page.name not in index and page.name != 'README.md'
-    ] == []
+    pages = {page.name for page in (ROOT / 'docs').glob('*.md')} - {'README.md', 'index.md'}
+    assert [name for name in sorted(pages) if name not in index] == []
 
 
 def commands_of(page):
@@ -82,18 +87,20 @@ def commands_of(page):
                 words = words[end + 1 :]
 
 
-def check_command(words, parsers):
-    """A command of ours has its file, and reads its arguments as the tool would."""
+def check_command(words, parsers, written=()):
+    """A command of ours has its file, or runs one that the page writes, and reads its arguments as the tool would."""
     for word in words:
         if '::' in word or word.startswith('configs/'):
             assert (ROOT / word).exists() or find_config(word), word
+    if words[:1] == ['iconformer'] and not words[1].startswith('-'):
+        parsers.setdefault(words[1], parser_of_command(words[1])).parse_args(words[2:])
     if words[:1] not in (['python'], ['bash']):
         return
     if words[1:3] == ['-m', 'iconformer_mm.adapter']:
         name, arguments = 'tools/adapter.py', words[3:]
     else:
         name, arguments = words[1], words[2:]
-    if name.startswith('-'):  # python -c, python -m of others
+    if name.startswith('-') or name in written:  # python -c, python -m of others
         return
     assert (ROOT / name).is_file(), name
     if name in ('tools/dist_train.sh', 'tools/dist_test.sh'):  # ... CONFIG [CHECKPOINT] PROCESSES OPTIONS
@@ -104,7 +111,7 @@ def check_command(words, parsers):
         )
     if name.endswith('.py'):
         if name not in parsers:
-            parsers[name] = parser_of(ROOT / name)
+            parsers[name] = parser_of_tool(name)
         if parsers[name] is None:
             assert not arguments, f'{name} takes no arguments'
         else:
@@ -115,10 +122,11 @@ def test_commands():
     """Every command of every page is read by the command line of its tool, without an error."""
     parsers, wrong, number = {}, [], 0
     for page in PAGES:
+        written = {match[1] for match in map(FILE.match, blocks(page)) if match}
         for words in commands_of(page):
             number += 1
             try:
-                check_command(words, parsers)
+                check_command(words, parsers, written)
             except (AssertionError, FileNotFoundError, SystemExit) as error:
                 wrong.append(f'{relative(page)}: {shlex.join(words)}: {error}')
     assert number > 30 and not wrong, '\n'.join(wrong)
@@ -134,27 +142,7 @@ def test_page(path, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_reference():
-    """The configuration reference is what its script writes now."""
-    assert PAGE.read_text(encoding='utf-8') == write_page(), 'run python tools/docs_reference.py'
-
-
-def about_adapters(path):
-    """A page's blocks about adapter files that need no other model than an unadapted one."""
-    others = ('get_model', 'AdapterInferencer')
-    words = ('AdapterCheckpointHook', 'load_adapter(')
-    return [b for b in blocks(path) if any(w in b for w in words) and not any(w in b for w in others)]
-
-
-def test_every_block_of_the_readme_is_run():
-    from test_readme import HEADINGS, block
-
-    elsewhere = [block(heading) for heading in HEADINGS]
-    assert sorted([*elsewhere, *about_adapters(README)]) == sorted(blocks(README))
-
-
-@pytest.mark.parametrize('path', [README, ROOT / 'docs' / 'adapters.md'], ids=relative)
-def test_adapters(path, tmp_path, monkeypatch):
+def test_adapters(tmp_path, monkeypatch):
     """The blocks about adapter files, on a small model whose head reads 32 channels."""
     monkeypatch.chdir(tmp_path)
     for name, num_classes in (('birds', 10), ('cars', 196)):
@@ -164,12 +152,30 @@ def test_adapters(path, tmp_path, monkeypatch):
     model = classifier()
     inject(model, 'adaptformer')
     scope = dict(model=model, fresh_model=classifier(), classes=('a', 'b'))
-    code = about_adapters(path)
-    assert len(code) >= 2 and (path == README or code == blocks(path))
+    code = [block for block in blocks(ADAPTERS) if 'AdapterInferencer' not in block]
+    assert len(code) == len(blocks(ADAPTERS)) - 1 == 3
     for block in code:
         exec(block.replace('in_channels=1024', 'in_channels=32'), scope)
     assert HOOKS.build(scope['default_hooks']['checkpoint']).filename_tmpl == 'epoch_{}.safetensors'
     assert active_adapter(model) == 'cars' and 'default' in list_adapters(model)
+
+
+def test_predict(tmp_path, monkeypatch):
+    """The block about prediction, with small files of its names."""
+    monkeypatch.chdir(tmp_path)
+    digits = ROOT / 'configs' / 'quickstart' / 'vit-quickstart_icon_digits.py'
+    Path('config.py').write_text(f"_base_ = '{digits}'\n")
+    init_default_scope('mmpretrain')
+    model = MODELS.build(load_config(str(digits)).model)
+    torch.save(dict(state_dict=model.state_dict()), 'swin_base.pth')
+    inject(model)
+    for name in ('birds', 'dogs'):
+        save_adapter(model, f'{name}.safetensors')
+    cv2.imwrite('photo.jpg', np.zeros((40, 30, 3), np.uint8))
+    scope = {}
+    (code,) = [block for block in blocks(ADAPTERS) if 'AdapterInferencer' in block]
+    exec(code, scope)
+    assert scope['inferencer'].adapters == ['birds', 'dogs']
 
 
 def test_methods(tmp_path, monkeypatch):
@@ -189,7 +195,7 @@ def test_learning_rates():
     """The table of starting points has the rates that the comparison's searches took."""
     text = (ROOT / 'docs' / 'methods.md').read_text(encoding='utf-8').partition('## Learning rates to begin with')[2]
     shown = dict(re.findall(r'^\| `([\w-]+)` \| (.+ \| .+) \|$', text, re.MULTILINE))
-    rows = json.loads((ROOT / 'docs' / 'comparison' / 'peft' / 'results.json').read_text())['rows']
+    rows = json.loads((ROOT / 'benchmarks' / 'results' / 'peft' / 'results.json').read_text())['rows']
     rates = {(row['method'], row['task']): f'{row["learning_rate"]:g}' for row in rows}
     expected = {m: ' | '.join(rates.get((m, task), '-') for task in ('digits', 'depth')) for m, _ in rates}
     assert {method: cells.replace('*', '') for method, cells in shown.items()} == expected
@@ -198,11 +204,14 @@ def test_learning_rates():
 @pytest.mark.parametrize('name', ['peft', 'ablation'])
 def test_comparison(name, tmp_path):
     """The tables of the report are those of its runs, and the runs those of the configs."""
-    folder = ROOT / 'docs' / 'comparison' / name
-    board = Board(load_comparison(ROOT / 'configs' / 'comparison' / f'{name}.yaml'), folder / 'cells')
-    assert not board.stale and len(board.finished) == len(list(folder.glob('cells/*/*/*.json')))
-    report(board, tmp_path, Console(file=io.StringIO()))
+    folder = ROOT / 'benchmarks' / 'results' / name
+    results = Results(load_comparison(ROOT / 'configs' / 'comparison' / f'{name}.yaml'), folder)
+    assert not results.stale and len(results.finished) == len(list(folder.glob('runs/*/*/*.json'))) > 50
+    report(results, tmp_path, Console(file=io.StringIO()))
     for file in ('table.md', 'search.md', 'results.csv'):
         assert (tmp_path / file).read_text() == (folder / file).read_text(), file
     lines = (folder / 'table.md').read_text().split('\n\n', 1)[1]
     assert lines in (ROOT / 'docs' / 'comparison.md').read_text(encoding='utf-8')
+    shown = sorted((ROOT / 'docs' / 'comparison' / name).iterdir())
+    assert [path.name for path in shown] == ['curves.png', 'search.md', 'tradeoff.png']
+    assert all(path.read_bytes() == (folder / path.name).read_bytes() for path in shown)

@@ -11,8 +11,8 @@ from mmengine.registry import MODELS, init_default_scope
 from safetensors.torch import load_file
 
 from iconformer_mm import summarize
-from iconformer_mm.apis import add_peft, build_runner, load_config
 from iconformer_mm.datasets.scenes import WRITERS, scenes
+from iconformer_mm.engine import add_peft, build_runner, load_config
 from iconformer_mm.registry import PEFT_METHODS
 from iconformer_mm.tuning import build_method
 from iconformer_mm.tuning.injection import adapter_shapes
@@ -114,7 +114,7 @@ def test_work_folders_have_the_methods_name():
 def test_a_file_without_a_method(tmp_path):
     path = tmp_path / 'other.py'
     path.write_text('custom_hooks = []\n')
-    with pytest.raises(ValueError, match='is no file of a PEFT method: it needs one PEFTHook .* holds 0'):
+    with pytest.raises(ValueError, match='is not a file of a PEFT method: it must have exactly one PEFTHook .* has 0'):
         load_config(str(BENCHMARKS[0]), str(path))
     with pytest.raises(FileNotFoundError, match='nowhere.py'):
         load_config(str(BENCHMARKS[0]), 'nowhere.py')

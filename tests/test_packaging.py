@@ -100,7 +100,7 @@ def test_shipped_configs_load_by_their_names(installed, tmp_path):
         import sys
         from pathlib import Path
         from mmengine.config import Config
-        from iconformer_mm.apis import load_config
+        from iconformer_mm.engine import load_config
         for name in sys.argv[1:]:
             Path('mine.py').write_text(f"_base_ = 'iconformer_mm::{name}'")
             direct, inherited = load_config(f'iconformer_mm::{name}'), Config.fromfile('mine.py')

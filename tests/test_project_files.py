@@ -10,7 +10,7 @@ from iconformer_mm import __version__
 
 FORMS = sorted((ROOT / '.github' / 'ISSUE_TEMPLATE').glob('*_*.yml'))
 FIELDS = {'input', 'textarea', 'dropdown', 'checkboxes'}
-GUIDES = [ROOT / name for name in ('CONTRIBUTING.md', 'CHANGELOG.md')]
+GUIDES = [ROOT / name for name in ('CONTRIBUTING.md', 'CHANGELOG.md', 'SECURITY.md', 'CODE_OF_CONDUCT.md')]
 
 
 def load(path):

@@ -1,18 +1,12 @@
 """A class is the same class however a config names it."""
 
-import sys
-
 import pytest
-from conftest import ROOT
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import CheckpointHook, Hook
 
-from iconformer_mm.apis import add_peft, build_runner
-from iconformer_mm.apis.inspection import method_of, names_weights
-from iconformer_mm.engine import AdapterCheckpointHook, PEFTHook
+from iconformer_mm.engine import AdapterCheckpointHook, PEFTHook, add_peft, build_runner
+from iconformer_mm.engine.config import method_of, names_weights
 from iconformer_mm.registry import is_type, type_name
-
-sys.path.insert(0, str(ROOT / 'tests' / 'engine'))
 
 
 class OwnHook(PEFTHook):
@@ -76,7 +70,7 @@ def test_weights_named_by_a_class():
 
 def test_a_run_with_classes_for_types(tmp_path):
     """Nothing but classes where names usually stand, from training to the file."""
-    from test_peft_hook import config
+    from tiny_runs import config
 
     hooks = [dict(type=PEFTHook, method=dict(type='icon', bottleneck=8))]
     checkpoint = dict(type=AdapterCheckpointHook, interval=1)
@@ -96,7 +90,7 @@ def test_a_run_with_classes_for_types(tmp_path):
 def test_synchronised_norms_in_every_form():
     from torch import nn
 
-    from iconformer_mm.apis.launch import _replace_sync_bn
+    from iconformer_mm.engine.launch import _replace_sync_bn
 
     model = dict(a=[dict(type='SyncBN'), dict(type=nn.SyncBatchNorm), dict(type='torch.nn.SyncBatchNorm')])
     model['b'] = dict(norm_cfg=dict(type='BN', requires_grad=True), other=dict(type='LN'))

@@ -11,8 +11,8 @@ from mmengine.registry import MODELS, init_default_scope
 from safetensors.torch import load_file
 
 from iconformer_mm import summarize
-from iconformer_mm.apis import build_runner, load_config
 from iconformer_mm.datasets.scenes import CLASSES, SHAPES, WRITERS, scenes
+from iconformer_mm.engine import build_runner, load_config
 
 FOLDER = ROOT / 'configs' / 'scenes'
 BASE = FOLDER / 'swin-scenes_source.safetensors'

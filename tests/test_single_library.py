@@ -124,5 +124,5 @@ def test_timm_alone(tmp_path, tmp_path_factory):
     tools = [[TRAIN, 'mmdet::swin/any'], [TRAIN, 'mine.py']]
     assert run('timm', tools, tmp_path_factory.mktemp('packages'), tmp_path) == [
         "error: config 'mmdet::swin/any': the package mmdet is not installed",
-        "error: config 'mine.py' is for mmseg (its default_scope), and the package mmseg is not installed",
+        "error: config 'mine.py' is for mmseg (its default_scope), but the package mmseg is not installed",
     ]

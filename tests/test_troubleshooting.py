@@ -19,13 +19,12 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 from iconformer_mm import add_adapter, inject, load_adapter, merge, save_adapter
-from iconformer_mm.apis import load_config
-from iconformer_mm.apis.launch import check_precision
 from iconformer_mm.checkpoint import load_safetensors, read_adapter, save_safetensors
-from iconformer_mm.command_line import merge_options
+from iconformer_mm.cli.parser import merge_options
 from iconformer_mm.datasets.checks import CheckedPipeline
 from iconformer_mm.datasets.fit import DepthRange, Head, Model, check_fit
-from iconformer_mm.engine import CheckedRunner, PEFTOptimWrapperConstructor, WeightsHook
+from iconformer_mm.engine import CheckedRunner, PEFTOptimWrapperConstructor, WeightsHook, load_config
+from iconformer_mm.engine.config import check_precision
 from iconformer_mm.ops import filter_norm
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import check_averages, describe_training
@@ -228,7 +227,7 @@ CASES = {
     'kernel_size must': lambda _: inject(vit(), kernel_size=4),
     'alpha must be': lambda _: build_method('lora', alpha=float('nan')),
     'gamma and beta must be': lambda _: filter_norm(torch.ones(1, 2, 3, 3), torch.ones(4, 3, 3), torch.ones(2, 3, 3)),
-    '... is no file of a PEFT': lambda _: load_config(
+    '... is not a file of a PEFT': lambda _: load_config(
         str(ROOT / 'configs' / 'quickstart' / 'vit-quickstart_icon_digits.py'),
         str(ROOT / 'configs' / '_base_' / 'schedules' / 'quickstart_70e.py'),
     ),
@@ -273,7 +272,7 @@ CASES = {
     ),
     '... but the model is not adapted': lambda tmp_path: run(tmp_path, classifier(), lambda: plain(adapted()), 'test'),
     '... holds no adapters': lambda tmp_path: run(tmp_path, adapted(), lambda: plain(classifier()), 'test'),
-    '... holds what was trained': lambda tmp_path: run(
+    '... holds only the trained': lambda tmp_path: run(
         tmp_path,
         adapted(),
         lambda: dict(plain(adapted()), iconformer_mm=describe_training(get_injection(adapted()))),
@@ -282,13 +281,13 @@ CASES = {
     '... was written by a run with EMAHook': lambda tmp_path: run(
         tmp_path, adapted(), lambda: dict(plain(adapted()), ema_state_dict={}), 'resume'
     ),
-    '... is no checkpoint of one model': lambda _: check_averages(
+    '... is not a checkpoint of one model': lambda _: check_averages(
         dict(plain(adapted()), ema_state_dict={'module.head.fc.bias': torch.zeros(3)}), 'epoch_1.pth', True
     ),
     '... does not fit: it was': other_base,
     '... does not fit: 2 tensors': lambda tmp_path: load_into(tmp_path, classifier(5)),
     'adapter file nowhere': lambda _: read_adapter('nowhere.safetensors'),
-    '... is no intact': read_broken,
+    '... is not a valid': read_broken,
     '... is a safetensors file': read_weights,
     '... is a training checkpoint': read_checkpoint,
     "method 'full'": lambda tmp_path: save_adapter(adapted('full'), tmp_path / 'a.safetensors'),

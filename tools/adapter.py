@@ -2,7 +2,7 @@
 
 import sys
 
-from iconformer_mm.adapter import main
+from iconformer_mm.cli.adapter import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -1,4 +1,4 @@
-# Instance segmentation of scenes in a minute and a half: half the images a step, and one sample a bin in RoIAlign.
+# Instance segmentation of scenes in a minute and a half: half the images per step, one sample per bin in RoIAlign.
 _base_ = '../scenes/mask-rcnn_swin-scenes_fpn_full_target.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# Semantic segmentation of scenes in a minute: crops, and a one-layer head, which leaves the adapting to the backbone.
+# Semantic segmentation of scenes in a minute: crops, and a one-layer head, so that the backbone does the adapting.
 _base_ = '../scenes/upernet_swin-scenes_full_target.py'
 
 crop_size = (64, 64)

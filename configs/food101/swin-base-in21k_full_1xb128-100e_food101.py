@@ -8,5 +8,5 @@ _base_ = [
 custom_imports = dict(imports=['iconformer_mm'], allow_failed_imports=False)
 
 model = dict(head=dict(num_classes=101))
-# For a whole pre-trained Transformer, smaller than adapters and heads want (ours).
+# Fine-tuning a whole Transformer needs a lower rate than training adapters and heads (ours).
 optim_wrapper = dict(optimizer=dict(lr=5e-5))

@@ -1,4 +1,4 @@
-# Makes vit-quickstart_strokes.safetensors, the base that the quickstart adapts:
+# Trains vit-quickstart_strokes.safetensors, the base of the quickstart configs:
 #   python tools/train.py configs/quickstart/vit-quickstart_pretrain-strokes.py
 #   python tools/export_backbone.py CHECKPOINT configs/quickstart/vit-quickstart_strokes.safetensors
 _base_ = [

@@ -14,7 +14,7 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=800, max_keep_ckpts=1),
 )
-# Pre-trained weights at a tenth of the head's rate; adapters train at the head's.
+# Pre-trained weights train at a tenth of the head's learning rate. Adapters train at the head's rate.
 optim_wrapper = dict(
     optimizer=dict(lr=1e-2),
     paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))),

@@ -1,4 +1,4 @@
-# Makes swin-scenes_source.safetensors, the base that the scene configs adapt:
+# Trains swin-scenes_source.safetensors, the base of the scene configs:
 #   python tools/dataset_converters/make_scenes.py --out data/scenes_pretrain --styles source \
 #       --formats ade20k --train 8000 --val 200 --seed 1
 #   python tools/train.py configs/scenes/upernet_swin-scenes_pretrain-source.py

@@ -24,8 +24,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from iconformer_mm import inject, remove
-from iconformer_mm.apis import load_config
-from iconformer_mm.checkpoint.safetensors_io import written_whole
+from iconformer_mm.engine import load_config
+from iconformer_mm.files import written_whole
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICKSTART = ROOT / 'configs' / 'quickstart' / 'vit-quickstart_icon_digits.py'

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import BottleneckAdapter
 
 
-@ADAPTERS.register_module()
 class AdaptFormerAdapter(BottleneckAdapter):
     """Bottleneck MLP parallel to the FFN (AdaptFormer, Chen et al., NeurIPS 2022).
 
-    ``s * (act(x W_down + b_down) W_up + b_up)``. iCoN without its kernels, and
-    so the static twin that iCoN is compared with. The defaults are the paper's.
+    ``s * (act(x W_down + b_down) W_up + b_up)``. This is iCoN without its kernels, so it
+    is the static baseline for iCoN. The defaults are the paper's.
 
     Args:
         embed_dims: Width d of the host's tokens.
         bottleneck: Width c between the projections. Defaults to 64.
         activation: ``'gelu'`` or ``'relu'``. Defaults to ``'relu'``.
         dropout: Dropout probability after the activation. Defaults to 0.1.
-        scale: Factor s of the result. Defaults to 0.1.
+        scale: Factor s applied to the result. Defaults to 0.1.
         learnable_scale: Whether s is trained. Defaults to False.
 
     Raises:

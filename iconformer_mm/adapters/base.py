@@ -1,4 +1,4 @@
-"""The contract between an adapter and its host, and what bottleneck adapters share."""
+"""The contract between an adapter and its host, and the base class of bottleneck adapters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """How a token sequence lies in the image.
+    """Layout of a token sequence in the image.
 
     Attributes:
         height: Rows of patch tokens.
         width: Columns of patch tokens.
-        num_prefix_tokens: Class, distillation and register tokens that stand
-            before the patch tokens and have no place in the grid.
+        num_prefix_tokens: Number of class, distillation and register tokens. They come
+            before the patch tokens and are not part of the grid. Defaults to 0.
     """
 
     height: int
@@ -30,11 +30,11 @@ class TokenGrid:
 
     @property
     def num_tokens(self) -> int:
-        """Length of the whole sequence."""
+        """Length of the whole sequence, prefix tokens included."""
         return self.num_prefix_tokens + self.height * self.width
 
     def check(self, tokens: Tensor) -> None:
-        """Raise a ValueError unless ``tokens`` (B, N, d) fill the grid."""
+        """Raise a ValueError unless ``tokens`` (B, N, d) match the grid."""
         if self.num_prefix_tokens < 0:
             raise ValueError(f'num_prefix_tokens must be at least 0, got {self.num_prefix_tokens}')
         if tokens.shape[1] != self.num_tokens:
@@ -57,7 +57,7 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_kernel_size(value: object) -> None:
-    """Raise a ValueError unless a kernel size is odd and at least 1: a kernel has a centre."""
+    """Raise a ValueError unless a kernel size is odd and at least 1. A kernel needs a centre tap."""
     if not isinstance(value, int) or not is_count(value) or value % 2 == 0:
         raise ValueError(f'kernel_size must be odd and at least 1, got {value!r}')
 
@@ -74,11 +74,11 @@ def check_number(
     """Raise a ValueError unless a value is a finite number within limits.
 
     Args:
-        name: What the message calls it.
+        name: Name of the value in the error message.
         value: The value.
-        low: The least number allowed.
-        above: A number that it must exceed.
-        below: A number that it must not reach.
+        low: Lower bound, inclusive. Defaults to None, no bound.
+        above: Lower bound, exclusive. Defaults to None, no bound.
+        below: Upper bound, exclusive. Defaults to None, no bound.
     """
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     fits = (low is None or number >= low) and (above is None or number > above) and (below is None or number < below)
@@ -94,15 +94,15 @@ def check_number(
 class Projection(nn.Module):
     """``x @ weight.T + bias``, deliberately not an ``nn.Linear``.
 
-    Hosts initialise every ``nn.Linear`` they contain, and timm every module
-    with a ``reset_parameters``, some of them after the adapters were put in. A
-    projection is neither, so the zero of the up-projection survives
-    ``model.init_weights()``. Weight: Kaiming-uniform, bias: zero.
+    Hosts initialise every ``nn.Linear`` they contain. timm initialises every module
+    that has ``reset_parameters``. Both may happen after the injection. This class is
+    neither, so a zero-initialised up-projection survives ``model.init_weights()``.
+    The weight starts Kaiming-uniform and the bias at zero.
 
     Args:
         in_features: Input channels.
         out_features: Output channels.
-        bias: Whether there is a bias. Defaults to True.
+        bias: Whether to add a bias. Defaults to True.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -114,7 +114,7 @@ class Projection(nn.Module):
             nn.init.zeros_(self.bias)
 
     def zero_(self) -> None:
-        """Make the projection return zero."""
+        """Set weight and bias to zero, so that the projection returns zero."""
         nn.init.zeros_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -130,12 +130,13 @@ class Projection(nn.Module):
 
 
 class MapConvolution(nn.Module):
-    """Convolution over maps with channels last, stride 1, zero padding; like :class:`Projection` no ``nn.Conv2d``.
+    """Convolution over channels-last maps with stride 1 and zero padding.
 
-    Weight and bias are initialised as those of ``nn.Conv2d`` are.
+    It is not an ``nn.Conv2d``, for the reason given in :class:`Projection`. Weight and
+    bias are initialised as in ``nn.Conv2d``.
 
     Args:
-        channels: Channels of input and output.
+        channels: Input and output channels.
         kernel_size: Odd kernel size.
         groups: ``channels`` for a depth-wise convolution. Defaults to 1.
 
@@ -165,16 +166,16 @@ class MapConvolution(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Contract: ``forward(tokens, grid)`` returns what is to be added, already scaled.
+    """Contract: ``forward(tokens, grid)`` returns the scaled delta to add.
 
-    An adapter knows nothing of its host. ``tokens`` are (B, N, d); so is the result.
+    An adapter knows nothing about its host. Both ``tokens`` and the delta are (B, N, d).
 
     Attributes:
-        needs_grid: Whether the adapter asks where the tokens lie. Then ``N == grid.num_tokens``.
-            An adapter that does not gets None for the grid, and works on any tokens,
-            such as those that masked pre-training leaves. Defaults to True.
-        patch_only: Names of submodules that patch tokens alone pass. They are not trained where only class tokens
-            are read. Defaults to none.
+        needs_grid: Whether the adapter uses the layout of the tokens. If True,
+            ``N == grid.num_tokens``. If False, the grid is None and the adapter accepts
+            any tokens, such as those left after masking in pre-training. Defaults to True.
+        patch_only: Names of submodules that process only patch tokens. They are not trained in
+            blocks of which only the class tokens are read. Defaults to none.
     """
 
     needs_grid = True
@@ -182,7 +183,10 @@ class Adapter(nn.Module):
 
     @staticmethod
     def on_maps(function: Callable[[Tensor], Tensor], z: Tensor, grid: TokenGrid) -> Tensor:
-        """Apply a function of maps (B, H, W, c) to the patch tokens of ``z`` (B, N, c); prefix tokens pass."""
+        """Apply a function of maps (B, H, W, c) to the patch tokens of ``z`` (B, N, c).
+
+        Prefix tokens pass through unchanged.
+        """
         prefix = grid.num_prefix_tokens
         maps = function(z[:, prefix:].unflatten(1, (grid.height, grid.width))).flatten(1, 2)
         return torch.cat((z[:, :prefix], maps), dim=1) if prefix else maps
@@ -192,7 +196,7 @@ class Adapter(nn.Module):
 
         Args:
             tokens: (B, N, d).
-            grid: The :class:`TokenGrid`; None for adapters that do not need it.
+            grid: The :class:`TokenGrid`, or None if the adapter does not need it.
         """
         raise NotImplementedError
 
@@ -208,9 +212,8 @@ class BottleneckAdapter(Adapter):
         bottleneck: Width c between the projections.
         activation: ``'gelu'`` or ``'relu'``.
         dropout: Probability of zeroing a bottleneck value after the activation.
-        scale: Factor s of the result.
-        learnable_scale: Whether s is a parameter (started at ``scale``) rather
-            than a constant.
+        scale: Factor s applied to the result.
+        learnable_scale: Whether s is a parameter that starts at ``scale``, not a constant.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -244,7 +247,7 @@ class BottleneckAdapter(Adapter):
         self._unscaled = not learnable_scale and scale == 1
 
     def transform(self, z: Tensor, grid: Any) -> Tensor:
-        """What happens in the bottleneck, (B, N, c) to (B, N, c); here nothing."""
+        """Transform the bottleneck tokens, (B, N, c) to (B, N, c). The default is the identity."""
         return z
 
     def forward(self, tokens: Tensor, grid: Any = None) -> Tensor:
@@ -252,13 +255,13 @@ class BottleneckAdapter(Adapter):
 
         Args:
             tokens: (B, N, d).
-            grid: The place of the tokens; None for adapters that do not need it.
+            grid: The :class:`TokenGrid`, or None if the adapter does not need it.
 
         Returns:
-            (B, N, d), zero before any training.
+            The delta, (B, N, d). It is zero before any training.
 
         Raises:
-            ValueError: The number of tokens is not the grid's.
+            ValueError: The number of tokens does not match the grid.
         """
         if self.needs_grid:
             grid.check(tokens)

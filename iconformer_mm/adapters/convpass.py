@@ -6,17 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import BottleneckAdapter, MapConvolution, TokenGrid
 
 
-@ADAPTERS.register_module()
 class ConvpassAdapter(BottleneckAdapter):
     """Bottleneck with a full 3 x 3 convolution (Convpass, Jie and Deng, 2022, arXiv 2207.07039).
 
-    ``s * (act(conv(act(x W_down + b_down))) W_up + b_up)``; the convolution starts as the
-    identity. As in the paper, a prefix token is a map of one pixel to it.
+    ``s * (act(conv(act(x W_down + b_down))) W_up + b_up)``. The convolution starts as the
+    identity. As in the paper, it treats each prefix token as a map of one pixel.
 
     Args:
         embed_dims: Width d of the host's tokens.
@@ -24,12 +21,11 @@ class ConvpassAdapter(BottleneckAdapter):
         kernel_size: Odd kernel size. Defaults to 3.
         activation: ``'gelu'`` or ``'relu'``. Defaults to ``'gelu'``.
         dropout: Dropout probability before the up-projection. Defaults to 0.1.
-        scale: Factor s of the result; the paper chooses one for each task.
-            Defaults to 1.
+        scale: Factor s applied to the result. The paper tunes it per task. Defaults to 1.
         learnable_scale: Whether s is trained. Defaults to False.
 
     Raises:
-        ValueError: An argument is out of its range; an even kernel has no centre.
+        ValueError: An argument is out of its range, or the kernel size is even.
     """
 
     def __init__(

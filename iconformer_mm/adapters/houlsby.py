@@ -1,25 +1,22 @@
-"""The bottleneck adapter that the others descend from."""
+"""The original bottleneck adapter."""
 
 from __future__ import annotations
-
-from iconformer_mm.registry import ADAPTERS
 
 from .base import BottleneckAdapter
 
 
-@ADAPTERS.register_module()
 class HoulsbyAdapter(BottleneckAdapter):
-    """Bottleneck MLP for placement behind attention and FFN (Houlsby et al., ICML 2019).
+    """Bottleneck MLP placed after attention and after the FFN (Houlsby et al., ICML 2019).
 
-    ``gelu(x W_down + b_down) W_up + b_up``, to be added to what it reads. The paper
-    starts near zero, this at zero.
+    ``gelu(x W_down + b_down) W_up + b_up``, added to the adapter's input. The paper
+    initialises the up-projection near zero. Here it is exactly zero (ours).
 
     Args:
         embed_dims: Width d of the host's tokens.
         bottleneck: Width c between the projections. Defaults to 64.
         activation: ``'gelu'`` or ``'relu'``. Defaults to ``'gelu'``.
         dropout: Dropout probability after the activation. Defaults to 0.
-        scale: Factor of the result. Defaults to 1.
+        scale: Factor applied to the result. Defaults to 1.
         learnable_scale: Whether the factor is trained. Defaults to False.
 
     Raises:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from iconformer_mm.compat import is_plain
 from iconformer_mm.ops import dynamic_depthwise_conv2d, dynamic_depthwise_conv_tokens, filter_norm
-from iconformer_mm.registry import ADAPTERS
 
 from .base import (
     BottleneckAdapter,
@@ -25,7 +24,10 @@ from .base import (
 
 
 class _MapMean(torch.autograd.Function):
-    """``maps.mean(dim=(1, 2))`` with a view as its gradient, where torch writes a map; zero for maps without pixels."""
+    """``maps.mean(dim=(1, 2))`` whose gradient is an expanded view; torch would allocate a full map.
+
+    The mean of an empty map is zero.
+    """
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor) -> Tensor:
@@ -39,30 +41,30 @@ class _MapMean(torch.autograd.Function):
 
 
 class ICoN(nn.Module):
-    """Input-Conditioned Network: makes one K x K kernel per sample and channel.
+    """Input-Conditioned Network: generates one K x K kernel per sample and channel.
 
-    From the paper's abstract (arXiv 2409.02838): the network "generates
-    channel-wise convolutional kernels for each feature". Ours: the generator is
-    linear on the pooled map, and the kernels are normalised over their taps by
-    the FilterNorm of decoupled dynamic filters (Zhou et al., CVPR 2021),
-    ``(k - mean(k)) / (std(k) + eps) * gamma + beta``, with the population's standard
-    deviation (see :func:`iconformer_mm.ops.filter_norm`). The other settings are ours,
-    too, for finding out what input conditioning is worth.
+    According to the paper's abstract (arXiv 2409.02838), the network "generates
+    channel-wise convolutional kernels for each feature". The details are ours. The
+    generator is linear in the pooled map. FilterNorm (decoupled dynamic filters, Zhou
+    et al., CVPR 2021) normalises the kernels over their taps,
+    ``(k - mean(k)) / (std(k) + eps) * gamma + beta``, with the population standard
+    deviation (see :func:`iconformer_mm.ops.filter_norm`). The other settings are ours
+    as well. They measure the benefit of input conditioning.
 
     Args:
         channels: Channels c of the map.
         kernel_size: Odd kernel size K. Defaults to 3.
         kernel_norm: ``'filter'`` (default), or None for the generator's raw
             output with a bias.
-        kernel: ``'dynamic'`` (default), or ``'static'``: learned kernels, the same for
-            all inputs, under the same normalisation.
-        pooling: ``'mean'`` of the map (default), or ``'mean_std'`` for its standard
-            deviation beside it, both of them in float32 also for maps in half precision.
-        generator_layers: 1 (default) for a linear generator, 2 for a hidden
+        kernel: ``'dynamic'`` (default), or ``'static'`` for learned kernels that are the
+            same for all inputs, with the same normalisation.
+        pooling: ``'mean'`` of the map (default), or ``'mean_std'`` for the mean and the
+            standard deviation. ``'mean_std'`` computes in float32 if the map is in half
+            precision.
+        generator_layers: 1 (default) for a linear generator, 2 to add a hidden
             layer of c channels with GELU.
-        generator_bias: Whether the generator has a bias under
-            ``kernel_norm='filter'``, a kernel that the input only changes.
-            Defaults to False.
+        generator_bias: Whether the generator has a bias under ``kernel_norm='filter'``.
+            The bias is a static kernel that the input modulates. Defaults to False.
         eps: Added to the standard deviation. Defaults to 1e-5.
 
     Raises:
@@ -99,7 +101,7 @@ class ICoN(nn.Module):
         self.kernel = kernel
         self.pooling = pooling
         self.eps = eps
-        # Either way the first kernels pass the signal (centre tap 1) and stir it.
+        # The initial kernel is the identity (centre tap 1). Except for raw static kernels, it has a random part, too.
         identity = torch.zeros(channels, kernel_size, kernel_size)
         identity[:, kernel_size // 2, kernel_size // 2] = 1
         if kernel == 'static':
@@ -118,20 +120,20 @@ class ICoN(nn.Module):
             self.beta = nn.Parameter(identity)
 
     def _pool(self, maps: Tensor, window: int | None) -> Tensor:
-        """Statistics of maps (B, H, W, c), or of their windows row by row: (B or B * windows, c or 2 c)."""
+        """Pool maps (B, H, W, c), or their windows in row-major order, to (B or B * windows, c or 2 c)."""
 
         def mean(values: Tensor) -> Tensor:
             if window is not None:
-                # Windows that reach over the edge count what is in the map only.
+                # Windows that extend past the edge average only the pixels inside the map.
                 pooled = F.avg_pool2d(values.permute(0, 3, 1, 2), window, ceil_mode=True, count_include_pad=False)
                 return pooled.permute(0, 2, 3, 1).flatten(0, 2)
-            # Compilers do not write the map that is the gradient, and that of torch 2.1 fails on a division by sizes.
+            # Compilers never materialise the gradient map. The compiler of torch 2.1 also fails on division by sizes.
             return _MapMean.apply(values) if is_plain(values) else values.mean(dim=(1, 2))
 
         if self.pooling == 'mean':
             return mean(maps)
-        # Half precision has neither the range of squares nor the digits of their difference, and takes 1e-12 for zero,
-        # where the gradient of the root is infinite.
+        # Half precision lacks the range for squares and the digits for their difference. It also rounds 1e-12 to
+        # zero, where the gradient of the square root is infinite.
         values = maps if maps.dtype == torch.float64 else maps.float()
         first = mean(values)
         variance = mean(values.square()) - first.square()
@@ -142,8 +144,8 @@ class ICoN(nn.Module):
 
         Args:
             maps: Feature maps, (B, H, W, c).
-            window: Side of square windows that get kernels of their own, in
-                tokens; None (default) for one set of kernels a map.
+            window: Side of the square windows that each get their own kernels, in
+                tokens. Defaults to None, one set of kernels per map.
 
         Returns:
             Kernels, (B, c, K, K), or (B * windows, c, K, K).
@@ -168,14 +170,16 @@ class ICoN(nn.Module):
 
 
 def filter_windows(maps: Tensor, kernels: Tensor, window: int) -> Tensor:
-    """Convolve each window of the maps with kernels of its own, seeing its neighbours across the borders.
+    """Convolve each window of the maps with its own kernels.
+
+    A kernel at the border of a window reads pixels of the neighbouring windows.
 
     Args:
         maps: Feature maps, (B, H, W, c).
-        kernels: Kernels of the windows, image by image and row by row,
-            (B * windows, c, K, K) with odd K.
-        window: Side of the windows; those at the right and the bottom may
-            reach over the edge.
+        kernels: Kernels of the windows, (B * windows, c, K, K) with odd K. The order is
+            image by image, then row by row.
+        window: Side of the windows, in tokens. Windows at the right and bottom edges may
+            extend past the map.
 
     Returns:
         The filtered maps, (B, H, W, c).
@@ -193,14 +197,13 @@ def filter_windows(maps: Tensor, kernels: Tensor, window: int) -> Tensor:
     return out.reshape(batch, rows * window, columns * window, channels)[:, :height, :width]
 
 
-@ADAPTERS.register_module()
 class ICoNAdapter(BottleneckAdapter):
-    """Adapter that filters its bottleneck with kernels made from the input itself.
+    """Adapter that filters its bottleneck with kernels generated from the input.
 
-    ``s * (act(k(z) * z) W_up + b_up)`` with ``z = x W_down + b_down`` and ``k``
+    ``s * (act(k(z) * z) W_up + b_up)`` with ``z = x W_down + b_down``, where ``k`` are
     the kernels of :class:`ICoN` (iConFormer, Min et al., arXiv 2409.02838).
-    Prefix tokens (class, distillation, registers) have no place in the grid:
-    they skip the filter and take only the projections and the activation (ours).
+    Prefix tokens (class, distillation, registers) are not part of the grid. They skip
+    the filter and go only through the projections and the activation (ours).
 
     Args:
         embed_dims: Width d of the host's tokens.
@@ -208,18 +211,18 @@ class ICoNAdapter(BottleneckAdapter):
         kernel_size: Odd kernel size K. Defaults to 3.
         kernel_norm: ``'filter'`` or None, see :class:`ICoN`. Defaults to
             ``'filter'``.
-        kernel: ``'dynamic'``, or ``'static'`` for the twin whose kernels are
-            learned and the same for all inputs. Defaults to ``'dynamic'``.
-        pooling: What the kernels are made from, ``'mean'`` or ``'mean_std'``.
-            Defaults to ``'mean'``.
-        window_size: Side of windows, in tokens, that are pooled and filtered
-            each with kernels of its own. Defaults to None, the whole map.
-        generator_layers: Layers of the generator, 1 or 2. Defaults to 1.
+        kernel: ``'dynamic'``, or ``'static'`` for learned kernels that are the same for
+            all inputs. Defaults to ``'dynamic'``.
+        pooling: Statistics that the kernels are generated from, ``'mean'`` or
+            ``'mean_std'``. Defaults to ``'mean'``.
+        window_size: Side of the windows, in tokens. Each window is pooled on its own and
+            filtered with its own kernels. Defaults to None, the whole map.
+        generator_layers: Number of layers of the generator, 1 or 2. Defaults to 1.
         generator_bias: Whether a normalised generator has a bias. Defaults to
             False.
         activation: ``'gelu'`` or ``'relu'``. Defaults to ``'gelu'``.
         dropout: Dropout probability after the activation. Defaults to 0.
-        scale: Factor s of the result. Defaults to 1.
+        scale: Factor s applied to the result. Defaults to 1.
         learnable_scale: Whether s is trained. Defaults to False.
 
     Raises:
@@ -258,7 +261,7 @@ class ICoNAdapter(BottleneckAdapter):
         self.icon = ICoN(bottleneck, kernel_size, kernel_norm, kernel, pooling, generator_layers, generator_bias)
 
     def transform(self, z: Tensor, grid: TokenGrid) -> Tensor:
-        """Filter the patch tokens of ``z`` (B, N, c); prefix tokens pass."""
+        """Filter the patch tokens of ``z`` (B, N, c). Prefix tokens pass through unchanged."""
         window = self.window_size
         if window is not None:
             return self.on_maps(lambda maps: filter_windows(maps, self.icon(maps, window), window), z, grid)

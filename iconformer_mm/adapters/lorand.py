@@ -9,22 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import Adapter, check_count
 
 
-@ADAPTERS.register_module()
 class LoRandAdapter(Adapter):
-    """Bottleneck with projections synthesised at low rank (LoRand, Yin et al., CVPR 2023).
+    """Bottleneck with low-rank projections (LoRand, Yin et al., CVPR 2023).
 
-    ``gelu(x W_down + b_down) W_up + b_up``, to be added to what it reads, where each
-    projection is a sum over branches of ``P K Q``, and the small kernels ``K`` are the
-    same for both. The ``Q`` of the up-projection starts at zero (ours).
+    ``gelu(x W_down + b_down) W_up + b_up``, added to the adapter's input. Each projection
+    is a sum of ``P K Q`` over branches. Both projections share the small kernels ``K``.
+    The ``Q`` of the up-projection starts at zero (ours).
 
     Args:
         embed_dims: Width d of the host's tokens.
-        reduction: d over the bottleneck's width. Defaults to 2.
+        reduction: Ratio of d to the bottleneck's width. Defaults to 2.
         kernel_dims: Width of the kernels K. Defaults to 8.
         branches: Number of branches: 2 (LoRand), 4 (LoRand+), 8 (LoRand++). Defaults to 2.
 

@@ -8,20 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import BottleneckAdapter, MapConvolution, Projection, TokenGrid
 
 
-@ADAPTERS.register_module()
 class MonaAdapter(BottleneckAdapter):
     """Multi-cognitive visual adapter (Mona, Yin et al., CVPR 2025).
 
-    A scaled layer norm, ``LN(x) * gamma + x * gammax``; down-projection; the mean of
-    depth-wise 3 x 3, 5 x 5 and 7 x 7 convolutions and then a 1 x 1 convolution, each added
-    to its input; GELU, dropout, up-projection. To be added to what it reads. As
-    in the authors' code the up-projection does not start at zero, so outputs
-    change at once. Prefix tokens skip the convolutions (ours; Mona is for Swin).
+    The steps are: a scaled layer norm, ``LN(x) * gamma + x * gammax``; down-projection;
+    the mean of depth-wise 3 x 3, 5 x 5 and 7 x 7 convolutions, added to its input; a
+    1 x 1 convolution, added to its input; GELU; dropout; up-projection. The result is
+    added to the adapter's input. As in the authors' code, the up-projection does not
+    start at zero, so the injection changes the outputs immediately. Prefix tokens skip
+    the convolutions (ours; Mona targets Swin).
 
     Args:
         embed_dims: Width d of the host's tokens.

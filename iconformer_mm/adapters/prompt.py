@@ -5,21 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import check_count, check_number
 
 
-@ADAPTERS.register_module()
 class PromptAdapter(nn.Module):
     """Learned tokens for a sequence (visual prompt tuning, Jia et al., ECCV 2022).
 
-    Uniformly initialised within ``sqrt(6 / (patch_dims + embed_dims))``, as in the
-    paper's code.
+    As in the paper's code, the tokens start uniform within
+    ``+-sqrt(6 / (patch_dims + embed_dims))``.
 
     Args:
         embed_dims: Width d of the host's tokens.
-        patch_dims: Numbers in an image patch, ``3 * 16 * 16`` for ViT-B/16.
+        patch_dims: Number of values in an image patch, e.g. ``3 * 16 * 16`` for ViT-B/16.
         num_tokens: Number n of tokens.
         dropout: Dropout probability of the tokens. Defaults to 0.
 
@@ -38,5 +35,5 @@ class PromptAdapter(nn.Module):
         nn.init.uniform_(self.tokens, -bound, bound)
 
     def forward(self, batch_size: int) -> Tensor:
-        """The tokens for a batch, (B, n, d); dropout is drawn for each sample, as in the paper's code."""
+        """Return the tokens for a batch, (B, n, d). As in the paper's code, dropout differs per sample."""
         return self.dropout(self.tokens.expand(batch_size, -1, -1))

@@ -1,4 +1,4 @@
-"""Adapters of linear layers and other weights: low rank, scales, differences."""
+"""Adapters of linear layers and other weights: low-rank paths, scales, differences."""
 
 from __future__ import annotations
 
@@ -11,43 +11,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iconformer_mm.registry import ADAPTERS
-
 from .base import check_count, check_flag, check_number
 
 
 class WeightAdapter(nn.Module):
-    """Contract: ``forward(weights)`` makes other weights of a host's, which stay as they are.
+    """Contract: ``forward(weights)`` computes new weights and leaves the host's weights unchanged.
 
     Attributes:
-        names: Names of the weights that it reads and replaces.
+        names: Names of the weights that the adapter reads and replaces.
     """
 
     names: tuple[str, ...]
 
     def forward(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Make the weights to run with.
+        """Compute the weights to run with.
 
         Args:
-            weights: The host's weights of :attr:`names`.
+            weights: The host's weights, by :attr:`names`.
 
         Returns:
-            Weights of the same shapes, by the same names.
+            The new weights, with the same names and shapes.
         """
         raise NotImplementedError
 
 
 def _key(name: str) -> str:
-    """A weight's name as the name of a parameter, which has no dots."""
+    """Turn a weight's name into a parameter name, which must not contain dots."""
     return name.replace('.', '_')
 
 
-@ADAPTERS.register_module()
 class DeltaAdapter(WeightAdapter):
-    """Adds a learned difference to each weight, zero at first.
+    """Adds a learned difference to each weight. The difference starts at zero.
 
-    Training the difference is training the weight. Only weight decay differs: it
-    pulls towards the pre-trained value instead of zero (ours).
+    Training the difference is equivalent to training the weight, except for weight
+    decay: it pulls towards the pre-trained value instead of zero (ours).
 
     Args:
         shapes: Shapes of the weights by name.
@@ -59,7 +56,7 @@ class DeltaAdapter(WeightAdapter):
         self.deltas = nn.ParameterDict({_key(name): torch.zeros(*shape) for name, shape in shapes.items()})
 
     def forward(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights plus differences."""
+        """Add the differences to the weights."""
         return {name: weights[name] + self.deltas[_key(name)] for name in self.names}
 
 
@@ -68,12 +65,12 @@ class Target:
     """A linear map within a host's weight.
 
     Attributes:
-        weight: Name of the weight; as a matrix, its first dimension is the output.
-        role: What the map is there: ``'q'``, ``'k'``, ``'v'``, ``'o'``, ``'fc1'`` or ``'fc2'``.
-        rows: First and last + 1 of its rows, in a weight that several share; of each group, where there are several.
-        in_features: Its input channels.
-        groups: Number of groups of rows, such as heads whose q, k and v lie together. Defaults to 1. The maps of one
-            weight have the same.
+        weight: Name of the weight. Its first dimension is the output.
+        role: Role of the map in the block: ``'q'``, ``'k'``, ``'v'``, ``'o'``, ``'fc1'`` or ``'fc2'``.
+        rows: Half-open range of the map's rows in each group. Several maps may share one weight.
+        in_features: Input channels of the map.
+        groups: Number of groups of rows, such as heads that each have q, k and v in adjacent rows. All maps of a
+            weight have the same number. Defaults to 1.
     """
 
     weight: str
@@ -84,28 +81,27 @@ class Target:
 
     @property
     def num_rows(self) -> int:
-        """Number of its rows, in all groups."""
+        """Number of the map's rows in all groups."""
         return (self.rows[1] - self.rows[0]) * self.groups
 
 
-@ADAPTERS.register_module()
 class LoRAAdapter(WeightAdapter):
-    """Adds a path of low rank to linear maps (LoRA, Hu et al., ICLR 2022).
+    """Adds a low-rank path to linear maps (LoRA, Hu et al., ICLR 2022).
 
-    ``W x + s B A drop(x)`` with ``A`` (rank, in) Kaiming-uniform and ``B`` (out, rank) zero. The
-    factor ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` where it is rank-stabilised
-    (rsLoRA, Kalajdzievski, 2023, arXiv 2312.03732). As a weight adapter it makes ``W + s B A``.
+    ``W x + s B A drop(x)``. ``A`` (rank, in) starts Kaiming-uniform and ``B`` (out, rank) at
+    zero. The factor ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` if rank-stabilised
+    (rsLoRA, Kalajdzievski, 2023, arXiv 2312.03732). As a weight adapter it computes ``W + s B A``.
 
     Args:
-        targets: The maps.
+        targets: The linear maps to adapt.
         rank: Rank of the path.
-        alpha: Factor of the path, before the rank is taken into account; above 0.
+        alpha: Factor of the path before division by the rank, above 0.
         dropout: Dropout probability of the path's input, below 1. Defaults to 0.
         rank_stabilized: Whether s is ``alpha / sqrt(rank)``. Defaults to False.
 
     Raises:
-        ValueError: The rank is not a positive integer, alpha not a finite number above 0, the
-            dropout not at least 0 and below 1, or ``rank_stabilized`` not True or False.
+        ValueError: ``rank`` is not a positive integer, ``alpha`` is not a finite number above 0,
+            ``dropout`` is not in [0, 1), or ``rank_stabilized`` is not True or False.
     """
 
     def __init__(
@@ -135,21 +131,21 @@ class LoRAAdapter(WeightAdapter):
             nn.init.kaiming_uniform_(self.a[target.role], a=math.sqrt(5))
 
     def add_path(self, name: str, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-        """Add the paths beside a layer to its output.
+        """Add a layer's low-rank paths to its output.
 
         Args:
             name: Name of the layer's weight.
-            layer: The layer, an ``nn.Linear`` or an ``nn.Conv2d`` of 1 x 1.
-            x: Its input.
-            out: Its output.
+            layer: The layer, an ``nn.Linear`` or a 1 x 1 ``nn.Conv2d``.
+            x: Input of the layer.
+            out: Output of the layer.
 
         Returns:
-            The sum. Rows of a shared weight that are no map's stay as they are.
+            The sum, in the shape of ``out``. Output channels without a target are unchanged.
         """
         return out + self._path(name, layer, x)
 
     def _path(self, name: str, layer: Any, x: Tensor) -> Tensor:
-        """What the paths beside a layer make of its input, in the shape of its output."""
+        """Run a layer's paths on its input. The result has the shape of the layer's output."""
         x = self.dropout(x)
         is_map = isinstance(layer, nn.Conv2d)
         dim, outputs = (1, layer.out_channels) if is_map else (x.dim() - 1, layer.out_features)
@@ -174,11 +170,11 @@ class LoRAAdapter(WeightAdapter):
         return path.flatten(dim, dim + 1) if groups > 1 else path
 
     def _map(self, weight: Tensor, role: str) -> Tensor:
-        """The adapted linear map of one, (out, in) to (out, in)."""
+        """Adapt the matrix of one linear map, (out, in) to (out, in)."""
         return weight + self.scale * (self.b[role] @ self.a[role])
 
     def forward(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights with their maps adapted."""
+        """Return the weights with their maps adapted."""
         adapted = {}
         for name, weight in weights.items():
             matrix = _by_group(weight.flatten(1), self.targets[name])
@@ -193,35 +189,34 @@ class LoRAAdapter(WeightAdapter):
 
 
 def _by_group(matrix: Tensor, targets: Sequence[Target]) -> Tensor:
-    """Rows (out, ...) of a weight by the groups that its maps lie in: (groups, rows of one, ...)."""
+    """Split the rows of a weight (out, ...) into the groups of its maps, (groups, rows per group, ...)."""
     return matrix.unflatten(0, (targets[0].groups, -1))
 
 
 def _zeros(like: Tensor, dim: int, size: int) -> Tensor:
-    """Zeros in the shape of another tensor, with another size in one dimension."""
+    """Return zeros in the shape of another tensor, except for the size of one dimension."""
     shape = list(like.shape)
     shape[dim] = size
     return like.new_zeros(shape)
 
 
-@ADAPTERS.register_module()
 class DoRAAdapter(LoRAAdapter):
-    """LoRA for the direction of a weight, and its magnitude apart (DoRA, Liu et al., ICML 2024).
+    """LoRA for the direction of a weight, with a separate magnitude (DoRA, Liu et al., ICML 2024).
 
-    ``m * (W + dW) / |W + dW|``, row by row of (out, in), with ``dW`` LoRA's product. As
-    the paper proposes, no gradient goes through the norm. The magnitude is
-    learned relative to the pre-trained one, ``m = |W| (1 + magnitude)`` (ours), so
-    that it need not know the weights when it is made.
+    ``m * (W + dW) / |W + dW|`` for each row of (out, in), where ``dW`` is LoRA's product. As
+    the paper proposes, no gradient flows through the norm. The magnitude is learned
+    relative to the pre-trained one, ``m = |W| (1 + magnitude)`` (ours). So the adapter
+    can be created without the weights.
 
     Args:
-        targets: The maps.
+        targets: The linear maps to adapt.
         rank: Rank of the path.
-        alpha: Factor of the path, before the rank is taken into account; above 0.
+        alpha: Factor of the path before division by the rank, above 0.
         dropout: Dropout probability of the path's input, below 1. Defaults to 0.
-        rank_stabilized: Whether the factor is divided by the rank's square root. Defaults to False.
+        rank_stabilized: Whether alpha is divided by the square root of the rank. Defaults to False.
 
     Raises:
-        ValueError: As :class:`LoRAAdapter`.
+        ValueError: An argument is out of its range, see :class:`LoRAAdapter`.
     """
 
     def __init__(
@@ -236,11 +231,11 @@ class DoRAAdapter(LoRAAdapter):
         self.magnitude = nn.ParameterDict({t.role: torch.zeros(t.num_rows) for t in targets})
 
     def _factor(self, weight: Tensor, role: str) -> Tensor:
-        """What the rows of ``W + dW`` are multiplied with, (out,)."""
-        with torch.no_grad():  # in single precision at least; the matrices are not kept
+        """Return the factors of the rows of ``W + dW``, (out,)."""
+        with torch.no_grad():  # at least in single precision; autograd does not keep the matrices
             weight = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
             moved = super()._map(weight, role).norm(dim=1).clamp_min(1e-12)
-            # Equal norms give one exactly, and so the pre-trained weight at first.
+            # Equal norms give exactly one, so the adapter starts at the pre-trained weight.
             ratio = weight.norm(dim=1).clamp_min(1e-12) / moved
         return ratio.to(self.magnitude[role].dtype) * (1 + self.magnitude[role])
 
@@ -248,7 +243,7 @@ class DoRAAdapter(LoRAAdapter):
         return super()._map(weight, role) * self._factor(weight, role).unsqueeze(1)
 
     def add_path(self, name: str, layer: Any, x: Tensor, out: Tensor) -> Tensor:
-        """Make of a layer's output that of the layer with the adapted weight; see :meth:`LoRAAdapter.add_path`."""
+        """Turn a layer's output into its output with the adapted weight; see :meth:`LoRAAdapter.add_path`."""
         matrix = _by_group(layer.weight.detach().flatten(1), self.targets[name])
         factors, row = [], 0
         for target in self.targets[name]:
@@ -262,22 +257,22 @@ class DoRAAdapter(LoRAAdapter):
         if isinstance(layer, nn.Conv2d):
             factor, bias = factor[:, None, None], None if bias is None else bias[:, None, None]
         linear = out if bias is None else out - bias
-        # Written so that a factor of one and a path of zero leave the output as it is, to the last bit.
+        # In this form, a factor of one and a path of zero leave the output bit-identical.
         return out + (factor.to(out.dtype) * (linear + self._path(name, layer, x)) - linear)
 
 
-@ADAPTERS.register_module()
 class SSFAdapter(WeightAdapter):
     """Scales and shifts the output of layers (SSF, Lian et al., NeurIPS 2022).
 
-    ``scale * (W x + b) + shift`` is the layer with weight ``scale * W`` and bias
+    ``scale * (W x + b) + shift`` equals a layer with weight ``scale * W`` and bias
     ``scale * b + shift``. As in the paper's code, scales start at one and shifts at
-    zero, both with a normal noise of 0.02: the outputs change at once.
+    zero, both with normal noise. So the injection changes the outputs immediately.
 
     Args:
-        layers: Name of each layer's weight, the name of its bias (None without
-            one, and then there is no shift), and the number of its outputs.
-        std: Standard deviation of the noise.
+        layers: For each layer the name of its weight, the name of its bias, and its number
+            of outputs. The name of the bias is None if there is no bias; the layer then
+            gets no shift.
+        std: Standard deviation of the noise. Defaults to 0.02.
 
     Raises:
         ValueError: ``std`` is not a finite number of at least 0.
@@ -296,7 +291,7 @@ class SSFAdapter(WeightAdapter):
                 self.shifts[_key(weight)] = nn.init.normal_(torch.empty(outputs), 0, std)
 
     def forward(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights scaled, biases scaled and shifted."""
+        """Scale the weights, and scale and shift the biases."""
         adapted = {}
         for weight, bias in self.layers:
             scale = self.scales[_key(weight)]

@@ -1,23 +1,12 @@
-from .inferencer import AdapterInferencer
-from .launch import (
-    add_base,
-    add_peft,
-    build_runner,
-    guard,
-    leave_process_group,
-    load_by_command_line,
-    load_config,
-    make_parser,
-)
+"""Deprecated: the old place of what is in ``inference``, ``engine`` and ``cli`` now."""
 
-__all__ = [
-    'AdapterInferencer',
-    'add_base',
-    'add_peft',
-    'build_runner',
-    'guard',
-    'leave_process_group',
-    'load_by_command_line',
-    'load_config',
-    'make_parser',
-]
+from iconformer_mm.deprecation import moved
+
+__getattr__ = moved(
+    __name__,
+    {
+        'iconformer_mm.inference': ['AdapterInferencer'],
+        'iconformer_mm.engine': ['add_peft', 'build_runner', 'leave_process_group', 'load_config'],
+        'iconformer_mm.cli.parser': ['add_base', 'guard', 'load_by_command_line', 'make_parser'],
+    },
+)

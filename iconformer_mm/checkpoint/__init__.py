@@ -16,7 +16,8 @@ from .adapter_file import (
     save_adapter,
     write_adapter,
 )
-from .safetensors_io import DamagedFileError, load_safetensors, read_safetensors, save_safetensors
+from .loading import load_safetensors
+from .safetensors_io import DamagedFileError, read_safetensors, save_safetensors
 
 __all__ = [
     'AdapterFileError',

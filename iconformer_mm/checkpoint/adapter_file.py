@@ -1,8 +1,8 @@
-"""Adapter files: what was trained, how it fits in, and on which base.
+"""Adapter files: the trained tensors, the method that uses them, and the base they belong to.
 
-An adapter file is a safetensors file. Its tensors are the adapters, as
-``backbone.<name in the backbone>``, and what stands beside the backbone (neck
-and head) under its own names. Its metadata has one key, ``iconformer_mm``,
+An adapter file is a safetensors file. It holds the adapters as
+``backbone.<name in the backbone>``, and the modules outside the backbone (neck
+and head) under their own names. Its metadata has one key, ``iconformer_mm``,
 whose value is JSON.
 """
 
@@ -21,6 +21,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from iconformer_mm.files import expanded
 from iconformer_mm.tuning.accounting import (
     WeightsError,
     adopt_output_norms,
@@ -34,16 +35,16 @@ from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import adapt, adapter_shapes, backbones_of, get_injection, remove, unwrap
 from iconformer_mm.tuning.methods import build_method
 from iconformer_mm.tuning.selection import Selection, matches
-from iconformer_mm.tuning.switching import active_adapter, add_selected, delete_adapter, set_adapter
+from iconformer_mm.tuning.switching import add_selected, delete_adapter
 from iconformer_mm.version import __version__
 
 from .divergence import diverged_error, find_diverged
-from .safetensors_io import DamagedFileError, expanded, parse_json, read_safetensors, save_safetensors, shortened
+from .safetensors_io import DamagedFileError, parse_json, read_safetensors, save_safetensors, shortened
 from .training_checkpoint import is_checkpoint
 from .tuned_state import base_state, file_names, heads_of, tuned_state
 
-# Version 2: LoRA and DoRA run as paths beside the layers, and adapters after a branch read its own output. So outputs
-# of files of version 1 with these methods differ by rounding, about 1e-6. All else is the same.
+# Version 2: LoRA and DoRA run as parallel paths, and adapters after a branch read the output of that branch. For files
+# of version 1 with these methods, outputs therefore differ by rounding (about 1e-6). Nothing else changed.
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 _KEY = 'iconformer_mm'
@@ -57,26 +58,28 @@ class AdapterFileError(ValueError):
 def fingerprint(model: nn.Module) -> str:
     """Identify the base weights: the backbone's own parameters, without adapters.
 
-    Names and values are hashed, the values once rounded to bfloat16 and once
-    to float16, so that a copy in half precision can be told, too. Any device
-    and any order of parameters give the same.
+    Names and values are hashed. The values are rounded once to bfloat16 and
+    once to float16, so a copy in half precision is recognised, too. The result
+    does not depend on the device or on the order of the parameters.
 
     Args:
         model: A model, or a backbone alone.
 
     Returns:
-        Two halves of 32 hexadecimal digits: start of the SHA-256 with
-        bfloat16, and with float16. :func:`same_base` compares.
+        Two halves of 32 hexadecimal digits: the start of the SHA-256 with
+        bfloat16, then with float16. Compare them with :func:`same_base`.
     """
     return hash_parameters(base_parameters(model))
 
 
 def base_parameters(model: nn.Module, selection: Selection | None = None) -> dict[str, Tensor]:
-    """The backbone's own parameters that are not trained, by their names in it; of several, with the backbone's path.
+    """Return the backbone's own parameters that are not trained, by their names in the backbone.
+
+    With several backbones, each name starts with the backbone's path.
 
     Args:
         model: A model, or a backbone alone.
-        selection: What an unadapted model would be adapted with.
+        selection: The selection that an unadapted model would be adapted with.
     """
     backbones = backbones_of(model) if selection is None else _backbones_for(model, selection)
     several = len(backbones) > 1
@@ -90,16 +93,15 @@ def _backbones_for(model: nn.Module, selection: Selection) -> dict[str, nn.Modul
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
-    """How a file tells the base that its adapter belongs to.
+    """Describe the base of an adapter, for the metadata of its file.
 
     Args:
         model: A model, or a backbone alone.
 
     Returns:
-        ``base_fingerprint`` and ``base_parameters``, the fingerprint and the names of its parameters. Where the
-        base has buffers that are learnt (running statistics), also ``base_buffers_fingerprint`` and
-        ``base_buffers``. Counters and indices are left out: no evaluation reads the first, and the others
-        follow from the architecture.
+        ``base_fingerprint`` and ``base_parameters``, the fingerprint and the names of the parameters. If the base has
+        learned buffers (running statistics), also ``base_buffers_fingerprint`` and ``base_buffers``. Counters and
+        indices are left out: evaluation does not read counters, and indices follow from the architecture.
     """
     parameters, own = base_parameters(model), base_state(model)
     buffers = {n: v for n, v in own.items() if n not in parameters and v.is_floating_point() and not is_derived(n)}
@@ -110,15 +112,15 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
 
 
 def base_difference(content: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
-    """How a base differs from the one that a file belongs to.
+    """Describe how a base differs from the base of a file.
 
     Args:
-        content: What :func:`describe_base` gave, or metadata with it. Without the keys of buffers, as older
-            files have it, parameters alone are compared.
+        content: The result of :func:`describe_base`, or metadata that includes it. Older files lack the keys of
+            buffers. For them, only parameters are compared.
         tensors: Parameters and buffers of the base, by their names in the backbone.
 
     Returns:
-        The difference in words, None for the same base.
+        The difference in words; None for the same base.
     """
     for what, prints, names in (
         ('weights have', 'base_fingerprint', 'base_parameters'),
@@ -139,17 +141,17 @@ def base_difference(content: dict[str, Any], tensors: dict[str, Tensor]) -> str 
 
 
 def base_of(model: nn.Module, selection: Selection | None = None) -> dict[str, Tensor]:
-    """What :func:`base_difference` compares: the own tensors of a model's backbone.
+    """Return the tensors that :func:`base_difference` compares: those of a model's backbone, without adapters.
 
     Args:
         model: A model, or a backbone alone.
-        selection: What an unadapted model would be adapted with. Defaults to None.
+        selection: The selection that an unadapted model would be adapted with. Defaults to None.
     """
     return base_state(model, selection, with_trained=True)
 
 
 def hash_parameters(parameters: dict[str, Tensor]) -> str:
-    """The fingerprint of parameters by name; see :func:`fingerprint`."""
+    """Compute the fingerprint of parameters by name; see :func:`fingerprint`."""
     halves = []
     for dtype in (torch.bfloat16, torch.float16):
         digest = hashlib.sha256()
@@ -162,7 +164,7 @@ def hash_parameters(parameters: dict[str, Tensor]) -> str:
 
 
 def same_base(first: str, second: str) -> bool:
-    """Whether two fingerprints are of the same weights, be it that one copy is in half precision."""
+    """Whether two fingerprints identify the same weights. One of the copies may be in half precision."""
     return len(first) == len(second) == 64 and (first[:32] == second[:32] or first[32:] == second[32:])
 
 
@@ -172,43 +174,49 @@ def save_adapter(
     metadata: dict[str, Any] | None = None,
     task: str | None = None,
     classes: Sequence[str] | None = None,
+    name: str | None = None,
 ) -> None:
-    """Write what was trained to a file: adapters, neck and head.
+    """Write the trained tensors to a file: adapters, neck and head.
 
-    The file appears at once and complete, or not at all.
+    The file is written atomically: the complete file appears, or none.
 
     Args:
-        model: An adapted model, or an adapted backbone alone (then without
-            neck and head). Of several adapters the active one is written.
-        path: Where to write, ``~`` allowed; ``.safetensors`` by custom.
-        metadata: Notes of your own to keep with it (JSON).
+        model: An adapted model, or an adapted backbone alone. A backbone alone
+            has no neck and head to write.
+        path: Where to write. ``~`` is expanded; ``.safetensors`` is the usual suffix.
+        metadata: Your own notes to store with it (JSON).
         task: What it was trained for, in a word or two.
-        classes: Names of the classes that its head tells apart.
+        classes: Names of the classes that its head predicts.
+        name: The adapter to write, if there are several. Defaults to None: the active one.
 
     Raises:
-        ValueError: The model is not adapted, or by a method that changes the
-            backbone itself, or drops tensors of adapters from its state dict; or its training
-            diverged, and tensors hold NaN or infinite values. A file that is there stays then.
+        ValueError: The model is not adapted, its method changes the backbone
+            itself, its state dict lacks tensors of adapters, or its training
+            diverged and tensors hold NaN or infinite values. An existing file
+            is kept.
     """
     injection = get_injection(model)
     if injection is None:
         raise ValueError(f'{type(unwrap(model)).__name__} is not adapted: there is no adapter to save')
+    if name is not None and name not in injection.adapters:
+        raise ValueError(f"there is no adapter '{name}'; there are: {', '.join(injection.adapters)}")
     if not injection.method.freezes:
         raise ValueError(
             f"method '{injection.method.name}' trains the backbone itself, so there is no adapter apart from it; "
             'save a checkpoint of the whole model'
         )
+    adapter = injection.adapters.get(name or injection.active or '')
     content = describe_adapter(
-        injection.method.config,
-        list(injection.named_attachments()),
+        adapter.method.config if adapter else injection.method.config,
+        list(injection.named_attachments(name)),
         describe_base(model),
         task=task,
         classes=classes,
         notes=metadata,
-        selection=injection.selection.config,
+        selection=(adapter or injection).selection.config,
         backbones=list(backbones_of(model)),
     )
-    write_adapter(path, content, tuned_state(model))
+    write_adapter(path, content, tuned_state(model, name))
 
 
 def describe_adapter(
@@ -221,16 +229,16 @@ def describe_adapter(
     selection: dict | None = None,
     backbones: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """The metadata of an adapter file.
+    """Build the metadata of an adapter file.
 
     Args:
         method: Config of the PEFT method.
         sites: Names of the adapted modules.
-        base: What :func:`describe_base` gives.
+        base: The result of :func:`describe_base`.
         task: What it was trained for.
         classes: Names of the classes.
-        notes: Anything else (JSON).
-        selection: Config of what was selected beside the method.
+        notes: Any other data (JSON).
+        selection: Config of the :class:`~iconformer_mm.tuning.selection.Selection`.
         backbones: Paths of the backbones in the model.
     """
     return dict(
@@ -248,10 +256,10 @@ def describe_adapter(
 
 
 def write_adapter(path: str | os.PathLike, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write an adapter file of its metadata and its tensors.
+    """Write an adapter file from its metadata and its tensors.
 
     Raises:
-        ValueError: The metadata is no JSON, or tensors hold NaN or infinite values.
+        ValueError: The metadata is not JSON, or tensors hold NaN or infinite values.
     """
     diverged = find_diverged(tensors)
     if diverged:
@@ -259,7 +267,7 @@ def write_adapter(path: str | os.PathLike, content: dict[str, Any], tensors: dic
     try:
         text = json.dumps(content, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f'what an adapter file keeps as metadata must be JSON: {error}') from error
+        raise ValueError(f'the metadata of an adapter file must be JSON: {error}') from error
     save_safetensors(tensors, path, metadata={_KEY: text})
 
 
@@ -270,11 +278,11 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
         path: The file.
 
     Returns:
-        Its metadata and its tensors.
+        The metadata and the tensors.
 
     Raises:
-        AdapterFileError: It is damaged, of another format or too new.
-        FileNotFoundError: There is none.
+        AdapterFileError: The file is damaged, not an adapter file, or too new.
+        FileNotFoundError: The file does not exist.
     """
     path = expanded(path)
     if not path.is_file():
@@ -287,27 +295,27 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
 
 
 def is_adapter_file(metadata: dict[str, str]) -> bool:
-    """Whether a safetensors file's metadata is that of an adapter file."""
+    """Whether the metadata of a safetensors file belongs to an adapter file."""
     return _KEY in metadata
 
 
 def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str, Any]:
-    """The content of an adapter file's metadata.
+    """Parse and check the metadata of an adapter file.
 
     Args:
         metadata: The metadata, as read.
-        path: The file's name, for errors.
+        path: The file's name, for error messages.
 
     Raises:
-        AdapterFileError: It is that of another kind of file or too new.
+        AdapterFileError: The metadata is damaged, too new, or belongs to another kind of file.
     """
     if is_checkpoint(metadata):
         raise AdapterFileError(
-            f'{path} is a training checkpoint, no adapter file; make one of it with `tools/adapter.py extract {path}`'
+            f'{path} is a training checkpoint, not an adapter file; extract one with `tools/adapter.py extract {path}`'
         )
     if _KEY not in metadata:
         raise AdapterFileError(
-            f'{path} is a safetensors file, but no adapter file of iconformer_mm: its metadata lacks the key '
+            f'{path} is a safetensors file, but not an adapter file of iconformer_mm: its metadata lacks the key '
             f"'{_KEY}' with a method and a base"
         )
     try:
@@ -315,21 +323,21 @@ def parse_adapter(metadata: dict[str, str], path: str | os.PathLike) -> dict[str
         version = content['format_version']
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(
-            f"{path} is no intact adapter file: its metadata '{_KEY}' cannot be read: {type(error).__name__}: "
+            f"{path} is not a valid adapter file: its metadata '{_KEY}' cannot be read: {type(error).__name__}: "
             f'{shortened(str(error))}'
         ) from error
     if type(version) is not int or version not in READABLE_VERSIONS:
         raise AdapterFileError(
             f'{path} has format version {shortened(version, 20)}, this iconformer_mm {__version__} reads version '
-            f'{FORMAT_VERSION}; install the release that wrote it or a newer one'
+            f'{FORMAT_VERSION}. Install the release that wrote the file, or a newer one'
         )
     buffers = ('base_buffers', 'base_buffers_fingerprint')
     for key, other in (buffers, buffers[::-1]):
         if other in content and key not in content:
-            raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{key}`')
+            raise AdapterFileError(f'{path} is not a valid adapter file: its metadata has no valid `{key}`')
     fault = next((key for key, is_proper in _PROPER.items() if not is_proper(content.get(key))), None)
     if fault is not None:
-        raise AdapterFileError(f'{path} is no intact adapter file: its metadata has no proper `{fault}`')
+        raise AdapterFileError(f'{path} is not a valid adapter file: its metadata has no valid `{fault}`')
     return content
 
 
@@ -341,7 +349,7 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-# What the values of the metadata are.
+# Checks of the metadata values.
 _PROPER: dict[str, Callable[[Any], bool]] = {
     'method': lambda value: isinstance(value, dict) and isinstance(value.get('type'), str),
     'sites': _are_texts,
@@ -359,15 +367,15 @@ _PROPER: dict[str, Callable[[Any], bool]] = {
 
 
 def _selection_of(content: dict[str, Any], model: nn.Module, path: str | os.PathLike) -> Selection:
-    """What a file says was selected, for a model to be adapted by it.
+    """Read a file's selection, for adapting a model with it.
 
-    Files of releases that knew no selection held classifiers in the backbone for base. Paths of backbones count where
-    the model has them; a file of a single backbone fits one that is found otherwise.
+    Releases without selections treated classifiers inside the backbone as base. The file's backbone paths apply if the
+    model has them. If the file has a single backbone whose path the model lacks, the model's backbone is searched for.
     """
     try:
         selection = Selection.from_config(content.get('selection'))
     except (ValueError, TypeError) as error:
-        raise AdapterFileError(f'{path} is no intact adapter file: {error}') from error
+        raise AdapterFileError(f'{path} is not a valid adapter file: {error}') from error
     if 'selection' not in content:
         heads = heads_of(model, selection)
         held = any(name.startswith(f'{head}.') for name in content['base_parameters'] for head in heads)
@@ -379,7 +387,7 @@ def _selection_of(content: dict[str, Any], model: nn.Module, path: str | os.Path
 
 
 def _fitting_freeze(selection: Selection, model: nn.Module) -> Selection:
-    """Leave out patterns of what the model does not have, such as a head where a backbone alone is given."""
+    """Drop patterns that match nothing in the model, such as those of a head if the model is a backbone alone."""
     names = [name for name, _ in model.named_parameters()]
     return replace(selection, freeze=tuple(p for p in selection.freeze if any(matches(n, p) for n in names)))
 
@@ -392,10 +400,10 @@ def _check_adapters(
     path: str | os.PathLike,
     strict: bool = True,
 ) -> None:
-    """Compare a file's adapters with those its method would make, before memory is taken for them.
+    """Compare a file's adapters with those its method would create, before memory is allocated for them.
 
-    If not strict, what differs is left to :func:`_fill`. A method that would take far more memory than the file has
-    adapters for is refused all the same.
+    If not strict, :func:`_fill` handles differences. A method that would allocate far more memory than the file's
+    adapters need is refused anyway.
     """
     try:
         shapes = adapter_shapes(model, method, selection)
@@ -414,18 +422,18 @@ def _check_adapters(
             f'of shape {tuple(shapes[name])}' if name in shapes else 'missing' for shapes in (found, expected)
         )
         raise AdapterFileError(
-            f'{path} does not fit: by its method {shortened(method)}, {shortened(name)} would be {want}, but in the '
+            f'{path} does not fit: by its method {shortened(method)}, {shortened(name)} should be {want}, but in the '
             f'file it is {have}'
         )
 
 
-# What a method raises whose options make no sense.
+# Exceptions of a method with impossible options.
 _IMPOSSIBLE = (ValueError, TypeError, RuntimeError, OverflowError, AttributeError, LookupError, MemoryError)
 
 
 def _impossible(path: str | os.PathLike, method: dict, error: Exception) -> AdapterFileError:
     return AdapterFileError(
-        f'{path} does not fit: its method {shortened(method)} cannot be carried out: {shortened(str(error), 500)}'
+        f'{path} does not fit: its method {shortened(method)} cannot be applied: {shortened(str(error), 500)}'
     )
 
 
@@ -438,34 +446,36 @@ def load_adapter(
 ) -> dict[str, Any]:
     """Load an adapter file into a model.
 
-    An unadapted model is adapted with the file's method first. A backbone
-    alone takes the adapters and leaves what the file has for neck and head; of
-    a file of a backbone alone a whole model takes the adapters and keeps its
-    neck and head. An error leaves the model as it was.
+    An unadapted model is first adapted with the file's method. If the model is
+    a backbone alone, the file's neck and head are ignored. If the file is of a
+    backbone alone, the model keeps its neck and head. An error leaves the model
+    unchanged.
 
     Args:
-        model: A model with the base weights the adapter was trained on.
+        model: A model with the base weights that the adapter was trained on.
         path: The file.
-        strict: Whether another base, or tensors that are missing, left over or
-            of another shape, are errors. Otherwise what fits is loaded, and
-            the rest logged. Defaults to True.
-        name: Adds an adapter of this name, beside those that are there, and
-            loads the file into it. It stays inactive unless it is the first.
-            Defaults to None: the active adapter takes the file.
-        parts: With a name, neck and head for it where they differ from the
-            model's present ones; see :func:`iconformer_mm.add_adapter`.
+        strict: Whether a different base, or missing, unexpected or wrongly
+            shaped tensors, are errors. If False, everything that fits is loaded
+            and the rest is logged. Defaults to True.
+        name: Add a new adapter of this name, next to the existing ones, and
+            load the file into it. It stays inactive unless it is the first.
+            Defaults to None: load the file into the active adapter.
+        parts: Neck and head for the new adapter, where they differ from the
+            model's current ones; see :func:`iconformer_mm.add_adapter`. They
+            require a name.
 
     Returns:
         The file's metadata.
 
     Raises:
         AdapterFileError: The file cannot be read or does not fit.
-        FileNotFoundError: There is no such file.
-        ValueError: The name is taken, or there are parts without a name.
+        FileNotFoundError: The file does not exist.
+        ValueError: The name is taken, ``parts`` are given without a name, or
+            no adapter is active to load into.
     """
     if parts and name is None:
         raise ValueError(
-            f'`parts` ({", ".join(parts)}) are for an adapter of its own: give its `name`, too, as in '
+            f'`parts` ({", ".join(parts)}) belong to a new adapter: give its `name`, too, as in '
             "load_adapter(model, path, name='cars', parts=...)"
         )
     content, tensors = read_adapter(path)
@@ -488,14 +498,14 @@ def put_adapter(
         model: The model.
         content: The file's metadata.
         tensors: The file's tensors.
-        path: The file's name, for errors.
-        strict: Whether what does not fit is an error.
-        name: Name of the adapter to add.
-        parts: Neck and head for it.
+        path: The file's name, for error messages.
+        strict: Whether anything that does not fit is an error. Defaults to True.
+        name: Name of the adapter to add. Defaults to None: load into the active one.
+        parts: Neck and head for the new adapter. Defaults to None.
 
     Raises:
         AdapterFileError: The file does not fit.
-        ValueError: The name is taken.
+        ValueError: The name is taken, or no adapter is active to load into.
     """
     model = unwrap(model)
     injection = get_injection(model)
@@ -507,14 +517,14 @@ def put_adapter(
     selection = _selection_of(content, model, path)
     if injection is not None and name is not None and selection.unfreeze:
         raise AdapterFileError(
-            f'{path} has parameters of the base itself, trained in place ({selection.unfreeze[0]}, ...), so it cannot '
-            'share a base with other adapters: load it into a model of its own'
+            f'{path} holds base parameters that were trained in place ({selection.unfreeze[0]}, ...), so it cannot '
+            'share a base with other adapters: load it into a separate model'
         )
     norms = _base_names(model, tensors, selection) - set(content['base_parameters'])
     if injection is not None and name is not None and norms:
         raise AdapterFileError(
             f'{path} has norms of the backbone that its base lacked ({min(norms)}, ...), so it cannot share a base '
-            'with other adapters: load it into a model of its own'
+            'with other adapters: load it into a separate model'
         )
     problems = []
     try:
@@ -536,12 +546,10 @@ def put_adapter(
     if injection is None or name is not None:
         _check_adapters(model, content['method'], selection, tensors, path, strict)
 
-    before = active_adapter(model)
     parts_before = {part: model.get_submodule(part) for part in parts or {}}
     try:
         if name is not None:
             add_selected(model, name, content['method'], parts, selection)
-            set_adapter(model, name)
         elif injection is None:
             adapt(model, build_method(content['method']), selection)
     except ValueError as error:
@@ -549,29 +557,27 @@ def put_adapter(
             raise AdapterFileError(f'{path} does not fit: {error}') from error
         raise
     adapted = get_injection(model)
-    assert adapted is not None  # by now
+    assert adapted is not None  # adapted above
     trained_before = adapted.trained_norms()
     try:
-        _adopt(model, tensors)
-        _fill(model, tensors, problems, strict, path)
+        if injection is None or name is None:
+            _adopt(model, tensors)
+        _fill(model, tensors, problems, strict, path, name)
     except AdapterFileError:
         if injection is None:
             remove(model)
             for part, module in parts_before.items():
                 parent, _, last = part.rpartition('.')
                 setattr(model.get_submodule(parent), last, module)
-        else:
+        elif name is None:
             adopt_output_norms(injection, trained_before)
-            if name is not None:
-                _switch_back(model, before)
-                delete_adapter(model, name)
+        else:
+            delete_adapter(model, name)
         raise
-    if injection is not None and name is not None:
-        _switch_back(model, before)
 
 
 def _base_names(model: nn.Module, tensors: dict[str, Tensor], selection: Selection) -> set[str]:
-    """Names in the backbone, of several with its path, of what a file holds of the base itself."""
+    """Return the base tensors in a file, by their names in the backbone, with its path if there are several."""
     backbones = list(_backbones_for(model, selection))
     heads = heads_of(model, selection)
     inside = _inside(backbones, heads, tensors)
@@ -582,26 +588,27 @@ def _base_names(model: nn.Module, tensors: dict[str, Tensor], selection: Selecti
 def _unaccounted(
     content: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module, selection: Selection | None
 ) -> str | None:
-    """What the model's base has beyond the file's; None for nothing."""
+    """Describe what the model's base has beyond the file's base; None for nothing."""
     known = {*content['base_parameters'], *_base_names(model, tensors, selection or Selection())}
     extra = [name for name in base_parameters(model, selection) if name not in known]
-    return f'the model has {extra[0]}, which that base had not ({len(extra)} such tensors)' if extra else None
+    return f'the model has {extra[0]}, which that base lacked ({len(extra)} such tensors)' if extra else None
 
 
 def _check_method(theirs: dict, ours: dict, path: str | os.PathLike) -> None:
-    """Compare a file's method with that of the model."""
+    """Compare a file's method with the model's method."""
     try:
         difference = method_difference(complete_method(theirs, str(path)), ours)
     except WeightsError as error:
         raise AdapterFileError(f'{path} does not fit: {error}') from error
     if difference:
         raise AdapterFileError(
-            f'{path} holds {theirs}, the model is adapted by {ours}; to have both, give a name to load the file under'
+            f'{path} holds {theirs}, but the model is adapted by {ours}. To have both, give a name to load the file '
+            'under'
         )
 
 
 def _adopt(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Train in place what the file has of the base."""
+    """Make the base tensors that the file holds trainable in place."""
     injection = get_injection(model)
     assert injection is not None  # load_adapter has adapted the model
     names = _base_names(model, tensors, injection.selection)
@@ -610,16 +617,16 @@ def _adopt(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def initialise_base(model: nn.Module, content: dict[str, Any]) -> str | None:
-    """Have a model take the base that a file belongs to from its config, where it has not done so.
+    """Load a model's base from its config, unless it already has the base of the file.
 
-    In tests MMEngine leaves out what ``init_cfg`` says.
+    In tests, MMEngine does not apply ``init_cfg``.
 
     Args:
         model: The bare model.
-        content: What :func:`describe_base` gave, or metadata with it.
+        content: The result of :func:`describe_base`, or metadata that includes it.
 
     Returns:
-        How its base differs from the file's all the same, None for the same base.
+        How the model's base still differs from the file's; None for the same base.
     """
     difference = base_difference(content, base_of(model))
     if difference is not None and isinstance(model, BaseModule) and not model.is_init:
@@ -628,20 +635,13 @@ def initialise_base(model: nn.Module, content: dict[str, Any]) -> str | None:
     return difference
 
 
-def _switch_back(model: nn.Module, name: str | None) -> None:
-    """Make the adapter active that was, or none."""
-    injection = get_injection(model)
-    if name is not None:
-        set_adapter(model, name)
-    elif injection is not None:
-        injection.activate(None)
-
-
-def _fill(model: nn.Module, tensors: dict[str, Tensor], problems: list[str], strict: bool, path: Any) -> None:
-    """Copy a file's tensors into the active adapter and what stands beside the backbone."""
+def _fill(
+    model: nn.Module, tensors: dict[str, Tensor], problems: list[str], strict: bool, path: Any, name: str | None
+) -> None:
+    """Copy a file's tensors into an adapter with its neck and head. Without a name, the active adapter."""
     injection = get_injection(model)
     assert injection is not None  # load_adapter has adapted the model
-    own = tuned_state(model)
+    own = tuned_state(model, name)
     backbones = list(backbones_of(model))
     heads = heads_of(model)
     inside = _inside(backbones, heads, own)
@@ -666,7 +666,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], problems: list[str], str
         if names:
             problems.append(f'{len(names)} tensors are {what}, such as {shortened(min(names))}')
     if problems and strict:
-        hint = '. A head of other classes can be given as `parts`' if 'of another shape' in problems[-1] else ''
+        hint = '. A head for other classes can be given as `parts`' if 'of another shape' in problems[-1] else ''
         raise AdapterFileError(f'{path} does not fit: {"; ".join(problems)}{hint}')
     if problems:
         print_log(f'{path} fits in part: {"; ".join(problems)}', logger='current', level=logging.WARNING)
@@ -676,7 +676,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], problems: list[str], str
 
 
 def _inside(backbones: list[str], heads: list[str], own: dict[str, Tensor]) -> tuple[str, ...]:
-    """What the names of tensors in backbones begin with, in a file for a model."""
+    """Return the prefixes of the backbones' tensor names in a file for a model."""
     if len(backbones) > 1:
         return tuple(f'{path}.' for path in backbones)
     path = f'{backbones[0]}.'

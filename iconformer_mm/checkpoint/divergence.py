@@ -1,4 +1,4 @@
-"""Telling what a diverged run left from what was trained."""
+"""Detection of weights that a diverged run left behind."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def find_diverged(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinite values, as a diverged run leaves them.
+    """Return the names of the tensors that hold NaN or infinite values, as a diverged run leaves them.
 
-    A mask, of zeros and minus infinity only, is none of them.
+    A mask, which holds only zeros and minus infinity, does not count.
 
     Args:
         tensors: Tensors by name, on any device.
@@ -22,7 +22,7 @@ def find_diverged(tensors: Mapping[str, Tensor]) -> list[str]:
 def _has_diverged(value: Tensor) -> bool:
     value = value.detach()
     if value.element_size() < 4:
-        value = value.float()  # for small types some functions are missing
+        value = value.float()  # some functions are not implemented for small dtypes
     if bool(torch.isfinite(value).all()):
         return False
     masked = value == -torch.inf
@@ -30,5 +30,5 @@ def _has_diverged(value: Tensor) -> bool:
 
 
 def diverged_error(names: list[str]) -> str:
-    """What is wrong with tensors that diverged, as the middle of a sentence."""
+    """Describe the diverged tensors, as a clause for an error message."""
     return f'{len(names)} tensors hold NaN or infinite values, such as {names[0]}'

@@ -1,4 +1,4 @@
-"""Names of checkpoints, made and read back."""
+"""Checkpoint file names: formatted from a template, and parsed again."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import re
 from pathlib import Path
 from string import Formatter
 
-_STEPS = (1, 7, 10, 99, 123, 1000, 40960, 1234567)  # by which a template is tried out
+_STEPS = (1, 7, 10, 99, 123, 1000, 40960, 1234567)  # every template is tried with these
 
 
 class FilenameTemplate:
-    """The names that ``str.format`` makes of a template and the number of an epoch or iteration.
+    """File names made by ``str.format`` from a template and the number of an epoch or iteration.
 
-    Any format of an integer that can be read back is one: ``epoch_{}``, ``epoch_{:03d}``, ``{0:>8}``, ``{:x}``.
+    Any integer format that can be parsed again is valid: ``epoch_{}``, ``epoch_{:03d}``, ``{0:>8}``, ``{:x}``.
 
     Args:
-        template: The template, such as ``'epoch_{:03d}.safetensors'``. It may name folders within the one that
-            checkpoints are in.
+        template: The template, such as ``'epoch_{:03d}.safetensors'``. It may contain subfolders of the checkpoint
+            folder.
 
     Raises:
-        ValueError: The number cannot be put in, or not be read back, or the name leaves the folder.
+        ValueError: The template cannot be formatted with a number, the number cannot be parsed again, or the name
+            points outside the checkpoint folder.
     """
 
     def __init__(self, template: str) -> None:
@@ -41,7 +42,11 @@ class FilenameTemplate:
             raise ValueError(f"filename_tmpl '{template}' makes names whose number cannot be read back; {advice}")
 
     def step(self, name: str) -> int | None:
-        """The number in a name; 0 where the template has no place for one, None if it does not make the name."""
+        """Parse the number in a name.
+
+        Returns:
+            The number; 0 if the template has no field for one; None if the template cannot produce the name.
+        """
         match = re.fullmatch(self._pattern, name, flags=re.DOTALL)
         if match is None:
             return None
@@ -58,7 +63,7 @@ class FilenameTemplate:
         return None
 
     def find(self, folder: Path) -> dict[Path, int]:
-        """The files in a folder that the template names, and the number of each."""
+        """Find the files in a folder that match the template, with the number of each."""
         depth = self.template.count('/') + 1
         found = {path: self.step(path.relative_to(folder).as_posix()) for path in folder.glob('/'.join('*' * depth))}
         return {path: step for path, step in found.items() if step is not None and path.is_file()}

@@ -1,6 +1,6 @@
-"""Adapters that other programs trained: AdaptFormer's, Mona's, and LoRA of Hugging Face's peft and of MMPretrain.
+"""Adapters trained by other programs: AdaptFormer, Mona, and the LoRA of Hugging Face's peft and of MMPretrain.
 
-Only what is exactly the same function here is converted; all else is an error that says what differs.
+An adapter is converted only if it computes exactly the same function here. Otherwise an error says what differs.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ State = dict[str, Tensor]
 
 
 class ForeignAdapterError(ValueError):
-    """An adapter of another program cannot be taken over."""
+    """An adapter of another program cannot be converted."""
 
 
 @dataclass(frozen=True)
 class ForeignAdapter:
-    """An adapter of another program, in our terms.
+    """An adapter of another program, converted to our names.
 
     Attributes:
-        method: Config of our method that computes the same.
-        blocks: What each adapted block is given, in order, by our names within the block.
-        left: Names of the file's tensors that are not taken over.
+        method: Config of our method that computes the same function.
+        blocks: Tensors of each adapted block, in order, by our names within the block.
+        left: Names of the file's tensors that are not converted.
     """
 
     method: dict[str, Any]
@@ -44,14 +44,14 @@ class ForeignAdapter:
 
 
 def _by_block(state: State, pattern: str) -> dict[tuple[int, ...], State]:
-    """Group tensors by the numbers of their block, in order of these.
+    """Group tensors by the numbers of their block, sorted by these numbers.
 
     Args:
         state: The tensors.
-        pattern: Regular expression; its first group has the numbers of a block, its last what follows.
+        pattern: Regular expression. Its first group matches the block with its numbers, its last the rest of the name.
 
     Raises:
-        ForeignAdapterError: No name fits.
+        ForeignAdapterError: No name matches.
     """
     blocks: dict[tuple[int, ...], State] = {}
     for name, value in state.items():
@@ -61,56 +61,56 @@ def _by_block(state: State, pattern: str) -> dict[tuple[int, ...], State]:
             _put(blocks.setdefault(numbers, {}), match.groups()[-1], value, name)
     if not blocks:
         some = ', '.join(list(state)[:3]) or 'nothing'
-        raise ForeignAdapterError(f'no name of a tensor is of the form {pattern}; the file has {some}, ...')
+        raise ForeignAdapterError(f'no tensor name matches {pattern}; the file has {some}, ...')
     return dict(sorted(blocks.items()))
 
 
 def _put(block: State, key: str, value: Tensor, name: str) -> None:
-    """Keep a tensor of a block.
+    """Store a tensor of a block.
 
     Raises:
-        ForeignAdapterError: There is one in its place.
+        ForeignAdapterError: The block already has a tensor of this name.
     """
     if key in block:
         raise ForeignAdapterError(
             f'{name} is the second tensor for {key} of one block. The file holds several adapters, or several towers '
-            'of blocks that are counted alike; save one of them alone'
+            'whose blocks have the same numbers. Save one of them alone'
         )
     block[key] = value
 
 
 def _left(state: State, pattern: str) -> list[str]:
-    """Names of the tensors that a pattern does not take."""
+    """Return the names of the tensors that a pattern does not match."""
     return [name for name in state if not re.search(pattern, name)]
 
 
 def _rename(block: State, names: dict[str, str], where: str) -> State:
-    """Give all tensors of a block our names.
+    """Rename all tensors of a block to our names.
 
     Raises:
-        ForeignAdapterError: A tensor is missing, or is one that we have no place for.
+        ForeignAdapterError: A tensor is missing, or has no counterpart here.
     """
     if block.keys() != names.keys():
         missing, unknown = sorted(names.keys() - block.keys()), sorted(block.keys() - names.keys())
         raise ForeignAdapterError(
-            f'{where} is another variant than the one that is computed here: missing {missing or "nothing"}, without '
+            f'{where} is another variant than the one implemented here: missing {missing or "nothing"}, without '
             f'a counterpart {unknown or "nothing"}'
         )
     return {names[name]: value for name, value in block.items()}
 
 
 def read_adaptformer(state: State, scale: float = 0.1) -> ForeignAdapter:
-    """Take over AdaptFormer's adapters (Chen et al., NeurIPS 2022), as its authors' code saves them.
+    """Convert AdaptFormer's adapters (Chen et al., NeurIPS 2022), as saved by the authors' code.
 
-    ``blocks.N.adaptmlp.{down_proj,up_proj}.{weight,bias}``, and ``adaptmlp.scale`` where it is learned. The
-    variant with a layer norm of its own is refused.
+    The tensors are ``blocks.N.adaptmlp.{down_proj,up_proj}.{weight,bias}``, and ``adaptmlp.scale`` if the scale is
+    learned. The variant with its own layer norm is refused.
 
     Args:
-        state: Tensors of the checkpoint by name; others than adapters are left.
-        scale: The factor that it was trained with, which its checkpoint does not hold. Defaults to 0.1, as there.
+        state: Tensors of the checkpoint by name. Tensors that are not adapters are left out.
+        scale: The factor used in training. The checkpoint does not store it. Defaults to 0.1, as in the authors' code.
 
     Raises:
-        ForeignAdapterError: It is another variant.
+        ForeignAdapterError: The file holds another variant.
     """
     pattern = r'(?:^|\.)blocks\.(\d+)\.adaptmlp\.(.+)$'
     blocks = _by_block(state, pattern)
@@ -119,7 +119,7 @@ def read_adaptformer(state: State, scale: float = 0.1) -> ForeignAdapter:
     if learned:
         names['scale'] = 'adapter.scale'
     renamed = [_rename(block, names, f'blocks.{n[0]}.adaptmlp') for n, block in blocks.items()]
-    if learned:  # of shape (1,) there
+    if learned:  # the authors' scale has shape (1,)
         renamed = [{**block, 'adapter.scale': block['adapter.scale'].reshape(())} for block in renamed]
     bottleneck = len(renamed[0]['adapter.down.weight'])
     method = dict(type='adaptformer', bottleneck=bottleneck, scale=float(scale), learnable_scale=learned)
@@ -140,15 +140,15 @@ _MONA = {
 
 
 def read_mona(state: State) -> ForeignAdapter:
-    """Take over Mona's adapters (Yin et al., CVPR 2025) of a Swin, as its authors' code saves them.
+    """Convert Mona's adapters (Yin et al., CVPR 2025) of a Swin, as saved by the authors' code.
 
-    ``layers.I.blocks.J.my_module_1`` stands behind attention, ``my_module_2`` behind the FFN.
+    ``layers.I.blocks.J.my_module_1`` follows attention, ``my_module_2`` follows the FFN.
 
     Args:
-        state: Tensors of the checkpoint by name; others than adapters are left.
+        state: Tensors of the checkpoint by name. Tensors that are not adapters are left out.
 
     Raises:
-        ForeignAdapterError: It is another variant.
+        ForeignAdapterError: The file holds another variant.
     """
     pattern = r'(?:^|\.)((?:layers|stages)\.\d+\.blocks\.\d+)\.(my_module_[12]\..+)$'
     blocks = _by_block(state, pattern)
@@ -163,7 +163,7 @@ def read_mona(state: State) -> ForeignAdapter:
     return ForeignAdapter(method, renamed, _left(state, pattern))
 
 
-# The last words of a layer's name, in transformers' and timm's models, and the map it is. The longer ones first.
+# How layer names end in the models of transformers and timm, and the linear map each one is. Longer endings first.
 _ROLES = {
     'attention.output.dense': 'o',
     'intermediate.dense': 'fc1',
@@ -180,7 +180,7 @@ _ROLES = {
     'fc1': 'fc1',
     'fc2': 'fc2',
 }
-# Options of peft that do not change what is computed: names, what was trained by which rule, what the tensors say.
+# Options of peft that do not affect the result: names, training settings, and what the tensors already define.
 _NOTES = {
     'auto_mapping',
     'base_model_name_or_path',
@@ -201,14 +201,14 @@ _NOTES = {
     'target_modules',
     'task_type',
 }
-# Values of an option with which it computes W + alpha / r * B A on an unchanged base. All other options must be off.
+# Option values that give W + alpha / r * B A on an unchanged base. All other options must be off.
 _PLAIN: dict[str, tuple] = {
     'bias': ('none',),
-    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take something out of the base; EVA and the others only begin elsewhere.
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA modify the base. EVA and the others only change the initial values.
     'init_lora_weights': (True, False, None, 'gaussian', 'eva', 'orthogonal'),
 }
 _OFF: tuple = (None, False, [], {}, '')
-# Modules beside the backbone, which peft keeps whole (`modules_to_save`).
+# Modules outside the backbone, which peft saves whole (`modules_to_save`).
 _HEADS = {
     'auxiliary_head',
     'classifier',
@@ -224,35 +224,38 @@ _HEADS = {
 
 
 def _role(layer: str) -> str:
-    """Which map of a block a layer is."""
+    """Return which linear map of a block a layer is."""
     for ending, role in _ROLES.items():
         if layer == ending or layer.endswith(f'.{ending}'):
             return role
-    raise ForeignAdapterError(f"the layer '{layer}' is none of the maps q, k, v, o, fc1, fc2: {', '.join(_ROLES)}")
+    raise ForeignAdapterError(
+        f"the layer '{layer}' is none of the maps q, k, v, o, fc1, fc2; known names are {', '.join(_ROLES)}"
+    )
 
 
 def read_hf_lora(state: State, config: dict[str, Any]) -> ForeignAdapter:
-    """Take over a LoRA of Hugging Face's peft for a ViT of transformers or timm.
+    """Convert a LoRA of Hugging Face's peft for a ViT of transformers or timm.
 
-    ``base_model.model. ... layer.N. ... query.lora_A.weight``. One of a joint ``qkv`` is one of q, k and v with one A.
+    Tensor names have the form ``base_model.model. ... layer.N. ... query.lora_A.weight``. The LoRA of a joint ``qkv``
+    becomes those of q, k and v with the same A.
 
     Args:
-        state: Tensors of ``adapter_model.safetensors``; a head in it (``modules_to_save``) is left.
+        state: Tensors of ``adapter_model.safetensors``. A head in it (``modules_to_save``) is left out.
         config: Content of ``adapter_config.json``.
 
     Raises:
-        ForeignAdapterError: It is another variant than plain LoRA, the same maps in all blocks, or changes the base.
+        ForeignAdapterError: It is not plain LoRA, adapts different maps in different blocks, or changes the base.
     """
     _check_hf_config(config)
     pattern = r'(?:layer|layers|blocks)\.(\d+)\.(.+\.lora_\w+(?:\.\w+)*)$'
     left = _left(state, pattern)
     outside = [name for name in left if 'lora_' in name]
     if outside:
-        raise ForeignAdapterError(f'{outside[0]} is a LoRA outside of the blocks, which there is no place for here')
+        raise ForeignAdapterError(f'{outside[0]} is a LoRA outside the blocks, which cannot be converted')
     trained = [name for name in left if not _HEADS & set(name.split('.'))]
     if trained:
         some = ', '.join(trained[:3]) + (', ...' if len(trained) > 3 else '')
-        raise ForeignAdapterError(f'the file changes the base: it has {some}, which is no head')
+        raise ForeignAdapterError(f'the file changes the base: it has {some}, which is not a head')
     blocks = []
     for tensors in _by_block(state, pattern).values():
         block: State = {}
@@ -268,13 +271,13 @@ def read_hf_lora(state: State, config: dict[str, Any]) -> ForeignAdapter:
 
 
 def _check_hf_config(config: Any) -> None:
-    """Refuse a config of peft that computes something else than plain LoRA, or that is not known to."""
+    """Refuse a config of peft that is not known to be plain LoRA."""
     if not isinstance(config, dict):
-        raise ForeignAdapterError(f'adapter_config.json holds a {type(config).__name__}, no options')
-    if config.get('peft_type') != 'LORA':
         raise ForeignAdapterError(
-            f"peft_type is {shortened(config.get('peft_type'))!r}; 'LORA' is what can be taken over"
+            f'adapter_config.json holds a {type(config).__name__}, expected a dictionary of options'
         )
+    if config.get('peft_type') != 'LORA':
+        raise ForeignAdapterError(f"peft_type is {shortened(config.get('peft_type'))!r}; only 'LORA' can be converted")
     other = [
         f'{key}={value!r}'
         for key, value in config.items()
@@ -283,47 +286,47 @@ def _check_hf_config(config: Any) -> None:
     ]
     if other:
         raise ForeignAdapterError(
-            'this LoRA is not known to be the plain one (W + alpha / r * B A in every block, on the base as it is): '
+            'this LoRA is not known to be plain (W + alpha / r * B A in every block, on an unchanged base): '
             f'its config has {shortened(", ".join(sorted(other)), 500)}'
         )
     rank, alpha = config.get('r'), config.get('lora_alpha')
     if type(rank) is not int or rank < 1:
-        raise ForeignAdapterError(f'the rank r must be a positive integer, the config has {shortened(rank)}')
+        raise ForeignAdapterError(f'the rank r must be a positive integer, but the config has {shortened(rank)}')
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ForeignAdapterError(f'lora_alpha must be a number, the config has {shortened(alpha)}')
+        raise ForeignAdapterError(f'lora_alpha must be a number, but the config has {shortened(alpha)}')
 
 
 def _parts(role: str, factor: str, value: Tensor) -> list[tuple[str, Tensor]]:
-    """A factor by our roles: that of a joint qkv is one of each, with the same A and its rows of B."""
+    """Assign a factor to our roles. For a joint qkv, each role gets the same A and its own rows of B."""
     if role != 'qkv':
         return [(role, value)]
     return list(zip('qkv', value.chunk(3) if factor == 'b' else [value] * 3))
 
 
 def _targets(blocks: list[State]) -> list[str]:
-    """The maps that are adapted, the same in every block."""
+    """Return the adapted maps. They must be the same in every block."""
     found = [[role for role in ROLES if f'adapter.a.{role}' in block] for block in blocks]
     for index, roles in enumerate(found):
         if roles != found[0]:
             here, there = (', '.join(maps) or 'nothing' for maps in (roles, found[0]))
             raise ForeignAdapterError(
-                f'block {index} has {here} adapted, and block 0 {there}; here the maps are the same in all blocks'
+                f'block {index} adapts {here}, but block 0 adapts {there}; all blocks must adapt the same maps'
             )
     return found[0]
 
 
 def read_mmpretrain_lora(state: State, model: nn.Module, config: Mapping[str, Any]) -> ForeignAdapter:
-    """Take over the checkpoint of MMPretrain's own ``LoRAModel``.
+    """Convert the checkpoint of MMPretrain's own ``LoRAModel``.
 
-    ``backbone.module. ... .lora_down.weight`` is A and ``lora_up`` is B, for linear layers by their names.
+    For each linear layer, ``backbone.module. ... .lora_down.weight`` is A and ``lora_up`` is B.
 
     Args:
-        state: Tensors of the checkpoint; a head in it is left.
-        model: The unadapted model, whose layers the names are of.
-        config: What the ``LoRAModel`` was made with: ``alpha``, ``rank`` and ``targets``; ``alpha`` alone is enough.
+        state: Tensors of the checkpoint. A head in it is left out.
+        model: The unadapted model, whose layers the tensor names refer to.
+        config: Options of the ``LoRAModel``: ``alpha``, ``rank`` and ``targets``. ``alpha`` alone is enough.
 
     Raises:
-        ForeignAdapterError: Layers differ in rank or factor, or are none of q, k, v, o, fc1, fc2 of a block.
+        ForeignAdapterError: Layers differ in rank or factor, or are not q, k, v, o, fc1 or fc2 of a block.
     """
     pattern = r'^(?:.*\.)?module\.(.+)\.lora_(down|up)\.weight$'
     sites = find_sites(find_backbone(model))
@@ -355,11 +358,11 @@ def read_mmpretrain_lora(state: State, model: nn.Module, config: Mapping[str, An
     if not scales:
         some = ', '.join(list(state)[:3]) or 'nothing'
         raise ForeignAdapterError(
-            f'no name of a tensor is that of a LoRAModel (module. ... .lora_down); there is {some}'
+            f'no tensor name has the form of a LoRAModel (module. ... .lora_down); the file has {some}'
         )
     if len(scales) > 1:
         raise ForeignAdapterError(
-            'layers differ in alpha and rank, which are one for all here: '
+            'layers differ in alpha and rank, which must be the same for all here: '
             + ', '.join(f'{alpha:g} and {rank} in {name}' for (alpha, rank), name in scales.items())
         )
     ((alpha, rank),) = scales
@@ -368,28 +371,28 @@ def read_mmpretrain_lora(state: State, model: nn.Module, config: Mapping[str, An
 
 
 def _maps(site: Site) -> list[Any]:
-    """The linear maps of a block, as far as it has them."""
+    """Return the linear maps that a block has."""
     found = []
     for role in ROLES:
         try:
             found += find_targets(site, [role])
         except ValueError:
-            continue  # a block without this map
+            continue  # the block lacks this map
     return found
 
 
 def _alpha_and_rank(config: Mapping[str, Any], layer: str, rank: int) -> tuple[float, int]:
-    """The factor and the rank that a LoRAModel gives a layer: those of the first target that matches."""
+    """Return the factor and the rank that a LoRAModel gives a layer. The first matching target decides."""
     matching = [
         target
         for target in config.get('targets', ())
         if re.fullmatch(target['type'], layer) or layer.endswith(target['type'])
     ]
     if config.get('targets') and not matching:
-        raise ForeignAdapterError(f'{layer} is none of the targets that the config has for the LoRAModel')
+        raise ForeignAdapterError(f"{layer} matches none of the LoRAModel's targets in the config")
     options = {**config, **(matching[0] if matching else {})}
     if options.get('rank', rank) != rank:
-        raise ForeignAdapterError(f'{layer} has rank {rank} in the file, and {options["rank"]} in the config')
+        raise ForeignAdapterError(f'{layer} has rank {rank} in the file, but {options["rank"]} in the config')
     return float(options.get('alpha', 1)), rank
 
 
@@ -398,12 +401,12 @@ def read_foreign(kind: str, path: Path, load: Callable[[Path], State], scale: fl
 
     Args:
         kind: ``'adaptformer'``, ``'mona'`` or ``'hf-lora'``.
-        path: The checkpoint; for ``'hf-lora'`` the safetensors file, with ``adapter_config.json`` beside it.
-        load: Reads the tensors of a file.
+        path: The checkpoint. For ``'hf-lora'``, the safetensors file with ``adapter_config.json`` in the same folder.
+        load: Function that reads the tensors of a file.
         scale: Factor of AdaptFormer's adapters. Defaults to 0.1.
 
     Raises:
-        ForeignAdapterError: It cannot be taken over.
+        ForeignAdapterError: The file cannot be converted.
     """
     if kind == 'adaptformer':
         return read_adaptformer(load(path), scale)
@@ -411,7 +414,7 @@ def read_foreign(kind: str, path: Path, load: Callable[[Path], State], scale: fl
         return read_mona(load(path))
     config = path.with_name('adapter_config.json')
     if not config.is_file():
-        raise ForeignAdapterError(f'{config} is missing, which says what rank and factor {path.name} has')
+        raise ForeignAdapterError(f'{config} is missing; it holds the rank and the factor of {path.name}')
     try:
         options = parse_json(config.read_text(encoding='utf-8'))
     except ValueError as error:
@@ -420,7 +423,11 @@ def read_foreign(kind: str, path: Path, load: Callable[[Path], State], scale: fl
 
 
 def lora_model_of(model_cfg: Any) -> tuple[Any, Mapping[str, Any] | None]:
-    """A model's config without MMPretrain's ``LoRAModel``, and the options of that; None if it has none."""
+    """Remove MMPretrain's ``LoRAModel`` from a model's config.
+
+    Returns:
+        The config without it, and its options; None if the config has no ``LoRAModel``.
+    """
     if str(model_cfg.get('type', '')).rpartition('.')[2] == 'LoRAModel':
         return model_cfg['module'], model_cfg
     backbone = model_cfg.get('backbone')
@@ -438,7 +445,7 @@ def inject_foreign(model: nn.Module, foreign: ForeignAdapter) -> None:
         foreign: The adapter.
 
     Raises:
-        ForeignAdapterError: The model has another number of blocks, or blocks of other sizes. It is unchanged then.
+        ForeignAdapterError: The model has another number of blocks, or blocks of other sizes. It stays unchanged.
     """
     sites = find_sites(find_backbone(model))
     if len(sites) != len(foreign.blocks):
@@ -465,9 +472,9 @@ def inject_foreign(model: nn.Module, foreign: ForeignAdapter) -> None:
 
 
 def _find_fault(attachment: Any, own: dict[str, nn.Parameter], tensors: State) -> str | None:
-    """Where a block's tensors do not fit its adapter, if anywhere."""
+    """Describe the first tensor that does not fit a block's adapter; None if all fit."""
     for name in sorted(own.keys() | tensors.keys()):
         shapes = [tuple(side[name].shape) if name in side else 'missing' for side in (own, tensors)]
         if shapes[0] != shapes[1]:
-            return f'{attachment.name}.{name} would be {shapes[0]}, in the file it is {shapes[1]}'
+            return f'{attachment.name}.{name} should be {shapes[0]}, but in the file it is {shapes[1]}'
     return None

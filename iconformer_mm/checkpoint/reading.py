@@ -1,7 +1,7 @@
-"""Checkpoints of others (``.pth``), read without executing anything in them.
+"""Checkpoints of other programs (``.pth``), read without executing anything in them.
 
-MMEngine's own loader unpickles a file that torch's ``weights_only`` refuses. Here that is an error. A list has the
-names of what MMEngine's training checkpoints hold beside tensors: their logs, numbers of NumPy. Nothing else is found.
+MMEngine's own loader unpickles a file that torch's ``weights_only`` refuses. Here that is an error. An allowlist names
+what MMEngine's training checkpoints hold besides tensors: their logs and NumPy values. Nothing else is resolved.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from mmengine.runner import checkpoint as loaders
 from mmengine.utils import digit_version
 from torch import Tensor
 
-from .safetensors_io import DamagedFileError, expanded, load_safetensors, shortened
+from iconformer_mm.files import expanded
+
+from .loading import load_safetensors
+from .safetensors_io import DamagedFileError, shortened
 
 
 class _History(HistoryBuffer):
-    """Becomes a HistoryBuffer whose statistics are those of its class, whatever the file says."""
+    """Becomes a HistoryBuffer with the statistics of its class, whatever the file says."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update((name, state[name]) for name in ('max_length', '_log_history', '_count_history'))
@@ -40,10 +43,10 @@ class _History(HistoryBuffer):
 
 
 def _statistic(kind: Any, name: Any) -> None:
-    """Stands for ``getattr``, by which a HistoryBuffer names its statistics, and finds nothing."""
+    """Replaces ``getattr``, which a pickled HistoryBuffer uses to look up its statistics. It finds nothing."""
 
 
-# What a pickle may name beside tensors, by the names that files have for it. None of it runs code of the file.
+# What a pickle may name besides tensors, by the names used in files. None of it runs code from the file.
 _NAMES: dict[str, Any] = {
     'mmengine.logging.history_buffer.HistoryBuffer': _History,
     'builtins.getattr': _statistic,
@@ -58,7 +61,7 @@ _CORE = import_module('numpy._core.multiarray' if hasattr(np, '_core') else 'num
 for _name in ('_reconstruct', 'scalar'):
     for _core in ('core', '_core'):  # NumPy 1 and 2
         _NAMES[f'numpy.{_core}.multiarray.{_name}'] = getattr(_CORE, _name)
-# What torch's own weights_only finds by itself.
+# What torch's own weights_only allows.
 _OF_TORCH: dict[str, Any] = {
     'collections.OrderedDict': collections.OrderedDict,
     'collections.Counter': collections.Counter,
@@ -78,14 +81,14 @@ _STATEFUL = (_History, argparse.Namespace, np.ndarray, np.dtype, collections.Ord
 
 
 class UntrustedFileError(ValueError):
-    """A file holds more than tensors and plain data, so that reading it could execute code."""
+    """A file holds more than tensors and plain data, so reading it could execute code."""
 
 
 _InPython: Any = pickle._Unpickler
 
 
 class _Unpickler(_InPython):
-    """An unpickler that finds nothing but what is on the list, for releases of torch whose own list is fixed."""
+    """An unpickler that resolves only allowlisted names, for torch releases whose own list is fixed."""
 
     dispatch = dict(_InPython.dispatch)
 
@@ -97,7 +100,7 @@ class _Unpickler(_InPython):
         return found
 
     def load_build(self) -> None:
-        """Give an object its state; a class or a function keeps the one it has."""
+        """Set the state of an object. Refuse to change a class or a function."""
         if not isinstance(self.stack[-2], _STATEFUL):
             raise pickle.UnpicklingError(f'it changes a {type(self.stack[-2]).__name__}')
         super().load_build()
@@ -109,12 +112,12 @@ def _load_pickle(file: Any, **options: Any) -> Any:
     return _Unpickler(file, **options).load()
 
 
-# What torch.load takes as its pickle module.
+# Passed to torch.load as its pickle module.
 _RESTRICTED = SimpleNamespace(__name__='pickle', Unpickler=_Unpickler, load=_load_pickle)
 
 
 def _load_restricted(path: Path, map_location: Any) -> Any:
-    """As :func:`_load_weights`, for releases of torch that cannot be told which names are harmless."""
+    """Like :func:`_load_weights`, for torch releases whose allowlist cannot be extended."""
     return torch.load(path, map_location=map_location, pickle_module=_RESTRICTED, weights_only=False)
 
 
@@ -132,22 +135,22 @@ def read_checkpoint(
 ) -> Any:
     """Read a checkpoint file of any program without executing anything in it.
 
-    Read are tensors, plain data, NumPy's arrays and numbers, and the logs in MMEngine's training checkpoints; of
-    ``.safetensors`` files all.
+    It reads tensors, plain data, NumPy arrays and numbers, and the logs in MMEngine's training checkpoints.
+    ``.safetensors`` files are read completely.
 
     Args:
         path: The file.
-        trust: Whether to unpickle a file that holds more, which can execute code. Defaults to False.
+        trust: Whether to unpickle a file that holds anything else. This can execute code. Defaults to False.
         map_location: Device for the tensors. Defaults to ``'cpu'``.
-        advice: How the user says that a file is to be trusted, for the error.
+        advice: How the user can trust a file, for the error message.
 
     Returns:
-        What the file holds.
+        The content of the file.
 
     Raises:
-        UntrustedFileError: The file holds more, and is not trusted.
-        DamagedFileError: It is no intact checkpoint.
-        FileNotFoundError: There is none.
+        UntrustedFileError: The file holds anything else and is not trusted.
+        DamagedFileError: It is not a valid checkpoint.
+        FileNotFoundError: The file does not exist.
     """
     path = expanded(path)
     if not path.is_file():
@@ -162,10 +165,10 @@ def read_checkpoint(
             return _load_safely(path, map_location)
     except pickle.UnpicklingError as error:
         reason = _without_advice(str(error))
-    except Exception as error:  # damaged bytes raise anything
-        raise DamagedFileError(f'{path} is no intact checkpoint: {shortened(repr(error))}') from error
+    except Exception as error:  # damaged bytes can raise any exception
+        raise DamagedFileError(f'{path} is not a valid checkpoint: {shortened(repr(error))}') from error
     if not _is_pickled(path):
-        raise DamagedFileError(f'{path} is no intact checkpoint: {shortened(reason)}')
+        raise DamagedFileError(f'{path} is not a valid checkpoint: {shortened(reason)}')
     raise UntrustedFileError(
         f'{path} holds more than tensors and plain data, and reading it could execute code. If you trust its origin, '
         f'{advice}. ({shortened(reason)})'
@@ -173,14 +176,14 @@ def read_checkpoint(
 
 
 def _without_advice(message: str) -> str:
-    """What torch says is wrong, without its paragraphs on what to do."""
+    """Keep the cause in a message of torch and drop its advice."""
     lines = message.splitlines()
     lines = [line for line in lines if 'GLOBAL' in line] or message.rpartition('error:')[2].split('\n')
     return next((line.strip() for line in lines if line.strip()), message)
 
 
 def _program(path: Path) -> str | None:
-    """Why a file is no checkpoint but something that torch.load would run or unpack."""
+    """Say why a file is not a checkpoint but something that torch.load would run or unpack."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith('/constants.pkl') for name in archive.namelist()):
@@ -191,39 +194,39 @@ def _program(path: Path) -> str | None:
 
 
 def _is_pickled(path: Path) -> bool:
-    """Whether a file begins as a pickle or an archive does."""
+    """Whether a file starts like a pickle or an archive."""
     with open(path, 'rb') as file:
         start = file.read(2)
     return start == b'PK' or start[:1] == pickle.PROTO or tarfile.is_tarfile(path)
 
 
 def state_dict_of(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: itself, or what it has under ``state_dict`` or ``model``.
+    """Return the state dict of a checkpoint: its ``state_dict``, its ``model``, or the checkpoint itself.
 
     Args:
-        content: What the file holds.
-        path: Its name, for errors.
+        content: The content of the file.
+        path: The file's name, for error messages.
 
     Raises:
-        DamagedFileError: There is none.
+        DamagedFileError: The checkpoint has no state dict of tensors.
     """
     for key in ('state_dict', 'model'):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise DamagedFileError(f'{path} is no checkpoint: it holds no `state_dict` of tensors')
+        raise DamagedFileError(f'{path} is not a checkpoint: it holds no `state_dict` of tensors')
     return dict(content)
 
 
 def guard_loading(trust: bool = False, advice: str = 'read it with `trust=True`') -> None:
-    """Let MMEngine read checkpoints by :func:`read_checkpoint` in this process, local files and downloads.
+    """Make MMEngine read checkpoints with :func:`read_checkpoint` in this process, both local files and downloads.
 
-    MMEngine's own reader unpickles what it does not know. The command-line tools call this; a program that imports
-    the package keeps MMEngine's behaviour unless it calls it, too.
+    MMEngine's own reader unpickles whatever it does not know. The command-line tools call this function. A program that
+    imports the package keeps MMEngine's behaviour until it calls this function itself.
 
     Args:
-        trust: Whether to unpickle what could execute code. Defaults to False.
-        advice: How the user says that a file is to be trusted, for the error.
+        trust: Whether to unpickle files that could execute code. Defaults to False.
+        advice: How the user can trust a file, for the error message.
     """
 
     def load_from_local(filename: str, map_location: Any = None) -> Any:
@@ -240,4 +243,4 @@ def guard_loading(trust: bool = False, advice: str = 'read it with `trust=True`'
 
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
     CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)
-    loaders.load_from_http = load_from_http  # by which MMEngine reads torchvision:// and the like
+    loaders.load_from_http = load_from_http  # MMEngine uses it for torchvision:// and similar

@@ -1,4 +1,4 @@
-"""Safetensors files: written whole or not at all, checked when read, known to MMEngine's loader."""
+"""Safetensors files: written completely or not at all, and verified when read."""
 
 from __future__ import annotations
 
@@ -6,44 +6,26 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors
 import torch
-from mmengine.runner import CheckpointLoader
 from safetensors.torch import save_file
 from torch import Tensor
 
+from iconformer_mm.files import expanded, written_whole
 from iconformer_mm.version import __version__
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 CHECKSUM = 'checksum'
-OURS = 'iconformer_mm'  # begins the keys of our metadata
-# Begins the names of folders in which files are written; what a killed process leaves can be told by it.
-TEMPORARY = '.writing-'
-_LOCK = '.lock'  # held by the process that writes in such a folder
+OURS = 'iconformer_mm'  # prefix of our metadata keys
 
 
 class DamagedFileError(RuntimeError):
-    """A file is truncated, altered or of another format."""
-
-
-def expanded(path: str | os.PathLike) -> Path:
-    """A path whose ``~`` is the home folder, in reading as in writing."""
-    return Path(os.path.expanduser(path))
+    """A file is truncated, altered or not in the expected format."""
 
 
 def shortened(value: Any, limit: int = 200) -> str:
-    """A value out of a file as text for a message, on one line and of bounded length."""
+    """Format a value from a file for a message: one line, bounded length."""
     try:
         text = value if isinstance(value, str) else repr(value)
     except RecursionError:
@@ -53,13 +35,16 @@ def shortened(value: Any, limit: int = 200) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON out of a file. NaN and infinity, which JSON does not know and earlier releases wrote, are None.
+    """Parse JSON from a file.
+
+    NaN and infinity become None. They are not valid JSON, but earlier releases wrote them.
 
     Args:
         text: The JSON.
 
     Raises:
-        ValueError: It is none, is nested too deeply, or names a key twice: readers differ in which one they take.
+        ValueError: The text is not JSON, is nested too deeply, or repeats a key. Parsers disagree on which value of a
+            repeated key wins.
     """
     try:
         return json.loads(
@@ -70,7 +55,7 @@ def parse_json(text: str) -> Any:
 
 
 def _finite(text: str) -> float | None:
-    """A number; None for one that JSON cannot hold (1e999)."""
+    """Parse a number. Return None if JSON cannot represent it (1e999)."""
     value = float(text)
     return value if math.isfinite(value) else None
 
@@ -85,7 +70,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 over metadata and tensors, names, types and shapes included, in hexadecimal."""
+    """Hexadecimal SHA-256 of the metadata and the tensors, including names, dtypes and shapes."""
     digest = hashlib.sha256()
     for key, text in sorted(metadata.items()):
         if key != CHECKSUM:
@@ -97,45 +82,46 @@ def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read a safetensors file, and compare it with its checksum if it has one.
+    """Read a safetensors file and verify its checksum, if it has one.
 
     Args:
         path: The file.
 
     Returns:
-        Its metadata and its tensors, on the CPU.
+        The metadata, and the tensors on the CPU.
 
     Raises:
-        DamagedFileError: It is truncated, altered or of another format.
-        FileNotFoundError: There is none.
+        DamagedFileError: The file is truncated, altered or not safetensors.
+        FileNotFoundError: The file does not exist.
     """
     path = expanded(path)
     if not path.is_file():
-        raise FileNotFoundError(f'{path} cannot be found')
+        raise FileNotFoundError(f'{path} does not exist')
     try:
         with safetensors.safe_open(path, framework='pt') as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DamagedFileError(f'{path} is no intact safetensors file: {shortened(str(error))}') from error
-    # A key `checksum` in a file of others is theirs. Ours is known by more than the key, which may be what is damaged.
+        raise DamagedFileError(f'{path} is not a valid safetensors file: {shortened(str(error))}') from error
+    # Files of other programs may have a `checksum` key of their own. Do not rely on the key alone to recognise our
+    # files: the key itself may be damaged.
     ours = any(key.startswith(OURS) or '"package_version"' in text for key, text in metadata.items())
     if ours and checksum(tensors, metadata) != metadata.get(CHECKSUM):
         raise DamagedFileError(
-            f'{path} is no intact safetensors file: its content does not match its checksum, so it was altered or '
-            'damaged after it was written. Take another copy of it'
+            f'{path} is not a valid safetensors file: its content does not match its checksum. It was altered or '
+            'damaged after it was written. Use another copy'
         )
     return metadata, tensors
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """Read the metadata of a safetensors file, and none of its tensors.
+    """Read the metadata of a safetensors file without its tensors.
 
     Args:
         path: The file.
 
     Returns:
-        The metadata; empty for what is no intact safetensors file, which reading the whole will tell.
+        The metadata. Empty for what is not a valid safetensors file; :func:`read_safetensors` reports that.
     """
     try:
         with safetensors.safe_open(path, framework='pt') as file:
@@ -147,13 +133,13 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
 def save_safetensors(
     tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, which appears at once and complete, or not at all.
+    """Write a safetensors file atomically: the complete file appears, or none.
 
     Args:
-        tensors: What to write, by name; on any device. Tensors that share
-            memory are written one by one.
-        path: The file, ``~`` allowed. Missing folders are made.
-        metadata: Text to keep in the file's header; a checksum joins it.
+        tensors: Tensors by name, on any device. Tensors that share memory
+            are written separately.
+        path: The file. ``~`` is expanded and missing folders are created.
+        metadata: Text for the file's header. A checksum is added.
     """
     seen: set[int] = set()
     content = {}
@@ -164,121 +150,7 @@ def save_safetensors(
         seen.add(storage)
     metadata = dict(metadata or {})
     if not any(key.startswith(OURS) for key in metadata):
-        metadata[f'{OURS}.version'] = __version__  # so that the checksum is known to be ours
+        metadata[f'{OURS}.version'] = __version__  # marks the checksum as ours
     metadata[CHECKSUM] = checksum(content, metadata)
     with written_whole(expanded(path)) as temporary:
         save_file(content, temporary, metadata=metadata)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary file to write, which takes the path's place when it is complete, or vanishes.
-
-    The file's content and its entry in the folder are on the disk when it ends.
-
-    Args:
-        path: The file to write, ``~`` allowed. Missing folders are made.
-    """
-    path = expanded(path)
-    made = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_folder(path) as folder:
-        temporary = folder / path.name
-        yield temporary
-        with open(temporary, 'rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    for changed in [path.parent, *(new.parent for new in made)]:
-        _sync_folder(changed)
-
-
-@contextmanager
-def _temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder to write a file in, which others know to be in use by a lock; that of a killed process is free."""
-    lock = None
-    while lock is None:
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'{TEMPORARY}{path.name}.'))
-        lock = _lock(folder)
-    try:
-        with lock:
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _lock(folder: Path) -> IO | None:
-    """Lock a folder; None if it was taken for an abandoned one and removed before that."""
-    try:
-        lock = open(folder / _LOCK, 'w')  # noqa: SIM115 (closed by who asked for it)
-    except FileNotFoundError:
-        return None
-    if fcntl is not None:
-        with suppress(OSError):  # on some network file systems
-            fcntl.flock(lock, fcntl.LOCK_EX)
-    if (folder / _LOCK).exists():
-        return lock
-    lock.close()
-    return None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk, where the system can."""
-    if os.name == 'nt':
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have no such call
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Remove the temporary folders that killed processes left; those in which another process writes stay.
-
-    A writer holds a lock in its folder. Where there are no locks (Windows), nothing is removed.
-
-    Args:
-        folder: Where to look.
-    """
-    for path in folder.glob(f'{TEMPORARY}*') if fcntl is not None else ():
-        with suppress(OSError):  # in use
-            with suppress(FileNotFoundError), open(path / _LOCK, 'r+') as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            path.rmdir()  # the writer of an empty one that lives makes another
-
-
-def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a local safetensors file for MMEngine: ``init_cfg``, ``load_from``, ``resume`` and the like.
-
-    Args:
-        filename: Path of the file.
-        map_location: Device for the tensors. Defaults to None, the CPU.
-
-    Returns:
-        The state dict; of a training checkpoint all that MMEngine's own hold; of an adapter file
-        its tensors as ``state_dict`` and its metadata as ``adapter_file``.
-
-    Raises:
-        AdapterFileError: The file is an adapter file whose metadata is damaged or too new.
-        DamagedFileError: The file is damaged or of another format.
-        FileNotFoundError: There is no such file.
-    """
-    from .adapter_file import is_adapter_file, parse_adapter
-    from .training_checkpoint import decode_checkpoint, is_checkpoint
-
-    metadata, tensors = read_safetensors(filename)
-    if isinstance(map_location, (str, torch.device)):
-        tensors = {name: value.to(map_location) for name, value in tensors.items()}
-    if is_checkpoint(metadata):
-        return decode_checkpoint(metadata, tensors, filename)
-    if is_adapter_file(metadata):
-        return dict(meta={}, state_dict=tensors, adapter_file=parse_adapter(metadata, filename))
-    return tensors
-
-
-@CheckpointLoader.register_scheme(prefixes=r'(?!\w+://).*\.safetensors$', force=True)
-def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """:func:`load_safetensors` for MMEngine, which logs what follows ``load_from_`` in a loader's name."""
-    return load_safetensors(filename, map_location)

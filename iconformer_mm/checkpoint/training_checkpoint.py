@@ -1,9 +1,9 @@
-"""Training checkpoints of what is trained, as safetensors: nothing in them is unpickled.
+"""Training checkpoints of the trained part of a model, as safetensors: nothing is unpickled.
 
-A checkpoint as MMEngine's Runner makes it is a nest of dictionaries. Here its
-tensors become the file's tensors, named by their place (``state_dict/head.fc.weight``,
-``optimizer/state/0/exp_avg``), and the nest itself becomes JSON in the metadata. Of two
-tensors whose places read alike, the second has a number behind its name.
+MMEngine's Runner produces a checkpoint of nested dictionaries. Its tensors
+become the file's tensors, named by their path (``state_dict/head.fc.weight``,
+``optimizer/state/0/exp_avg``). The nesting itself becomes JSON in the metadata.
+If two tensors have the same path, a number is appended to the second name.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .safetensors_io import DamagedFileError, parse_json, save_safetensors, shor
 CHECKPOINT_VERSION = 1
 _KEY = 'iconformer_mm.checkpoint'
 _TAG = '$'
-# Dtypes that NumPy and safetensors share in every supported version of torch.
+# Dtypes that NumPy, safetensors and every supported version of torch have in common.
 _ARRAY_TYPES = ('float64', 'float32', 'float16', 'int64', 'int32', 'int16', 'int8', 'uint8', 'bool')
-_LIST_ARRAY_BYTES = 2**26  # the most that an array of other dtypes may take in memory
+_LIST_ARRAY_BYTES = 2**26  # memory limit for arrays of other dtypes
 _SEQUENCES = {'tuple': tuple, 'set': set, 'frozenset': frozenset}
-# What reading a nest raises that is not as it must be.
+# Exceptions that decoding malformed content may raise.
 _MALFORMED = (
     KeyError,
     IndexError,
@@ -48,13 +48,13 @@ _MALFORMED = (
 
 
 class _Encoder:
-    """Turns a nest into JSON values, and collects its tensors."""
+    """Converts nested data to JSON values and collects the tensors."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
     def _keep(self, tensor: Tensor, place: str) -> str:
-        """Take a tensor under a name of its own: {'a/b': x, 'a': {'b': y}} has two of the same place."""
+        """Store a tensor under a unique name: in {'a/b': x, 'a': {'b': y}} two tensors have the same path."""
         name, number = place, 1
         while name in self.tensors or name in ('', '__metadata__'):
             number += 1
@@ -91,11 +91,11 @@ class _Encoder:
             items = [[self.encode(key, place), self.encode(item, f'{place}/{key}')] for key, item in value.items()]
             return self._tagged('dict', items=items)
         for kind in (list, tuple, set, frozenset):
-            # Not a named tuple, which would come back as another type.
+            # Named tuples are excluded: they would be restored as another type.
             if isinstance(value, kind) and not hasattr(value, '_fields'):
                 items = [self.encode(item, f'{place}/{index}') for index, item in enumerate(value)]
                 return items if kind is list else self._tagged(kind.__name__, items=items)
-        raise TypeError(f'{place}: a {type(value).__name__} cannot be kept')
+        raise TypeError(f'{place}: a {type(value).__name__} cannot be stored')
 
     @staticmethod
     def _tagged(kind: str, **content: Any) -> dict[str, Any]:
@@ -129,13 +129,13 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == 'dict':
         content = dict(items)
         if len(content) < len(items):
-            raise ValueError('a dictionary has a key twice')
+            raise ValueError('a dictionary has a duplicate key')
         return content
     return _SEQUENCES[kind](items)
 
 
 def _keepable(mapping: Mapping, place: str) -> dict:
-    """The items that can be kept; the others are named in the log."""
+    """Return the items that can be stored. The others are listed in the log."""
     kept = {}
     for key, value in mapping.items():
         try:
@@ -148,18 +148,19 @@ def _keepable(mapping: Mapping, place: str) -> dict:
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
-    """Write a checkpoint of MMEngine's Runner as safetensors, at once and complete or not at all.
+    """Write a checkpoint of MMEngine's Runner as safetensors, atomically.
 
-    Notes that are no plain data (in ``meta`` and in the message hub) are left
-    out, and the log says which.
+    Values in ``meta`` and in the message hub that are not plain data are left
+    out. The log lists them.
 
     Args:
-        checkpoint: The nest of dictionaries, lists, tensors, arrays, numbers,
-            texts and history buffers.
+        checkpoint: Nested dictionaries, lists, tensors, arrays, numbers,
+            strings and history buffers.
         path: Where to write.
 
     Raises:
-        TypeError: It holds something else, apart from those notes.
+        TypeError: Another part of the checkpoint holds a type that cannot be
+            stored.
         OSError: The file cannot be written.
     """
     checkpoint = dict(checkpoint, meta=_keepable(checkpoint['meta'], 'meta'))
@@ -172,20 +173,20 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike) -> None
 
 
 def is_checkpoint(metadata: dict[str, str]) -> bool:
-    """Whether a safetensors file's metadata is that of a training checkpoint."""
+    """Whether the metadata of a safetensors file belongs to a training checkpoint."""
     return _KEY in metadata
 
 
 def decode_checkpoint(metadata: dict[str, str], tensors: dict[str, Tensor], path: str = 'the file') -> dict[str, Any]:
-    """Build the checkpoint of a safetensors file's content.
+    """Rebuild a checkpoint from the content of a safetensors file.
 
     Args:
         metadata: The file's metadata.
         tensors: The file's tensors.
-        path: The file's name, for errors.
+        path: The file's name, for error messages.
 
     Raises:
-        DamagedFileError: The content makes no checkpoint.
+        DamagedFileError: The content is not a valid checkpoint.
     """
     try:
         content = parse_json(metadata[_KEY])
@@ -193,52 +194,64 @@ def decode_checkpoint(metadata: dict[str, str], tensors: dict[str, Tensor], path
         if type(version) is int and version == CHECKPOINT_VERSION:
             checkpoint = _decode(content['tree'], tensors)
             if isinstance(checkpoint['meta'], dict) and _is_state_dict(checkpoint['state_dict']):
-                # MMEngine would run it as Python code in resuming; its own releases do not write it any more.
+                # On resuming, MMEngine would run it as Python code. Current releases no longer write it.
                 checkpoint['meta'].pop('config', None)
+                if not _describes_data(checkpoint['meta'].get('dataset_meta')):
+                    raise ValueError('its `dataset_meta` has no valid `classes`')
                 return checkpoint
     except _MALFORMED as error:
         raise DamagedFileError(
-            f'{path} is no intact training checkpoint: {type(error).__name__}: {shortened(str(error))}'
+            f'{path} is not a valid training checkpoint: {type(error).__name__}: {shortened(str(error))}'
         ) from error
     if type(version) is not int or version != CHECKPOINT_VERSION:
         raise DamagedFileError(
             f'{path} has checkpoint version {shortened(version, 20)}, this iconformer_mm {__version__} reads version '
-            f'{CHECKPOINT_VERSION}; install the release that wrote it or a newer one'
+            f'{CHECKPOINT_VERSION}. Install the release that wrote the file, or a newer one'
         )
-    raise DamagedFileError(f'{path} is no intact training checkpoint: it lacks `meta` or `state_dict`')
+    raise DamagedFileError(f'{path} is not a valid training checkpoint: it lacks `meta` or `state_dict`')
 
 
 def raw_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of a checkpoint that were trained, where its ``state_dict`` holds their average.
+    """Return the raw trained weights of a checkpoint whose ``state_dict`` holds averaged weights.
 
-    MMEngine keeps them in ``ema_state_dict``, under names that begin with ``module.``.
+    MMEngine stores the raw weights in ``ema_state_dict``, with names that start with ``module.``.
     """
     slots = checkpoint['ema_state_dict']
     return {name: slots.get(f'module.{name}', value) for name, value in checkpoint['state_dict'].items()}
 
 
 def check_note(note: Any, path: Any) -> None:
-    """Check what AdapterCheckpointHook keeps in a checkpoint beside MMEngine's own content.
+    """Check the note that AdapterCheckpointHook adds to MMEngine's checkpoint.
 
     Args:
-        note: What the checkpoint has there.
-        path: The file's name, for errors.
+        note: The note, as read.
+        path: The file's name, for error messages.
 
     Raises:
-        DamagedFileError: It is not as the hook writes it.
+        DamagedFileError: The note is not in the format that the hook writes.
     """
     if not isinstance(note, dict):
-        raise DamagedFileError(f'{path} is no intact training checkpoint: its note is a {type(note).__name__}')
+        raise DamagedFileError(f'{path} is not a valid training checkpoint: its note is a {type(note).__name__}')
     for key, is_proper in _NOTE.items():
         if key not in note or not is_proper(note[key]):
-            raise DamagedFileError(f'{path} is no intact training checkpoint: its note has no proper `{key}`')
+            raise DamagedFileError(f'{path} is not a valid training checkpoint: its note has no valid `{key}`')
     for key, is_proper in _LATER_NOTE.items():
         if note.get(key) is not None and not is_proper(note[key]):
-            raise DamagedFileError(f'{path} is no intact training checkpoint: its note has no proper `{key}`')
+            raise DamagedFileError(f'{path} is not a valid training checkpoint: its note has no valid `{key}`')
 
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _describes_data(value: Any) -> bool:
+    """Whether a value is data set metadata. Only the part that is used here is checked."""
+    if value is None:
+        return True
+    classes = value.get('classes') if isinstance(value, dict) else 0
+    return classes is None or (
+        isinstance(classes, (list, tuple)) and all(isinstance(name, (str, int)) for name in classes)
+    )
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -255,7 +268,7 @@ def _is_rank_state(value: Any) -> bool:
 
 
 def _restores(state: dict[str, Any]) -> bool:
-    """Whether a random state is one, tried out on generators of its own."""
+    """Whether a random state is valid. It is tried on temporary generators."""
     try:
         random.Random().setstate(state['python'])
         np.random.RandomState().set_state(state['numpy'])
@@ -265,7 +278,7 @@ def _restores(state: dict[str, Any]) -> bool:
         return False
 
 
-# What checkpoints of earlier releases have not.
+# Keys that checkpoints of earlier releases lack.
 _LATER_NOTE: dict[str, Callable[[Any], bool]] = {
     'trained': _are_texts,
     'heads': _are_texts,
@@ -287,21 +300,21 @@ _NOTE: dict[str, Callable[[Any], bool]] = {
 
 
 def check_resumable(checkpoint: dict[str, Any], runner: Runner) -> None:
-    """Check that a run can go on from a checkpoint, before anything of it is taken over.
+    """Check that a run can resume from a checkpoint, before anything is loaded from it.
 
     Args:
         checkpoint: The checkpoint.
-        runner: The run, with its optimizer built.
+        runner: The runner, with its optimizer built.
 
     Raises:
-        DamagedFileError: The checkpoint is not one to resume from.
+        DamagedFileError: The run cannot resume from the checkpoint.
     """
     meta, hub = checkpoint['meta'], checkpoint.get('message_hub')
     fault = None
     if any(type(meta.get(key)) is not int or meta[key] < 0 for key in ('epoch', 'iter')):
-        fault = 'it has no proper `epoch` and `iter`'
+        fault = 'it has no valid `epoch` and `iter`'
     elif meta.get('seed') is not None and not is_seed(meta['seed']):
-        fault = 'its `seed` is none'
+        fault = 'its `seed` is not an integer from 0 to 2**32 - 1'
     elif (
         not isinstance(hub, dict)
         or any(
@@ -310,34 +323,37 @@ def check_resumable(checkpoint: dict[str, Any], runner: Runner) -> None:
         )
         or not all(value is True for value in hub['resumed_keys'].values())
     ):
-        fault = 'it has no proper `message_hub`'
+        fault = 'it has no valid `message_hub`'
     elif 'ema_state_dict' in checkpoint and not _is_state_dict(checkpoint['ema_state_dict']):
-        fault = 'it has no proper `ema_state_dict`'
+        fault = 'it has no valid `ema_state_dict`'
     elif 'optimizer' not in checkpoint:
-        fault = 'it holds no optimizer, like those that scored best (best_*). Resume from one of an epoch or iteration'
+        fault = (
+            'it holds no optimizer, like those that scored best (best_*). Resume from a checkpoint of an epoch or '
+            'iteration'
+        )
     else:
         fault = _optimizer_fault(checkpoint['optimizer'], runner.optim_wrapper)
         schedulers, own = checkpoint.get('param_schedulers', []), runner.param_schedulers
         built = isinstance(own, list) and all(hasattr(scheduler, 'state_dict') for scheduler in own)
         if fault is None and built and not _alike(schedulers, [scheduler.state_dict() for scheduler in own]):
-            fault = 'its `param_schedulers` are not those of this run'
+            fault = 'its `param_schedulers` do not match those of this run'
     if fault is not None:
-        raise DamagedFileError(f'{runner._load_from} is no checkpoint to resume from: {fault}')
+        raise DamagedFileError(f'{runner._load_from} cannot be resumed from: {fault}')
 
 
 def is_seed(value: Any) -> bool:
-    """Whether a value out of a file can seed all random generators."""
+    """Whether a value from a file can seed all random generators."""
     return type(value) is int and 0 <= value < 2**32
 
 
 def _optimizer_fault(state: Any, optim_wrapper: Any) -> str | None:
-    """What is wrong with an optimizer's state for the optimizer of a run, if anything."""
+    """Describe why an optimizer state does not fit the optimizer of a run; None if it fits."""
     if not isinstance(optim_wrapper, OptimWrapper):
-        return None  # several of them, which MMEngine tells apart
+        return None  # several optimizers; MMEngine matches them by name
     own = optim_wrapper.state_dict()
     if not isinstance(state, dict) or not _alike(state.get('param_groups'), own['param_groups']):
         return (
-            'its optimizer has other groups of parameters than that of this run. Resume with the method and the '
+            'its optimizer has other parameter groups than the optimizer of this run. Resume with the method and the '
             '`optim_wrapper` that it was trained with'
         )
     parameters = [p for group in optim_wrapper.param_groups for p in group['params']]
@@ -345,12 +361,12 @@ def _optimizer_fault(state: Any, optim_wrapper: Any) -> str | None:
     if not isinstance(slots, dict) or not all(
         type(index) is int and 0 <= index < len(parameters) and isinstance(slot, dict) for index, slot in slots.items()
     ):
-        return 'the state of its optimizer is not that of its parameters'
+        return 'the state of its optimizer does not match its parameters'
     for index, slot in slots.items():
         for name, value in slot.items():
             if isinstance(value, (dict, str)):
                 return f'{shortened(name, 50)} of its optimizer is a {type(value).__name__}'
-            # Factored states have fewer values than their parameter; none has its size and another shape.
+            # A factored state has fewer values than its parameter. No state has the same number in another shape.
             if isinstance(value, Tensor) and value.dim() > 0 and value.numel() > parameters[index].numel():
                 return f'{shortened(name, 50)} of its optimizer has shape {tuple(value.shape)} for a parameter of '
                 f'{tuple(parameters[index].shape)}'
@@ -358,7 +374,7 @@ def _optimizer_fault(state: Any, optim_wrapper: Any) -> str | None:
 
 
 def _alike(loaded: Any, own: Any) -> bool:
-    """Whether data out of a file is of the kind of one's own: numbers for numbers, lists of the same length."""
+    """Whether data from a file has the structure of the run's: numbers for numbers, lists of equal length."""
     if isinstance(own, dict):
         return isinstance(loaded, dict) and all(
             _alike(loaded[key], value) for key, value in own.items() if key in loaded

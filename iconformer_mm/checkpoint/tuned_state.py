@@ -1,4 +1,4 @@
-"""Which tensors of a model are its base, what was trained of its backbones, and what stands beside them."""
+"""Which tensors of a model are its base, which were trained in its backbones, and which lie outside them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from torch import Tensor, nn
 
 from iconformer_mm.tuning.backbones import find_backbones, find_classifiers, is_below, join
 from iconformer_mm.tuning.freezing import is_adapter
-from iconformer_mm.tuning.injection import PARTS, backbones_of, get_injection, outside_of, unwrap
+from iconformer_mm.tuning.injection import PARTS, Injection, backbones_of, escape, get_injection, outside_of, unwrap
 from iconformer_mm.tuning.selection import Selection
 
 BACKBONE = 'backbone'
 
 
 def file_names(names: Iterable[str], backbones: Sequence[str], heads: Iterable[str] = ()) -> dict[str, str]:
-    """Names of tensors in an adapter file, by their names in the model.
+    """Map the names of tensors in the model to their names in an adapter file.
 
-    In files a single backbone is ``backbone``, whatever its path in the model, unless that name is another's there.
+    A single backbone is called ``backbone`` in files, whatever its path in the model. The exception is a model that
+    uses this name for something else: there, all names stay as they are.
 
     Args:
         names: Names in the model.
         backbones: Paths of the backbones in the model.
-        heads: Names of modules that lie in a backbone and are heads.
+        heads: Names of the heads that lie inside a backbone.
     """
     names, heads = list(names), list(heads)
     if len(backbones) > 1:
@@ -39,11 +40,11 @@ def file_names(names: Iterable[str], backbones: Sequence[str], heads: Iterable[s
 
 
 def heads_of(model: nn.Module, selection: Selection | None = None) -> list[str]:
-    """Names in the model of the classifiers that lie in its backbones.
+    """Return the names of the classifiers that lie inside a model's backbones.
 
     Args:
         model: The model.
-        selection: What an unadapted model would be adapted with.
+        selection: The selection that an unadapted model would be adapted with.
     """
     model = unwrap(model)
     injection = get_injection(model)
@@ -61,14 +62,15 @@ def _backbones(model: nn.Module, selection: Selection | None) -> dict[str, nn.Mo
 
 
 def base_state(model: nn.Module, selection: Selection | None = None, with_trained: bool = False) -> dict[str, Tensor]:
-    """The tensors of a model's backbones that are not trained, by their names in the backbone.
+    """Return the tensors of a model's backbones that are not trained, by their names in the backbone.
 
-    Of several backbones the names have the path before them.
+    With several backbones, each name starts with the backbone's path.
 
     Args:
         model: The model, adapted or not.
-        selection: What an unadapted model would be adapted with. Defaults to None: all of its backbones are base.
-        with_trained: Whether to have the backbones' own tensors that are trained in place, too. Defaults to False.
+        selection: The selection that an unadapted model would be adapted with. Defaults to None: its backbones are
+            base as a whole.
+        with_trained: Whether to include the backbones' own tensors that are trained in place. Defaults to False.
     """
     model = unwrap(model)
     injection = get_injection(model)
@@ -91,9 +93,9 @@ def base_state(model: nn.Module, selection: Selection | None = None, with_traine
 
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
-    """The part of an adapted model's state dict that is its base, which what was trained is saved without.
+    """Return the base in an adapted model's state dict. Adapter files and checkpoints leave it out.
 
-    What stands beside the backbones is no part of it, frozen or not: no file of the base is sure to hold that.
+    Modules outside the backbones do not belong to it, even if they are frozen: a file of the base need not hold them.
     """
     model = unwrap(model)
     injection = get_injection(model)
@@ -109,13 +111,17 @@ def frozen_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name in names}
 
 
-def tuned_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that an adapter file holds, by the names they have there.
+def tuned_state(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors of an adapter file, by their names in the file.
 
-    Of several adapters it is the active one's, with its neck and head.
+    They are the tensors of one adapter with its neck and head. They share memory with the model.
+
+    Args:
+        model: The model.
+        adapter: The adapter, active or not. Defaults to None: the active one.
 
     Raises:
-        ValueError: The model keeps an adapter's tensor to itself.
+        ValueError: The model's ``state_dict()`` lacks tensors of an adapter.
     """
     model = unwrap(model)
     state = model.state_dict()
@@ -125,22 +131,21 @@ def tuned_state(model: nn.Module) -> dict[str, Tensor]:
         if lost:
             raise ValueError(
                 f'{type(model).__name__} leaves {len(lost)} adapter tensors out of its state_dict(), such as '
-                f'{lost[0]}: the file would lack them. A module in it drops what is not its own'
+                f'{lost[0]}: the file would lack them. One of its modules drops the tensors that it did not define'
             )
     base = frozen_state(model).keys()
     state = {name: value for name, value in state.items() if name not in base}
-    state = _of_active_adapter(state, model, backbones)
+    injection = get_injection(model)
+    if injection is not None:
+        state = _of_adapter(state, injection, backbones, adapter or injection.active)
     names = file_names(state, list(backbones), heads_of(model))
     return {names[name]: value for name, value in state.items()}
 
 
-def _of_active_adapter(
-    state: dict[str, Tensor], model: nn.Module, backbones: dict[str, nn.Module]
+def _of_adapter(
+    state: dict[str, Tensor], injection: Injection, backbones: dict[str, nn.Module], wanted: str | None
 ) -> dict[str, Tensor]:
-    """Without what is of other adapters; the active one's tensors by the names that they have as the only adapter."""
-    injection = get_injection(model)
-    if injection is None:
-        return state
+    """Drop the tensors of other adapters, and rename the wanted one's as if it were the only adapter."""
     paths = {id(module): path for path, module in backbones.items()}
     renamed: dict[str, str | None] = {PARTS: None}
     for name, adapter in injection.adapters.items():
@@ -148,7 +153,11 @@ def _of_active_adapter(
             path = paths[id(injection.backbones[own_path])]
             for key in attachment.adapters:
                 alone = join(path, attachment.path(key))
-                renamed[alone + attachment.suffix] = alone if name == injection.active else None
+                renamed[alone + attachment.suffix] = alone if name == wanted else None
+    if wanted is not None and wanted != injection.active:
+        for part in injection.adapters[wanted].parts or ():
+            renamed[part] = None  # belongs to the active adapter
+            renamed[f'{PARTS}.{escape(wanted)}.{escape(part)}'] = part
     kept = {}
     for name, value in state.items():
         prefix = next((p for p in _prefixes(name) if p in renamed), None)
@@ -160,6 +169,6 @@ def _of_active_adapter(
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """Names of the modules that a tensor lies in, the outermost first."""
+    """Yield the names of the modules that contain a tensor, innermost first."""
     words = name.split('.')
-    return ('.'.join(words[:end]) for end in range(1, len(words)))
+    return ('.'.join(words[:end]) for end in range(len(words) - 1, 0, -1))

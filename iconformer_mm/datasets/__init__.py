@@ -1,4 +1,4 @@
-"""Data sets that the mm libraries lack, registered there."""
+"""Data sets that the mm libraries lack. They are registered with those libraries."""
 
 from iconformer_mm.registry import register_with
 

@@ -1,8 +1,8 @@
-"""Errors in data that name the file (ours).
+"""Checks of data whose errors name the file (ours).
 
-The mm libraries' loaders leave the file's name out of many errors (a truncated
-annotation file, a label without a class), or wait for ever on an empty data
-set. What is checked here is cheap: nothing is read twice.
+Many errors of the mm libraries' loaders do not name the file (a truncated
+annotation file, a label without a class). On an empty data set the loaders wait
+forever. The checks here are cheap: nothing is read twice.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from mmengine.dataset import Compose
 from iconformer_mm.registry import type_name
 
 IGNORED_LABEL = 255
-# Depth in metres beyond which the unit must be wrong.
+# Largest depths, in metres, outside which the unit must be wrong.
 PLAUSIBLE_DEPTH = (0.1, 1000.0)
 FILE_KEYS = ('img_path', 'seg_map_path', 'depth_map_path')
 SOURCE_KEYS = ('data_root', 'ann_file', 'data_prefix', 'split', 'indices')
 
 
 class DataError(ValueError):
-    """Something is wrong with the data, not with the program."""
+    """The data is wrong, not the program."""
 
 
 def describe(dataset: Any) -> str:
-    """Name a data set by its class and where it comes from.
+    """Describe a data set by its class and its source.
 
     Args:
         dataset: A data set, or its config.
@@ -46,19 +46,21 @@ def describe(dataset: Any) -> str:
 
 
 class CheckedPipeline(Compose):
-    """A pipeline whose errors name the files, and that checks labels as they are loaded.
+    """A pipeline whose errors name the files. It checks labels when they are loaded.
 
-    - A label map has one channel, the image's size, and no label but those of
-      the classes and what is ignored.
-    - A depth map has one channel, the image's size, and plausible metres.
+    - A label map must have one channel and the image's size. It may hold only
+      the labels of the classes and the ignored labels.
+    - A depth map must have one channel, the image's size, and plausible values
+      in metres.
 
     Attributes:
-        ignored: Labels that are ignored, 255 unless a head ignores another one.
-        depth_ranges: Where metrics measure depth, see :class:`iconformer_mm.datasets.fit.DepthRange`.
+        ignored: Ignored labels; 255 unless a head ignores another one.
+        depth_ranges: The ranges in which metrics measure depth, see
+            :class:`iconformer_mm.datasets.fit.DepthRange`.
 
     Args:
-        pipeline: The data set's pipeline. Its list of transforms is shared, so
-            that hooks that change it change this one's.
+        pipeline: The data set's pipeline. The list of transforms is shared, so
+            hooks that change it also change this pipeline.
         num_classes: Number of classes of the data set, if it has any.
     """
 
@@ -72,23 +74,23 @@ class CheckedPipeline(Compose):
         """Apply the transforms.
 
         Raises:
-            DataError: A transform failed or a label is wrong; the message names
+            DataError: A transform failed or a label is wrong. The message names
                 the files of the sample.
         """
         return self._run(data)
 
     def load(self, data: dict, key: str) -> tuple[str, np.ndarray] | None:
-        """Apply the transforms until a label map is there.
+        """Apply the transforms until a label map is loaded.
 
         Args:
-            data: What the data set knows of a sample.
+            data: The data set's information about a sample.
             key: ``'gt_seg_map'`` or ``'gt_depth_map'``.
 
         Returns:
-            The sample's files, and the map; None if there is none.
+            The sample's files and the map; None if the sample has no map.
 
         Raises:
-            DataError: As in a call.
+            DataError: A transform failed or a label is wrong.
         """
         name = _name_of(data)
         loaded = self._run(data, key)
@@ -109,7 +111,7 @@ class CheckedPipeline(Compose):
             if data is None:
                 return None
             for key in [key for key in checks if key in data]:
-                check = checks.pop(key)  # once, as loaded
+                check = checks.pop(key)  # once, before later transforms change it
                 fault = check(data[key], tuple(data.get('ori_shape', data[key].shape))[:2])
                 if fault:
                     raise DataError(f'{name}: {fault}')
@@ -136,7 +138,7 @@ class CheckedPipeline(Compose):
         ignored = ' or '.join(map(str, sorted(self.ignored)))
         return (
             f'the label map holds {", ".join(map(str, wrong[:5]))}, but the data set has {self.num_classes} classes, '
-            f'0 to {self.num_classes - 1}, and {ignored} for what is ignored (counted after reduce_zero_label)'
+            f'0 to {self.num_classes - 1}, and {ignored} for ignored pixels (counted after reduce_zero_label)'
         )
 
     def _find_depth_fault(self, depth: np.ndarray, size: tuple[int, int]) -> str | None:
@@ -147,7 +149,7 @@ class CheckedPipeline(Compose):
             return 'the depth map holds values that are negative or not finite'
         deepest = depth.max()
         lowest, highest = PLAUSIBLE_DEPTH
-        if deepest == 0 or lowest <= deepest <= highest:  # 0: nothing is known
+        if deepest == 0 or lowest <= deepest <= highest:  # 0 means that no depth is known
             return next(filter(None, (each.find_fault(depth) for each in self.depth_ranges)), None)
         return (
             f'the largest depth is {deepest:g} after scaling, which cannot be metres: set depth_rescale_factor of '
@@ -156,13 +158,13 @@ class CheckedPipeline(Compose):
 
 
 def _name_of(data: dict) -> str:
-    """The files of a sample."""
+    """Name the files of a sample."""
     files = [str(data[key]) for key in FILE_KEYS if data.get(key)]
     return ', '.join(files) or f'sample {data.get("sample_idx", "without a file")}'
 
 
 def innermost(dataset: Any) -> Iterator[Any]:
-    """The data sets inside wrappers such as ConcatDataset and RepeatDataset."""
+    """Yield the data sets inside wrappers such as ConcatDataset and RepeatDataset."""
     inner = getattr(dataset, 'dataset', getattr(dataset, 'datasets', None))
     if inner is None:
         yield dataset
@@ -172,7 +174,7 @@ def innermost(dataset: Any) -> Iterator[Any]:
 
 
 def empty_error(dataset: Any) -> DataError:
-    """The error of a data set, or its config, without samples."""
+    """Create the error for a data set, or its config, that has no samples."""
     return DataError(
         f'{describe(dataset)} has no samples: its annotation file lists none, none of its classes occurs, or its '
         'filter leaves none'
@@ -180,7 +182,7 @@ def empty_error(dataset: Any) -> DataError:
 
 
 def check_dataset(dataset: Any) -> None:
-    """Refuse an empty data set, and have the pipelines of others name files in their errors.
+    """Refuse an empty data set. Make the pipelines of all others name files in their errors.
 
     Raises:
         DataError: The data set has no samples.

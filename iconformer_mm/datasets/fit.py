@@ -1,7 +1,8 @@
-"""Whether data, model and metrics fit, before time is spent on training (ours).
+"""Checks that data, model and metrics fit together, before time is spent on training (ours).
 
-A head for other classes than the data's, masks whose foreground is ignored, or depth that the head cannot reach give
-a number at the end, and a wrong one. What is looked at is cheap: configs, class names, and some of the labels.
+Some mistakes do not stop a training, but make its result wrong: a head for other classes than the data's, masks whose
+foreground is ignored, depth that the head cannot predict. The checks are cheap: they read configs, class names and some
+of the labels.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from iconformer_mm.tuning.injection import PARTS
 
 from .checks import CheckedPipeline, DataError, describe, innermost
 
-MAPS = 16  # label maps that are looked at
-MORE_MAPS = 1000  # where those were not enough to say that a class is missing
+MAPS = 16  # number of label maps to check
+MORE_MAPS = 1000  # used if the first ones do not show a second class
 DEPTH_MAPS = 128
-LABELS = 2000  # of images
-TOO_DEEP = 0.01  # share of the known pixels
-# Heads that count something else than the classes of the data, by a part of their names and by their classes.
+LABELS = 2000  # number of image labels to check
+TOO_DEEP = 0.01  # share of the pixels with known depth
+# Heads whose num_classes is not that of the data, by a part of their names and by their types.
 OTHER_COUNTS = ('backbone', 'rpn_head', 'semantic_head', 'fusion_head')
 OTHER_HEADS = ('STDCHead', 'FusedSemanticHead')
 NYU_CROP = (slice(45, 471), slice(41, 601))  # rows and columns of mmseg's 'nyu_crop'
@@ -36,13 +37,13 @@ NYU_CROP = (slice(45, 471), slice(41, 601))  # rows and columns of mmseg's 'nyu_
 
 @dataclass(frozen=True)
 class Head:
-    """A head that tells classes apart.
+    """A head that predicts classes.
 
     Attributes:
         name: Name in the model, such as ``roi_head.bbox_head.0``.
-        num_classes: How many.
-        one_channel: Whether it tells two classes apart by one sigmoid.
-        ignored: The label that it ignores, None if it ignores none.
+        num_classes: Number of classes.
+        one_channel: Whether it separates two classes with one sigmoid. Defaults to False.
+        ignored: The label that it ignores; None if it ignores none. Defaults to None.
     """
 
     name: str
@@ -51,17 +52,17 @@ class Head:
     ignored: int | None = None
 
     def fits(self, count: int) -> bool:
-        """Whether it is for so many classes."""
+        """Whether the head fits this number of classes."""
         return self.num_classes == count or (self.one_channel and count == 2)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What data has to fit.
+    """The properties of a model that data must fit.
 
     Attributes:
-        heads: The heads that tell classes apart.
-        max_depth: The largest depth that can be predicted, in metres; None where depth is not bounded.
+        heads: The heads that predict classes.
+        max_depth: The largest depth that can be predicted, in metres; None if depth is not bounded.
     """
 
     heads: tuple[Head, ...] = ()
@@ -72,9 +73,9 @@ def look_at_model(model: nn.Module | Mapping[str, Any]) -> Model:
     """Find the heads of a model.
 
     Args:
-        model: A model, or its config. Of a config only what it says itself is known.
+        model: A model, or its config. A config shows only what it sets explicitly.
     """
-    # Classes are words of a prompt, or tracks are what counts.
+    # Here classes are words of a prompt, or the model predicts tracks.
     if _get(model, 'language_model') is not None or _get(model, 'tracker') is not None:
         return Model()
     if isinstance(model, Mapping) and 'module' in model and 'backbone' not in model:
@@ -82,7 +83,7 @@ def look_at_model(model: nn.Module | Mapping[str, Any]) -> Model:
     found, depths = [], []
     for name, part in model.named_modules() if isinstance(model, nn.Module) else _nodes(model):
         if is_below(name, [PARTS]):
-            continue  # heads of inactive adapters, which other data is for
+            continue  # heads of inactive adapters are for other data
         depth = _get(part, 'max_depth')
         if isinstance(depth, (int, float)) and 'head' in name:
             depths.append(float(depth))
@@ -101,7 +102,7 @@ def _get(part: Any, name: str) -> Any:
 
 
 def _nodes(node: Any, name: str = '') -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All dictionaries of a config, with names as their modules have."""
+    """Yield all dictionaries of a config, named like their modules."""
     if isinstance(node, Mapping):
         yield name, node
         children: Iterable[tuple[Any, Any]] = node.items()
@@ -121,7 +122,7 @@ def _num_classes(part: Any) -> int | None:
 
 
 def _counts_classes(name: str, part: Any) -> bool:
-    """Whether it is a head, and for the classes of the data."""
+    """Whether a module is a head for the classes of the data."""
     words = [word for word in name.split('.') if not word.isdigit()]
     if not words or not words[-1].endswith('head') or any(other in word for word in words for other in OTHER_COUNTS):
         return False
@@ -129,14 +130,14 @@ def _counts_classes(name: str, part: Any) -> bool:
     return not (depth or _get(part, 'class_agnostic') or is_type(part, *OTHER_HEADS))
 
 
-# What is asked of data sets.
+# Checks of data sets
 
 
 def find_class_list_fault(dataset: Any) -> str | None:
-    """A list of classes that is a single word, in a data set's config or what is inside of it.
+    """Describe a wrong list of classes in a data set's config, such as a single string; None if all are fine.
 
     Args:
-        dataset: The config.
+        dataset: The config. Nested configs are checked, too.
     """
     for _, node in _nodes(dataset):
         for classes in (node.get('classes'), (node.get('metainfo') or {}).get('classes')):
@@ -144,20 +145,20 @@ def find_class_list_fault(dataset: Any) -> str | None:
                 continue
             if isinstance(classes, str):
                 if Path(classes).expanduser().is_file():
-                    continue  # names, one a line
+                    continue  # a file with one name per line
                 return (
                     f'the classes of {describe(node)} are the word {classes!r}, whose letters would be taken for '
                     f'classes: a tuple of one name needs a comma, classes=({classes!r},)'
                 )
             wrong = [name for name in classes if not isinstance(name, str)]
             if wrong or not classes:
-                what = f'hold {wrong[0]!r}, which is no name' if wrong else 'are an empty list'
+                what = f'hold {wrong[0]!r}, which is not a name' if wrong else 'are an empty list'
                 return f'the classes of {describe(node)} {what}: write them as a list of names'
     return None
 
 
 def classes_of(dataset: Any) -> tuple[str, ...] | None:
-    """Names of the classes of a data set that is no wrapper; None if it has none."""
+    """Return the class names of a data set that is not a wrapper; None if it has none."""
     classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
     return None if classes is None else tuple(classes) if not isinstance(classes, str) else (classes,)
 
@@ -165,20 +166,20 @@ def classes_of(dataset: Any) -> tuple[str, ...] | None:
 def find_faults(
     model: Model, dataset: Any, metrics: Sequence[Any] = (), training: bool = False, known: Any = None
 ) -> Iterator[str]:
-    """Find what does not fit.
+    """Find everything that does not fit.
 
     Args:
-        model: The model, as :func:`look_at_model` has it.
+        model: The model, as returned by :func:`look_at_model`.
         dataset: A data set, checked by :func:`~iconformer_mm.datasets.checks.check_dataset`.
-        metrics: The metrics that it is evaluated by, built.
-        training: Whether it is trained on.
-        known: The data set that is trained on, if this is another one.
+        metrics: The metrics that evaluate it, already built.
+        training: Whether it is the training data. Defaults to False.
+        known: The training data, if ``dataset`` is another data set. Defaults to None.
 
     Returns:
-        A sentence a fault.
+        One sentence per fault.
 
     Raises:
-        DataError: A file of the labels that were looked at is wrong; the message names it.
+        DataError: A label file that was checked is wrong. The message names it.
     """
     reference = None if known is None else next((c for c in map(classes_of, innermost(known)) if c), None)
     with _random_state_kept():
@@ -206,18 +207,18 @@ def find_faults(
 
 
 def class_fault(model: Model, dataset: Any, metainfo: Mapping[str, Any]) -> str | None:
-    """A head for other classes than a data set's.
+    """Describe the heads whose number of classes differs from a data set's; None if all fit.
 
     Args:
         model: The model.
         dataset: The data set, or its config.
-        metainfo: What is known of its classes.
+        metainfo: The known metadata of the data set, with its classes.
     """
     classes = metainfo.get('classes')
     if not classes or isinstance(classes, str):
         return None
     counts = {len(classes)}
-    if 'thing_classes' in metainfo:  # heads for things, for stuff, and for stuff and one more for things
+    if 'thing_classes' in metainfo:  # heads for things, for stuff, and for stuff plus one class for all things
         things, stuff = len(metainfo['thing_classes']), len(metainfo.get('stuff_classes') or ())
         counts |= {things, stuff, stuff + 1}
     wrong = [head for head in model.heads if not any(head.fits(count) for count in counts)]
@@ -231,7 +232,7 @@ def class_fault(model: Model, dataset: Any, metainfo: Mapping[str, Any]) -> str 
 
 
 def other_classes(dataset: Any, classes: Sequence[str], trained: Sequence[str]) -> str:
-    """What to say where a data set has other classes than what is trained on."""
+    """Describe how the classes of a data set differ from those of the training data."""
     place = next((i for i, pair in enumerate(zip(classes, trained)) if pair[0] != pair[1]), None)
     what = f'{len(classes)} classes' if place is None else f"'{classes[place]}' for class {place}"
     instead = len(trained) if place is None else f"'{trained[place]}'"
@@ -239,30 +240,30 @@ def other_classes(dataset: Any, classes: Sequence[str], trained: Sequence[str]) 
 
 
 def is_depth(dataset: Mapping[str, Any]) -> bool:
-    """Whether a data set's config loads depth, whatever its classes are called after."""
+    """Whether a data set's config loads depth. Its classes do not matter then."""
     return any('Depth' in type_name(transform) for transform in dataset.get('pipeline') or ())
 
 
 def _some(names: Sequence[str], limit: int = 6) -> str:
-    # ImageNet's names are lists of names.
+    # An ImageNet name is a list of synonyms.
     return ', '.join(str(name).partition(',')[0] for name in names[:limit]) + (', ...' if len(names) > limit else '')
 
 
 def _loads(part: Any, what: str) -> bool:
-    """Whether a data set's pipeline loads labels of a kind."""
+    """Whether a data set's pipeline loads a kind of labels."""
     transforms = getattr(getattr(part, 'pipeline', None), 'transforms', ())
     names = [type(transform).__name__ for transform in transforms]
     return any(name.startswith('Load') and 'Annotation' in name and what in name for name in names)
 
 
 def _spread(number: int, limit: int) -> list[int]:
-    """Indices of at most ``limit`` of a number of items, the first and the last among them."""
+    """Return at most ``limit`` evenly spaced indices below ``number``, including the first and the last."""
     return sorted({int(i) for i in np.linspace(0, number - 1, min(number, limit)).round()}) if number else []
 
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Looking at data changes no random number that is drawn later."""
+    """Restore the random state afterwards, so that checking data does not change later random numbers."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -273,7 +274,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 def _maps(part: Any, key: str, indices: Iterable[int]) -> Iterator[tuple[str, np.ndarray]]:
-    """Label maps of a data set as they are loaded, and their files; samples without one are left out."""
+    """Yield the label maps of a data set as loaded, with their files. Samples without a map are skipped."""
     if not isinstance(part.pipeline, CheckedPipeline):
         return
     for index in indices:
@@ -283,9 +284,9 @@ def _maps(part: Any, key: str, indices: Iterable[int]) -> Iterator[tuple[str, np
 
 
 def _map_faults(model: Model, part: Any, classes: tuple[str, ...] | None) -> Iterator[str]:
-    """Label maps of semantic segmentation that hold one class, and what is ignored."""
+    """Find label maps of semantic segmentation that hold only one class and ignored labels."""
     heads = [head for head in model.heads if not head.name.startswith(('bbox_head', 'roi_head'))]
-    # mmseg's; what other libraries load by this name is for one of several heads.
+    # Only mmseg's data sets. In other libraries these maps are for one of several heads.
     if not hasattr(part, 'reduce_zero_label') or not _loads(part, '') or not heads:
         return
     number = len(classes) if classes else max(head.num_classes for head in heads)
@@ -312,15 +313,14 @@ def _map_faults(model: Model, part: Any, classes: tuple[str, ...] | None) -> Ite
     what = f'class {only[0]}' + (f' ({classes[only[0]]})' if classes else '') if only else 'no class'
     values = ', '.join(map(str, sorted(ignored)))
     yield (
-        f'{describe(part)}: the {looked} label maps that were looked at hold {what} and, on {left_out / pixels:.0%} of '
-        f'their pixels, {values}, which is ignored, so that any prediction would score 100 %: the maps must hold the '
-        f'indices of the {number} classes (masks of 0 and 255 are to be divided by 255), counted after '
-        'reduce_zero_label'
+        f'{describe(part)}: the {looked} label maps that were checked hold {what} and, on {left_out / pixels:.0%} of '
+        f'their pixels, {values}, which is ignored. Any prediction would score 100 %. The maps must hold the indices '
+        f'of the {number} classes after reduce_zero_label; divide masks of 0 and 255 by 255'
     )
 
 
 def _image_label_faults(model: Model, part: Any, classes: tuple[str, ...] | None, training: bool) -> Iterator[str]:
-    """Labels of images beyond the classes; for data without names of classes, a head with more."""
+    """Find image labels outside the classes, and a head with more classes than data without class names."""
     if not hasattr(part, 'get_gt_labels') or not model.heads:
         return
     number = min(head.num_classes for head in model.heads)
@@ -342,26 +342,26 @@ def _image_label_faults(model: Model, part: Any, classes: tuple[str, ...] | None
         largest = max(largest, int(labels.max(initial=-1)))
     if training and classes is None and 0 <= largest < number - 1 and len(indices) == len(part):
         yield (
-            f'{model.heads[0].name} is for {number} classes, but the labels of {describe(part)} end at {largest}: set '
-            f'num_classes={largest + 1} in model.{model.heads[0].name}, or name all classes in `classes` of the data '
-            'set'
+            f'{model.heads[0].name} is for {number} classes, but the largest label of {describe(part)} is {largest}: '
+            f'set num_classes={largest + 1} in model.{model.heads[0].name}, or name all classes in `classes` of the '
+            'data set'
         )
 
 
 def _annotation_faults(part: Any, classes: tuple[str, ...] | None) -> Iterator[str]:
-    """Classes that an annotation file in COCO's format does not know, which are left out without a word."""
+    """Find classes that a COCO annotation file does not define. The library drops them silently."""
     known = getattr(part, 'cat_ids', None)
     if classes is None or not hasattr(part, 'cat2label') or not isinstance(known, (list, tuple)):
         return
     if len(known) < len(classes):
         yield (
             f'{describe(part)}: its annotation file knows {len(known)} of the {len(classes)} classes {_some(classes)}; '
-            'the others would have no instances. Write the names as its `categories` have them'
+            'the others would have no instances. Spell the names as in its `categories`'
         )
 
 
 def _depth_faults(model: Model, part: Any, metrics: Sequence[Any], training: bool) -> Iterator[str]:
-    """Depth that cannot be predicted, or not be measured."""
+    """Find depth that cannot be predicted or measured."""
     ranges = [] if training else [DepthRange.of(metric) for metric in metrics if is_type(metric, 'DepthMetric')]
     if isinstance(part.pipeline, CheckedPipeline):
         part.pipeline.depth_ranges = ranges
@@ -380,20 +380,20 @@ def _depth_faults(model: Model, part: Any, metrics: Sequence[Any], training: boo
                 deepest, where = float(depth[beyond].max()), name
     if looked and known == 0:
         yield (
-            f'{describe(part)}: the {looked} depth maps that were looked at hold 0 only, which means unknown: is it '
-            'the right folder, and the right depth_rescale_factor of LoadDepthAnnotation?'
+            f'{describe(part)}: the {looked} depth maps that were checked hold only 0, which means unknown: check '
+            'the folder and the depth_rescale_factor of LoadDepthAnnotation'
         )
     elif known and deep > TOO_DEEP * known:
         yield (
             f'{describe(part)}: {deep / known:.0%} of the known depth lies beyond {model.max_depth:g} m, the max_depth '
-            f'of the head, up to {deepest:g} m in {where}, and could not be predicted: set max_depth, and '
-            'max_depth_eval of the metric, to what the data has, or write 0 where depth is not to be learned'
+            f'of the head, up to {deepest:g} m in {where}, and cannot be predicted: set max_depth, and max_depth_eval '
+            "of the metric, to the data's range, or write 0 where depth should not be learned"
         )
 
 
 @dataclass(frozen=True)
 class DepthRange:
-    """Where a metric measures depth.
+    """The range in which a metric measures depth.
 
     Attributes:
         lowest: Depth must be larger, in metres.
@@ -407,11 +407,11 @@ class DepthRange:
 
     @classmethod
     def of(cls, metric: Any) -> DepthRange:
-        """That of mmseg's DepthMetric."""
+        """Read the range of mmseg's DepthMetric."""
         return cls(float(metric.min_depth_eval), float(metric.max_depth_eval), metric.crop_type == 'nyu_crop')
 
     def mask(self, depth: np.ndarray) -> np.ndarray:
-        """The pixels of a map (H, W) that are measured."""
+        """Return a mask of the measured pixels of a map (H, W)."""
         inside = (depth > self.lowest) & (depth < self.highest)
         if self.crop:
             cropped = np.zeros_like(inside)
@@ -420,25 +420,25 @@ class DepthRange:
         return inside
 
     def find_fault(self, depth: np.ndarray) -> str | None:
-        """Say that nothing in a map is measured, which makes every metric NaN."""
+        """Describe a map without measured pixels, which makes every metric NaN; None if it has some."""
         if self.mask(depth).any():
             return None
         where = ' within the NYU crop' if self.crop else ''
         return (
             f'no depth in the map lies between {self.lowest:g} and {self.highest:g} m (min_depth_eval and '
             f'max_depth_eval of the metric){where}, and its largest is {depth.max(initial=0):g} m: all metrics would '
-            'be NaN. Leave the image out, or set the range to that of the data'
+            "be NaN. Leave the image out, or set the range to the data's range"
         )
 
 
 def _metric_faults(model: Model, metrics: Sequence[Any]) -> Iterator[str]:
-    """A top-k accuracy that fails at the first validation."""
+    """Find a top-k accuracy that would fail at the first validation."""
     number = min((head.num_classes for head in model.heads), default=None)
     for metric in metrics:
         topk = getattr(metric, 'topk', None)
         if number is not None and isinstance(topk, (list, tuple)) and topk and max(topk) > number:
             yield (
-                f'{type_name(metric)} is to give the top-{max(topk)} accuracy, but {model.heads[0].name} is for '
+                f'{type_name(metric)} computes the top-{max(topk)} accuracy, but {model.heads[0].name} is for '
                 f'{number} classes: set topk={tuple(k for k in topk if k <= number) or (1,)} in the evaluator'
             )
 
@@ -449,7 +449,7 @@ def check_fit(
     """Refuse data that does not fit; see :func:`find_faults`.
 
     Raises:
-        DataError: With a sentence on the first fault.
+        DataError: The data does not fit. The message describes the first fault.
     """
     for fault in find_faults(model, dataset, metrics, training, known):
         raise DataError(fault)

@@ -1,21 +1,26 @@
-"""Small rendered scenes with exact depth, masks and labels, in the real data sets' formats (ours).
+"""Small rendered scenes with exact depth, masks and labels, in the formats of real data sets (ours).
 
-Textured flat shapes stand upright at different distances on a ground plane
-before a wall, and hide one another. All is drawn from a seed, so that any
-benchmark's pipeline can be run without a download. The styles differ in colour,
-light, texture and haze, not in geometry: ``'source'``; ``'target'``; and ``'mixed'``,
-the target under conditions that change from scene to scene.
+Flat textured shapes stand upright on a ground plane in front of a wall, at
+different distances, and occlude one another. Everything is drawn from a seed, so
+any benchmark's pipeline runs without a download. The styles ``'source'``,
+``'target'`` and ``'mixed'`` differ in colour, light, texture and haze, but not in
+geometry. ``'mixed'`` is the target style under conditions that change from scene
+to scene.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
 import numpy as np
+from rich.progress import track
 
 SHAPES = ('disc', 'box', 'cone', 'diamond', 'cross')
 SURFACES = ('wall', 'floor')
@@ -24,8 +29,8 @@ STYLES = ('source', 'target', 'mixed')
 CONDITIONS = ('clear', 'blurred', 'noisy', 'dark')  # of the mixed style
 
 CAMERA_HEIGHT = 1.4  # metres
-NEAREST = 1.8  # metres, of an object
-WALL = (6.5, 9.5)  # metres, where the wall may stand; below the 10 m that NYU-v2 is cut at
+NEAREST = 1.8  # metres, smallest distance of an object
+WALL = (6.5, 9.5)  # metres, range of the wall's distance; below NYU-v2's limit of 10 m
 
 
 @dataclass
@@ -48,7 +53,7 @@ class Scene:
 
 
 def _shape_polygon(shape: str) -> np.ndarray:
-    """Outline of a shape of height 1 standing on the origin: x right, y up."""
+    """Return the outline of a shape of height 1 that stands on the origin: x right, y up."""
     if shape == 'disc':
         angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
         return np.stack([0.5 * np.cos(angles), 0.5 + 0.5 * np.sin(angles)], axis=1)
@@ -66,7 +71,7 @@ def _shape_polygon(shape: str) -> np.ndarray:
 
 
 def _colour(rng: np.random.Generator, style: str) -> np.ndarray:
-    """A colour, RGB in [0, 1]: vivid in the source, dull and warm in the other styles."""
+    """Draw an RGB colour in [0, 1]: vivid in the source style, dull and warm in the others."""
     hue, saturation, value = rng.uniform(0, 180), rng.uniform(0.6, 1), rng.uniform(0.6, 1)
     if style != 'source':
         saturation, value = 0.4 * saturation, 0.75 * value
@@ -76,7 +81,7 @@ def _colour(rng: np.random.Generator, style: str) -> np.ndarray:
 
 
 def _texture(rng: np.random.Generator, style: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Colours, (..., 3), of surface points (u, v) in metres: stripes, checks or dots of two colours."""
+    """Return colours (..., 3) of surface points (u, v) in metres: plain, stripes, checks or dots."""
     period = rng.uniform(0.15, 0.5)
     angle = rng.uniform(0, np.pi)
     s = (np.cos(angle) * u + np.sin(angle) * v) / period
@@ -101,12 +106,12 @@ def render_scene(
     """Render one scene.
 
     Args:
-        rng: Source of all that varies.
-        style: ``'source'``, ``'target'`` or ``'mixed'``.
-        size: Height and width in pixels.
-        max_objects: Objects at most; at least one is placed. Objects that end
-            up with fewer than 12 visible pixels are left out of the lists and
-            stay visible as what they are in the other maps.
+        rng: Source of all random choices.
+        style: ``'source'``, ``'target'`` or ``'mixed'``. Defaults to ``'source'``.
+        size: Height and width in pixels. Defaults to (96, 128).
+        max_objects: Maximum number of objects; at least one is placed. Objects
+            with fewer than 12 visible pixels are left out of ``masks`` and
+            ``labels``, but stay in the image and the other maps. Defaults to 6.
 
     Raises:
         ValueError: The style is unknown.
@@ -119,7 +124,7 @@ def render_scene(
     wall = rng.uniform(*WALL)
     rows, columns = np.mgrid[:height, :width].astype(np.float64) + 0.5
 
-    # Ground where the ray meets it before the wall.
+    # The ray hits the ground if it meets it before the wall.
     with np.errstate(divide='ignore'):
         ground = CAMERA_HEIGHT * focal / (rows - horizon)
     on_ground = (ground > 0) & (ground < wall)
@@ -132,7 +137,7 @@ def render_scene(
     owner = np.full(size, -1)
     labels = []
     distances = np.sort(rng.uniform(NEAREST, wall - 0.4, size=rng.integers(1, max_objects + 1)))[::-1]
-    for index, distance in enumerate(distances):  # the farthest first, so that nearer ones hide it
+    for index, distance in enumerate(distances):  # the farthest first, so that nearer objects occlude it
         label = int(rng.integers(len(SHAPES)))
         tall = rng.uniform(0.6, 1.5)
         place = rng.uniform(-0.5, 0.5) * width * distance / focal
@@ -165,7 +170,7 @@ def render_scene(
 
 
 def _light(rng: np.random.Generator, style: str, image: np.ndarray, depth: np.ndarray) -> np.ndarray:
-    """Light from one side; but for the source also haze with the distance, blur and noise."""
+    """Add light from one side and noise. Except in the source style, also add haze with distance and blur."""
     height, width = depth.shape
     side = np.linspace(-1, 1, width) * rng.uniform(-0.25, 0.25) + rng.uniform(0.85, 1.05)
     image = image * side[None, :, None]
@@ -187,7 +192,7 @@ def _light(rng: np.random.Generator, style: str, image: np.ndarray, depth: np.nd
 def scenes(
     number: int, seed: int, style: str = 'source', size: tuple[int, int] = (96, 128), max_objects: int = 6
 ) -> Iterator[Scene]:
-    """Render scenes; each has its own random stream, so scene ``i`` is the same however many there are."""
+    """Render scenes. Each has its own random stream, so scene ``i`` does not depend on their number."""
     for index in range(number):
         yield render_scene(np.random.default_rng([seed, index]), style, size, max_objects)
 
@@ -201,7 +206,7 @@ def _save_image(path: Path, image: np.ndarray) -> None:
 
 
 def _encode_mask(mask: np.ndarray) -> dict:
-    """COCO's run-length encoding, as JSON holds it."""
+    """Return COCO's run-length encoding in a form that JSON can hold."""
     from pycocotools import mask as coco_mask
 
     encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -241,7 +246,7 @@ _LONG = {'train': 'training', 'val': 'validation'}
 
 
 def write_ade20k(root: Path, split: str, items: Iterator[Scene]) -> None:
-    """Write ``images`` and ``annotations`` for both splits; label 0 means nothing, so classes start at 1."""
+    """Write ``images`` and ``annotations`` of a split. Label 0 means unlabelled, so classes start at 1."""
     for number, scene in enumerate(items):
         name = f'ADE_{split}_{number:08d}'
         _save_image(root / 'images' / _LONG[split] / f'{name}.jpg', scene.image)
@@ -249,7 +254,7 @@ def write_ade20k(root: Path, split: str, items: Iterator[Scene]) -> None:
 
 
 def write_nyu(root: Path, split: str, items: Iterator[Scene]) -> None:
-    """Write ``images/{train,test}/*.jpg`` and ``annotations/{train,test}/*.png``, 16-bit millimetres."""
+    """Write ``images/{train,test}/*.jpg`` and ``annotations/{train,test}/*.png``, in 16-bit millimetres."""
     folder = {'train': 'train', 'val': 'test'}[split]
     for number, scene in enumerate(items):
         name = f'study_{number:04d}_{split}'
@@ -276,3 +281,46 @@ WRITERS: dict[str, Callable[[Path, str, Iterator[Scene]], None]] = {
     'nyu': write_nyu,
     'classification': write_classification,
 }
+
+
+# Every part has scenes of its own: seeds never meet.
+SEEDS = {
+    ('source', 'train'): 0,
+    ('source', 'val'): 1,
+    ('target', 'train'): 2,
+    ('target', 'val'): 3,
+    ('mixed', 'train'): 1_000_002,
+    ('mixed', 'val'): 1_000_003,
+}
+
+
+def write_scenes(
+    out: Path,
+    style: str,
+    formats: Iterable[str] = tuple(WRITERS),
+    train: int = 400,
+    val: int = 100,
+    size: tuple[int, int] = (96, 128),
+    seed: int = 0,
+) -> None:
+    """Render the data sets of one style, each complete or not there at all.
+
+    Args:
+        out: Folder to write; the data sets are ``<style>/<format>`` in it, and replace those that are there.
+        style: One of ``STYLES``.
+        formats: Keys of ``WRITERS``. Defaults to all.
+        train: Training scenes. Defaults to 400.
+        val: Validation scenes. Defaults to 100.
+        size: Height and width in pixels. Defaults to 96 x 128.
+        seed: Other seeds give other scenes. Defaults to 0.
+    """
+    for name in formats:
+        folder = out / style / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            for split, number in (('train', train), ('val', val)):
+                items = scenes(number, 4 * seed + SEEDS[style, split], style, size)
+                items = iter(track(items, f'{style} {name} {split}', total=number))
+                WRITERS[name](Path(temporary) / name, split, items)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(Path(temporary) / name, folder)

@@ -1,4 +1,4 @@
-"""Mixed precision where MMEngine's AmpOptimWrapper does not run."""
+"""Mixed precision on devices that MMEngine's AmpOptimWrapper does not support."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from iconformer_mm.compat import device_of
 
-# What MMEngine's wrappers of other precisions take beyond what all wrappers take.
+# Options of MMEngine's mixed-precision wrappers that other wrappers do not accept.
 AMP_OPTIONS = ('loss_scale', 'dtype', 'use_fsdp')
 APEX_OPTIONS = (
     'opt_level',
@@ -32,18 +32,18 @@ APEX_OPTIONS = (
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """MMEngine's OptimWrapper under bfloat16 autocast, on any device, CPUs included.
+    """MMEngine's OptimWrapper under bfloat16 autocast, on any device including CPUs.
 
-    bfloat16 has float32's range, so no loss scaling is needed. MMEngine's own
-    AmpOptimWrapper asks for a GPU.
+    bfloat16 has the range of float32, so it needs no loss scaling. MMEngine's own
+    AmpOptimWrapper requires a GPU.
 
     Args:
-        loss_scale: Not used. It is taken so that the config of an AmpOptimWrapper can be run. Defaults to None.
+        loss_scale: Ignored. It is accepted so that configs for AmpOptimWrapper run unchanged. Defaults to None.
         dtype: None or ``'bfloat16'``. Defaults to None.
         **kwargs: Arguments of MMEngine's OptimWrapper, such as ``optimizer`` and ``accumulative_counts``.
 
     Raises:
-        ValueError: Another dtype is asked for.
+        ValueError: ``dtype`` is another dtype.
 
     Example:
         >>> optim_wrapper = dict(type='BFloat16OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
@@ -58,7 +58,7 @@ class BFloat16OptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Forward passes within it run in bfloat16 where that is safe."""
+        """Run forward passes within the context in bfloat16 where autocast considers it safe."""
         device = device_of(model).type
         with super().optim_context(model), torch.autocast(device, dtype=torch.bfloat16):
             yield

@@ -1,4 +1,4 @@
-"""Hands the optimizer what is trained, and nothing else."""
+"""Building optimizers over the trainable parameters only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from iconformer_mm.tuning.injection import backbones_of, get_injection, outside_
 
 @contextmanager
 def only_trainable(model: nn.Module) -> Iterator[None]:
-    """Within it, ``model.named_parameters()`` lists trainable parameters only."""
+    """Restrict ``model.named_parameters()`` to trainable parameters within the context."""
     originals = {module: module._parameters for module in model.modules()}
     try:
         for module, parameters in originals.items():
@@ -35,24 +35,24 @@ def only_trainable(model: nn.Module) -> Iterator[None]:
 class PEFTOptimWrapperConstructor:
     """Builds an optimizer wrapper over the trainable parameters (ours).
 
-    MMEngine's default constructor gives the optimizer frozen parameters too,
-    or, with a ``paramwise_cfg``, logs a warning for each. This one hides them
-    from another constructor, whose rules (``custom_keys``, layer decay, ...)
-    then apply to what is trained.
+    MMEngine's default constructor also gives frozen parameters to the optimizer,
+    or logs a warning for each if there is a ``paramwise_cfg``. This constructor
+    hides them from an inner constructor. The inner constructor's rules
+    (``custom_keys``, layer decay, ...) then apply to the trained parameters.
 
-    One thing is otherwise: a smaller learning rate for the backbone, as many
-    configs have it by ``custom_keys`` or layer decay, is meant for pre-trained
-    weights. Adapters are new and train at the base learning rate. Parameters of the backbone that are trained in
-    place (``unfreeze``) are pre-trained, and keep to the rules.
+    There is one exception. Many configs give the backbone a smaller learning rate, by
+    ``custom_keys`` or layer decay. This is meant for pre-trained weights. Adapters are
+    new, so they train at the base learning rate. Parameters of the backbone that are
+    trained in place (``unfreeze``) are pre-trained, so they follow the rules.
 
     Args:
         optim_wrapper_cfg: Config of the optimizer wrapper, with ``optimizer``.
-        paramwise_cfg: Rules for the inner constructor, and two keys of ours.
-            ``constructor`` names that constructor, by default
-            ``'DefaultOptimWrapperConstructor'``. ``adapter_lr_mult`` is the
-            adapters' learning rate over the base one, by default 1; with None,
-            or if a custom key contains ``'adapter'``, the inner constructor's
-            rules hold for adapters, too. Defaults to None.
+        paramwise_cfg: Rules for the inner constructor, and two more keys.
+            ``constructor`` names the inner constructor and defaults to
+            ``'DefaultOptimWrapperConstructor'``. ``adapter_lr_mult`` is the ratio of
+            the adapters' learning rate to the base one and defaults to 1. If it is None,
+            or if a custom key contains ``'adapter'``, the inner constructor's rules
+            also apply to adapters. Defaults to None.
 
     Raises:
         ValueError: Nothing in the model is trainable.
@@ -77,8 +77,8 @@ class PEFTOptimWrapperConstructor:
         """Build the optimizer wrapper of a model."""
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
-                f'nothing to train in {type(model).__name__}: all its parameters are frozen. Does the model have a '
-                "head, or should the PEFT method be other than 'frozen'?"
+                f'nothing to train in {type(model).__name__}: all its parameters are frozen. Add a head to the model, '
+                "or use another PEFT method than 'frozen'"
             )
         with only_trainable(model):
             optim_wrapper = self.inner(model)
@@ -93,7 +93,7 @@ ADAPTERS = 'adapters'
 
 
 def kinds_of_parameters(model: nn.Module) -> dict[int, str]:
-    """What each trainable parameter of a model belongs to, by its ``id``: adapters, backbone, or a part beside it."""
+    """Map the ``id`` of each trainable parameter to its kind: adapters, a backbone, or a part outside of it."""
     model = unwrap(model)
     injection = get_injection(model)
     backbones = backbones_of(model)
@@ -111,11 +111,11 @@ def kinds_of_parameters(model: nn.Module) -> dict[int, str]:
 
 
 def set_learning_rate(optim_wrapper: Any, parameters: set[int], rate: float) -> None:
-    """Give some parameters a learning rate, and groups of their own where they share one that has another.
+    """Set the learning rate of some parameters, and split their parameter groups if necessary.
 
     Args:
         optim_wrapper: The optimizer wrapper.
-        parameters: The ``id`` of each.
+        parameters: The ``id`` of each parameter.
         rate: The learning rate.
     """
     for wrapper in optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]:
@@ -126,7 +126,7 @@ def set_learning_rate(optim_wrapper: Any, parameters: set[int], rate: float) -> 
             if all(inside):
                 group['lr'] = rate
                 continue
-            # Names and the like, one for each parameter.
+            # Lists with one item per parameter, such as names.
             lists = {k: v for k, v in group.items() if isinstance(v, list) and len(v) == len(inside)}
             new = {**group, 'lr': rate, **{k: [x for x, i in zip(v, inside) if i] for k, v in lists.items()}}
             group.update({k: [x for x, i in zip(v, inside) if not i] for k, v in lists.items()})
@@ -134,7 +134,7 @@ def set_learning_rate(optim_wrapper: Any, parameters: set[int], rate: float) -> 
 
 
 def describe_groups(model: nn.Module, optim_wrapper: Any) -> str:
-    """A table of what is trained at which learning rate and weight decay, as the optimizer has them.
+    """Format a table of the optimizer's parameters by learning rate and weight decay.
 
     Args:
         model: The model.
@@ -157,6 +157,6 @@ def describe_groups(model: nn.Module, optim_wrapper: Any) -> str:
         numbers = ('-' if value is None else f'{value:g}' for value in (rate, decay))
         table.add_row(kind, f'{len(sizes):,}', f'{sum(sizes):,}', *numbers)
     text = io.StringIO()
-    # In a notebook rich would display the table, and write nothing into the text.
+    # In a notebook, rich would display the table instead of writing it to the text.
     Console(file=text, width=88, color_system=None, force_jupyter=False).print(table)
     return text.getvalue().rstrip()

@@ -1,4 +1,4 @@
-"""MMEngine's Runner with data that is checked."""
+"""MMEngine's Runner with checks of the data."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from iconformer_mm.datasets.fit import check_fit, find_class_list_fault, look_at
 from iconformer_mm.tuning.injection import unwrap
 from iconformer_mm.tuning.unused import unused_adapters
 
-# What torch says of parameters by their numbers.
+# torch's error for parameters without a gradient, which it lists by index.
 _NO_GRADIENT = re.compile(r'did not receive grad for rank \d+: ([\d ]+)')
 
 
 @RUNNERS.register_module()
 class CheckedRunner(Runner):
-    """MMEngine's Runner, whose errors in data name the data set or the file, and which refuses data that does not fit.
+    """MMEngine's Runner with checks of the data.
 
-    The command-line tools take it unless the config names a ``runner_type``.
+    Its data errors name the data set or the file. It rejects data that does not fit the model. The command-line
+    tools use it unless the config sets a ``runner_type``.
     """
 
     @staticmethod
@@ -33,7 +34,7 @@ class CheckedRunner(Runner):
         """Build a data loader as MMEngine does, and check its data set.
 
         Raises:
-            DataError: The data set cannot be loaded or has no samples.
+            DataError: The data set cannot be loaded, or it has no samples.
         """
         if isinstance(dataloader, DataLoader):
             return dataloader
@@ -51,28 +52,28 @@ class CheckedRunner(Runner):
         return loader
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """Build the loop, and see that model and data fit."""
+        """Build the loop, and check that model and data fit."""
         built = super().build_train_loop(loop)
         self._check(built, training=True)
         return built
 
     def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """Build the loop, and see that model, metrics and data fit."""
+        """Build the loop, and check that model, metrics and data fit."""
         built = super().build_val_loop(loop)
         self._check(built)
         return built
 
     def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """Build the loop, and see that model, metrics and data fit."""
+        """Build the loop, and check that model, metrics and data fit."""
         built = super().build_test_loop(loop)
         self._check(built)
         return built
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Wrap the model for distributed training, unless it would fail at the second step.
+        """Wrap the model for distributed training. Reject a model that would fail at the second step.
 
         Raises:
-            ValueError: Adapters would get no gradient.
+            ValueError: Some adapters would get no gradient.
         """
         wrapped = super().wrap_model(model_wrapper_cfg, model)
         if wrapped is not model and not getattr(wrapped, 'find_unused_parameters', True):
@@ -82,7 +83,7 @@ class CheckedRunner(Runner):
         return wrapped
 
     def train(self) -> nn.Module:
-        """Train as MMEngine does; parameters without a gradient are named where distributed training fails of them.
+        """Train as MMEngine does. If distributed training fails, name the parameters without a gradient.
 
         Raises:
             RuntimeError: Trained parameters get no gradient.
@@ -96,9 +97,9 @@ class CheckedRunner(Runner):
             trained = [name for name, p in unwrap(self.model).named_parameters() if p.requires_grad]
             names = [trained[index] for index in map(int, found[1].split()) if index < len(trained)]
             raise RuntimeError(
-                f'{len(names)} trained parameters got no gradient, and distributed training waits for it: '
-                f'{", ".join(names[:3])}{", ..." if len(names) > 3 else ""}. Set find_unused_parameters=True, or do '
-                'not train what the loss does not depend on'
+                f'{len(names)} trained parameters got no gradient, but distributed training waits for one: '
+                f'{", ".join(names[:3])}{", ..." if len(names) > 3 else ""}. Set find_unused_parameters=True, or '
+                'freeze parameters that the loss does not depend on'
             ) from error
 
     def _check(self, loop: BaseLoop, training: bool = False) -> None:
@@ -106,15 +107,15 @@ class CheckedRunner(Runner):
 
 
 def check_loop(runner: Runner, loop: Any, training: bool = False) -> None:
-    """Refuse a loop whose data does not fit the model, before time is spent.
+    """Reject a loop whose data does not fit the model, before time is spent.
 
     Args:
         runner: The runner.
-        loop: Its loop; what is no loop with data is left alone.
-        training: Whether it trains.
+        loop: The loop. A loop without a data loader is ignored.
+        training: Whether the loop trains. Defaults to False.
 
     Raises:
-        DataError: With a sentence on what does not fit.
+        DataError: The data does not fit. The message says why.
     """
     dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
     if dataset is None:

@@ -1,4 +1,4 @@
-"""MMDetection's backbones, born adapted."""
+"""MMDetection's backbones with built-in adapters."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from mmdet.models.backbones import SwinTransformer
 from mmdet.registry import MODELS
 
 from .peft_backbone import PEFTBackbone
+from .timm_features import ICoNTIMMFeatures, TIMMFeatures
+
+MODELS.register_module(module=TIMMFeatures)
+MODELS.register_module(module=ICoNTIMMFeatures)
 
 
 @MODELS.register_module()
 class ICoNSwinTransformer(PEFTBackbone, SwinTransformer):
     """Swin Transformer with iCoN adapters.
 
-    Takes all arguments of ``mmdet.SwinTransformer``, and ``peft``.
+    It takes all arguments of ``mmdet.SwinTransformer``, and ``peft``.
     """

@@ -1,4 +1,4 @@
-"""MMPretrain's backbones, born adapted."""
+"""MMPretrain's backbones with built-in adapters."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from mmpretrain.models.backbones import SwinTransformer, SwinTransformerV2, TIMM
 from mmpretrain.registry import MODELS
 
 from .peft_backbone import PEFTBackbone
+from .timm_features import ICoNTIMMFeatures, TIMMFeatures
+
+MODELS.register_module(module=TIMMFeatures)
+MODELS.register_module(module=ICoNTIMMFeatures)
 
 
 @MODELS.register_module()
 class ICoNVisionTransformer(PEFTBackbone, VisionTransformer):
     """Vision Transformer with iCoN adapters.
 
-    Takes all arguments of ``mmpretrain.VisionTransformer``, and ``peft``.
+    It takes all arguments of ``mmpretrain.VisionTransformer``, and ``peft``.
 
     Example:
         >>> backbone = dict(type='ICoNVisionTransformer', arch='base', peft=dict(bottleneck=64))
@@ -25,14 +29,14 @@ class ICoNVisionTransformer(PEFTBackbone, VisionTransformer):
 class ICoNSwinTransformer(PEFTBackbone, SwinTransformer):
     """Swin Transformer with iCoN adapters.
 
-    Takes all arguments of ``mmpretrain.SwinTransformer``, and ``peft``.
+    It takes all arguments of ``mmpretrain.SwinTransformer``, and ``peft``.
 
     Example:
         >>> backbone = dict(type='ICoNSwinTransformer', arch='base', peft=dict(bottleneck=64))
     """
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # The parent renames the keys of older checkpoints only where
+        # The parent renames the keys of older checkpoints only if
         # `self.__class__ is SwinTransformer`.
         own_class = self.__class__
         self.__class__ = SwinTransformer
@@ -46,7 +50,7 @@ class ICoNSwinTransformer(PEFTBackbone, SwinTransformer):
 class ICoNSwinTransformerV2(PEFTBackbone, SwinTransformerV2):
     """Swin Transformer V2 with iCoN adapters.
 
-    Takes all arguments of ``mmpretrain.SwinTransformerV2``, and ``peft``.
+    It takes all arguments of ``mmpretrain.SwinTransformerV2``, and ``peft``.
     """
 
 
@@ -54,5 +58,5 @@ class ICoNSwinTransformerV2(PEFTBackbone, SwinTransformerV2):
 class ICoNTIMMBackbone(PEFTBackbone, TIMMBackbone):
     """A timm ViT, Swin or Swin V2 with iCoN adapters.
 
-    Takes all arguments of ``mmpretrain.TIMMBackbone``, and ``peft``.
+    It takes all arguments of ``mmpretrain.TIMMBackbone``, and ``peft``.
     """

@@ -1,4 +1,4 @@
-"""MMSegmentation's backbones, born adapted."""
+"""MMSegmentation's backbones with built-in adapters."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from mmseg.models.backbones import SwinTransformer, TIMMBackbone, VisionTransfor
 from mmseg.registry import MODELS
 
 from .peft_backbone import PEFTBackbone
+from .timm_features import ICoNTIMMFeatures, TIMMFeatures
+
+MODELS.register_module(module=TIMMFeatures)
+MODELS.register_module(module=ICoNTIMMFeatures)
 
 
 @MODELS.register_module()
 class ICoNSwinTransformer(PEFTBackbone, SwinTransformer):
     """Swin Transformer with iCoN adapters.
 
-    Takes all arguments of ``mmseg.SwinTransformer``, and ``peft``.
+    It takes all arguments of ``mmseg.SwinTransformer``, and ``peft``.
     """
 
 
@@ -20,7 +24,7 @@ class ICoNSwinTransformer(PEFTBackbone, SwinTransformer):
 class ICoNVisionTransformer(PEFTBackbone, VisionTransformer):
     """Vision Transformer with iCoN adapters.
 
-    Takes all arguments of ``mmseg.VisionTransformer``, and ``peft``.
+    It takes all arguments of ``mmseg.VisionTransformer``, and ``peft``.
     """
 
 
@@ -28,5 +32,5 @@ class ICoNVisionTransformer(PEFTBackbone, VisionTransformer):
 class ICoNTIMMBackbone(PEFTBackbone, TIMMBackbone):
     """A timm ViT, Swin or Swin V2 with iCoN adapters.
 
-    Takes all arguments of ``mmseg.TIMMBackbone``, and ``peft``.
+    It takes all arguments of ``mmseg.TIMMBackbone``, and ``peft``.
     """

@@ -1,4 +1,4 @@
-"""What the backbones that are born adapted share."""
+"""The base class of backbones with built-in adapters."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from iconformer_mm.tuning import inject
 
 
 class PEFTBackbone(nn.Module):
-    """Mixin before a backbone's class: builds the backbone, then adapts it.
+    """Mixin that builds a backbone and then adapts it. List it before the backbone's class.
 
     Args:
         *args: Arguments of the parent class.
-        peft: Config of the PEFT method, e.g. ``dict(bottleneck=32)``;
-            ``type='icon'`` unless given; ``frozen_dtype`` and ``with_cp`` of
-            :func:`iconformer_mm.inject` may stand in it, too. Defaults to None, iCoN with its
-            defaults.
+        peft: Config of the PEFT method, e.g. ``dict(bottleneck=32)``. Its ``type`` defaults to
+            ``'icon'``. It may also contain ``frozen_dtype`` and ``with_cp`` of
+            :func:`iconformer_mm.inject`. Defaults to None, iCoN with default options.
         **kwargs: Arguments of the parent class.
     """
 

@@ -1,4 +1,4 @@
-"""What is checked of tensors before compiled code reads their memory, which knows no bounds."""
+"""Checks of tensors before compiled code, which does no bounds checking, reads their memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensors(first: str, tensor: Tensor, **others: Tensor) -> None:
-    """Raise a ValueError unless all are floating point and on one device.
+    """Raise a ValueError unless all tensors are floating point and on one device.
 
     Args:
         first: Name of the first tensor.

@@ -1,4 +1,7 @@
-"""Depth-wise convolution whose kernels differ from sample to sample: one operator, one derivative, several backends."""
+"""Depth-wise convolution with different kernels for every sample.
+
+There is one operator with one derivative and several backends.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _library.define('dynamic_conv(Tensor tokens, Tensor kernels, int height, int wid
 _library.define(
     'dynamic_conv_kernel_gradient(Tensor grad, Tensor tokens, int size, int height, int width, str backend) -> Tensor'
 )
-# Both gradients at once, which autograd does not see: what is to be differentiated again goes through the two above.
+# Computes both gradients at once, without autograd. Double backward uses the two operators above.
 _library.define(
     'dynamic_conv_gradients(Tensor grad, Tensor tokens, Tensor kernels, int height, int width, str backend)'
     ' -> (Tensor, Tensor)'
@@ -30,7 +33,7 @@ _CHOICES = ('auto', *backends.NAMES)
 
 
 def _check(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> None:
-    """Raise a ValueError unless tokens (B, P + H * W, C), kernels (B, C, K, K), map and backend fit."""
+    """Raise a ValueError unless tokens (B, P + H * W, C), kernels (B, C, K, K), map size and backend are valid."""
     tokens_shape, kernels_shape = tokens.shape, kernels.shape
     if len(tokens_shape) != 3 or len(kernels_shape) != 4:
         raise ValueError(
@@ -51,9 +54,9 @@ def _check(tokens: Tensor, kernels: Tensor, height: int, width: int, backend: st
 
 
 def _check_settings(count: int, height: int, width: int, backend: str) -> None:
-    """Raise a ValueError unless a map is part of so many tokens, and the backend is known."""
+    """Raise a ValueError unless ``count`` tokens can hold the map and the backend is known."""
     for side in (height, width):
-        # Compilers and tracers have types of their own for sizes.
+        # Compilers and tracers use their own types for sizes.
         if side < 0 if isinstance(side, int) else not isinstance(side, (torch.SymInt, Tensor)):
             raise ValueError(f'height and width must be integers of at least 0, got {height!r} and {width!r}')
     if count < height * width:
@@ -63,15 +66,16 @@ def _check_settings(count: int, height: int, width: int, backend: str) -> None:
 
 
 def _backend(name: str, tokens: Tensor, height: int, width: int) -> ModuleType:
-    """The backend of a name, for ``'auto'`` the fastest one that is there.
+    """Return the backend with a name. ``'auto'`` selects the fastest available one.
 
-    Where nothing is to be computed it is the reference: neither libraries nor launches take empty maps.
+    Empty inputs use the reference backend, because neither libraries nor kernel launches accept empty maps.
     """
     is_empty = height * width == 0 or tokens.numel() == 0
     if name != 'auto':
         found = backends.find(name)
         if found is None:
-            raise RuntimeError(f"backend '{name}' needs the package {name}, which cannot be imported here")
+            extra = "; pip install 'iconformer_mm[cpu]'" if name == 'numba' else ''
+            raise RuntimeError(f"backend '{name}' needs the package {name}, which cannot be imported here{extra}")
         backends.check_device(found, tokens)
         return reference_backend if is_empty else found
     if is_empty:
@@ -79,7 +83,7 @@ def _backend(name: str, tokens: Tensor, height: int, width: int) -> ModuleType:
     if tokens.is_cuda and tokens.shape[1] * tokens.shape[2] < 2**31:  # Triton's offsets within a sample have 32 bits
         return backends.find('triton') or grouped_backend
     if tokens.device.type == 'cpu':
-        # Without Numba: a convolution a sample pays once a map is large.
+        # Without Numba, one convolution per sample is faster for large maps.
         without = looped_backend if height * width * tokens.shape[2] >= 2**15 else grouped_backend
         return backends.find('numba') or without
     return grouped_backend
@@ -102,7 +106,7 @@ def _gradients(
     return found.gradients(grad.detach(), tokens.detach(), kernels.detach(), height, width)
 
 
-# What an operator is where transforms of torch.func or forward-mode AD look inside: torch's own operators.
+# Definitions of the operators in torch's own operators, for transforms of torch.func and forward-mode AD.
 _DEFINITIONS: dict[str, Callable[..., Tensor]] = {
     'dynamic_conv': reference_backend.correlate,
     'dynamic_conv_kernel_gradient': reference_backend.kernel_gradient,
@@ -110,14 +114,14 @@ _DEFINITIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def _operator(name: str, first: Tensor, second: Tensor, *settings: Any) -> Tensor:
-    """An operator as a step of a backward pass, which can be differentiated again; the backend is the last setting."""
+    """Call an operator in a backward pass, differentiable again. The backend is the last setting."""
     if is_transformed():
         return _DEFINITIONS[name](first, second, *settings[:-1])
     return getattr(torch.ops.iconformer_mm, name)(first, second, *settings)
 
 
 class _Correlation(torch.autograd.Function):
-    """Linear in the tokens and in the kernels; prefix tokens pass."""
+    """The filtered tokens, linear in the tokens and in the kernels. Prefix tokens pass through unchanged."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str) -> Tensor:
@@ -142,7 +146,7 @@ class _Correlation(torch.autograd.Function):
 
 
 class _KernelGradient(torch.autograd.Function):
-    """Linear in the gradient and in the tokens, neither of whose prefix tokens it sees."""
+    """The gradient of the kernels, linear in the gradient and in the tokens. It ignores their prefix tokens."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, tokens: Tensor, size: int, height: int, width: int, backend: str) -> Tensor:
@@ -175,7 +179,7 @@ _IMPLEMENTATIONS: dict[str, Callable] = {
 
 
 def _below_autograd(name: str, *args: Any) -> Any:
-    """What an operator computes; by way of torch, which takes longer than the work, only where somebody watches."""
+    """Compute an operator. Plain tensors skip torch's dispatcher, whose overhead exceeds the work."""
     if is_plain(args[0], args[1]):
         return _IMPLEMENTATIONS[name](*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -183,7 +187,7 @@ def _below_autograd(name: str, *args: Any) -> Any:
 
 
 def _differentiable(name: str, function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
-    """The operator as seen by autograd: without the function where there is nothing to differentiate."""
+    """Wrap an operator for autograd. Without anything to differentiate, it skips the autograd function."""
 
     def call(first: Tensor, second: Tensor, *settings: Any) -> Tensor:
         if is_transformed():
@@ -200,9 +204,9 @@ _differentiable_kernel_gradient = _differentiable('dynamic_conv_kernel_gradient'
 
 
 def _check_types(*tensors: Tensor) -> None:
-    """Raise a ValueError unless tensors have one type."""
+    """Raise a ValueError unless the tensors have the same dtype."""
     if len({tensor.dtype for tensor in tensors}) != 1:
-        raise ValueError(f'an operator takes tensors of one type, got {", ".join(str(t.dtype) for t in tensors)}')
+        raise ValueError(f'an operator takes tensors of one dtype, got {", ".join(str(t.dtype) for t in tensors)}')
 
 
 def _check_correlate(tokens: Tensor, kernels: Tensor, *settings: Any) -> None:
@@ -227,7 +231,7 @@ def _check_gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, *settings: A
     _check_kernel_gradient(grad, tokens, kernels.shape[-1], *settings)
 
 
-# Of the arguments of operators that are called as such, past the functions below.
+# Argument checks for direct calls of the operators, which bypass the functions below.
 _CHECKS: dict[str, Callable[..., None]] = {
     'dynamic_conv': _check_correlate,
     'dynamic_conv_kernel_gradient': _check_kernel_gradient,
@@ -236,7 +240,10 @@ _CHECKS: dict[str, Callable[..., None]] = {
 
 
 def _as_declared(name: str, implementation: Callable) -> Callable:
-    """A checked operator as compilers are told of it below, with contiguous results; those of a backend need not be."""
+    """Add the checks to an operator and make its results contiguous, as the meta functions below declare.
+
+    Results of a backend need not be contiguous.
+    """
 
     def call(*args: Any) -> Any:
         _CHECKS[name](*args)
@@ -270,7 +277,7 @@ def _gradients_meta(
     return grad.new_empty(grad.shape), kernels.new_empty(kernels.shape)
 
 
-# What torch.compile needs to know: shapes.
+# torch.compile needs the shapes of the results.
 _library.impl('dynamic_conv', _correlate_meta, 'Meta')
 _library.impl('dynamic_conv_kernel_gradient', _kernel_gradient_meta, 'Meta')
 _library.impl('dynamic_conv_gradients', _gradients_meta, 'Meta')
@@ -279,55 +286,59 @@ _library.impl('dynamic_conv_gradients', _gradients_meta, 'Meta')
 def dynamic_depthwise_conv_tokens(
     tokens: Tensor, kernels: Tensor, height: int, width: int, backend: str = 'auto'
 ) -> Tensor:
-    """:func:`dynamic_depthwise_conv2d` over a token sequence whose prefix tokens pass as they are.
+    """Apply :func:`dynamic_depthwise_conv2d` to a token sequence.
+
+    Prefix tokens pass through unchanged.
 
     Args:
-        tokens: (B, P + H * W, C): P prefix tokens, of which there may be none, and the
-            patch tokens row by row.
+        tokens: Tokens, (B, P + H * W, C): P >= 0 prefix tokens, then the patch tokens
+            row by row.
         kernels: Kernels, (B, C, K, K) with odd K.
         height: Rows H of patch tokens.
         width: Columns W of patch tokens.
-        backend: As in :func:`dynamic_depthwise_conv2d`.
+        backend: See :func:`dynamic_depthwise_conv2d`. Defaults to ``'auto'``.
 
     Returns:
         The filtered tokens, (B, P + H * W, C).
 
     Raises:
-        ValueError: A shape, a dtype, a device or the backend's name does not fit.
+        ValueError: A shape, a dtype, a device or the backend's name is invalid.
         RuntimeError: The backend needs a package that cannot be imported, or another device.
     """
     _check(tokens, kernels, height, width, backend)
     kernels = kernels.to(tokens.dtype)
     if is_plain(tokens, kernels):
         return _differentiable_correlate(tokens, kernels, height, width, backend)
-    if is_transformed() or torch.onnx.is_in_onnx_export() or is_exporting():  # plain operators, which all of these know
+    if is_transformed() or torch.onnx.is_in_onnx_export() or is_exporting():  # they support only torch's own operators
         return reference_backend.correlate(tokens, kernels, height, width)
     return torch.ops.iconformer_mm.dynamic_conv(tokens, kernels, height, width, backend)
 
 
 def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, backend: str = 'auto') -> Tensor:
-    """Convolve every channel of every sample with a kernel of its own.
+    """Convolve every channel of every sample with its own kernel.
 
-    ``out[b, h, w, c] = sum_ij kernels[b, c, i, j] * x[b, h + i - K // 2, w + j - K // 2, c]``:
-    cross-correlation with stride 1 and zero padding ``K // 2``, the adaptive
-    convolution of iConFormer (arXiv 2409.02838). It is differentiable any number of times. The
-    padding is multiplied like all else: a tap that is NaN or infinite makes no output of its channel finite.
+    ``out[b, h, w, c] = sum_ij kernels[b, c, i, j] * x[b, h + i - K // 2, w + j - K // 2, c]``.
+    This is cross-correlation with stride 1 and zero padding ``K // 2``, the adaptive
+    convolution of iConFormer (arXiv 2409.02838). It is differentiable any number of times.
+    Taps multiply the padding, too. So a tap that is NaN or infinite makes every output of
+    its channel non-finite.
 
     Args:
         x: Feature maps, (B, H, W, C).
         kernels: Kernels, (B, C, K, K) with odd K; cast to the dtype of ``x``.
-        backend: ``'numba'`` (compiled for the CPU at the first call), ``'triton'`` (CUDA),
-            ``'grouped'`` (one grouped convolution), ``'looped'`` (a convolution a sample),
-            ``'reference'`` (shifted products), or ``'auto'`` (default), which takes the fastest
-            for the device and the shape. They agree but for rounding. Exported graphs
-            (ONNX, ``torch.export``) hold the reference whatever is asked for; it also computes under
-            the transforms of ``torch.func``, in forward-mode AD, and where a map is empty.
+        backend: ``'numba'`` (CPU, compiled on the first call), ``'triton'`` (CUDA),
+            ``'grouped'`` (one grouped convolution), ``'looped'`` (one convolution per sample),
+            ``'reference'`` (shifted products), or ``'auto'`` (default), which selects the
+            fastest for the device and the shape. The results are equal up to rounding.
+            Exported graphs (ONNX, ``torch.export``) always contain the reference. The
+            reference also runs under the transforms of ``torch.func``, in forward-mode AD,
+            and for empty maps.
 
     Returns:
         The filtered maps, (B, H, W, C).
 
     Raises:
-        ValueError: A shape, a dtype, a device or the backend's name does not fit.
+        ValueError: A shape, a dtype, a device or the backend's name is invalid.
         RuntimeError: The backend needs a package that cannot be imported, or another device.
     """
     if x.dim() != 4:

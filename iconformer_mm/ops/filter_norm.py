@@ -16,7 +16,7 @@ from .checks import check_tensors
 
 
 def _check(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:
-    """Raise a ValueError unless the arguments fit one another."""
+    """Raise a ValueError unless the arguments are valid and match each other."""
     shape = raw.shape
     if len(shape) != 4 or shape[2] != shape[3]:
         raise ValueError(f'filter_norm expects raw kernels (B, C, K, K), got {tuple(shape)}')
@@ -31,15 +31,15 @@ def _check(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:
 
 
 def _backend(raw: Tensor, gamma: Tensor, beta: Tensor) -> ModuleType | None:
-    """Compiled code for a device; None where there is none, or where somebody is to see the operators."""
+    """Return the compiled backend for a device; None if there is none or torch has to trace the operators."""
     if not is_plain(raw, gamma, beta) or raw.numel() == 0:
         return None
     return backends.find('triton_norm' if raw.is_cuda else 'numba_norm')
 
 
 def _by_operators(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    # Few operators, since each costs more than its arithmetic; the norm, K times std, has a finite
-    # gradient at zero, too.
+    # Few operators, since each costs more than its arithmetic. Unlike std, the norm (K times std) has a
+    # finite gradient at zero.
     size = raw.shape[-1]
     taps = raw.double() if raw.dtype == torch.float64 else raw.float()
     taps = taps - taps.mean(dim=(2, 3), keepdim=True)
@@ -61,7 +61,7 @@ class _FilterNorm(torch.autograd.Function):
         if not torch.is_grad_enabled() and not is_transformed():
             gradients = ctx.backend.gradients(grad.detach(), raw.detach(), gamma.detach(), ctx.eps)
             return *gradients, None, None
-        # To be differentiated once more, or under a transform.
+        # For double backward, or under a transform.
         wanted = [tensor for tensor, need in zip((raw, gamma, beta), ctx.needs_input_grad) if need]
         again = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -73,23 +73,23 @@ class _FilterNorm(torch.autograd.Function):
 def filter_norm(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalise kernels over their taps: ``(k - mean(k)) / (std(k) + eps) * gamma + beta``.
 
-    After the FilterNorm of decoupled dynamic filters (DDF, Zhou et al., CVPR 2021). Mean and standard deviation
-    are those of the K * K taps of a channel, in float32 also for kernels in half precision. The standard deviation is
-    the population's: squares are summed and divided by K * K. The code of DDF's authors divides by K * K - 1, which
-    makes its standard deviation larger by a factor of sqrt(K² / (K² - 1)), 1.06 for K = 3. A gamma that is larger by
-    the same factor gives the same kernels, but for eps.
+    This follows the FilterNorm of decoupled dynamic filters (DDF, Zhou et al., CVPR 2021). Mean and standard
+    deviation are taken over the K * K taps of a channel. Kernels in half precision are normalised in float32. The
+    standard deviation is the population standard deviation, which divides the sum of squares by K * K. The code of
+    DDF's authors divides by K * K - 1. Its standard deviation is larger by a factor of sqrt(K² / (K² - 1)), which is
+    1.06 for K = 3. A gamma larger by the same factor gives the same kernels, except for the effect of eps.
 
     Args:
-        raw: Kernels k, (B, C, K, K).
+        raw: Raw kernels k, (B, C, K, K).
         gamma: Factors, (C, K, K).
-        beta: What is added, (C, K, K).
+        beta: Offsets, (C, K, K).
         eps: Added to the standard deviation. Defaults to 1e-5.
 
     Returns:
         The normalised kernels, (B, C, K, K), in the dtype of ``raw``.
 
     Raises:
-        ValueError: A shape, a dtype, a device or ``eps`` does not fit.
+        ValueError: A shape, a dtype, a device or ``eps`` is invalid.
     """
     _check(raw, gamma, beta, eps)
     backend = _backend(raw, gamma, beta)

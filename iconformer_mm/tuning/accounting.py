@@ -1,13 +1,13 @@
-"""After weights are loaded, every tensor is loaded, new and trained, or an error.
+"""Accounting of loaded weights: every tensor is loaded, or new and trained, or an error.
 
-OpenMMLab loads non-strictly and only logs what did not fit. For a backbone that is trained
-this costs accuracy. A frozen tensor that kept its random values can never recover, so it is
-an error here. Two objects watch:
+OpenMMLab loads non-strictly and only logs mismatches. For a trained backbone this costs
+accuracy. A frozen tensor that keeps its random values never recovers, so it is an error
+here. Two classes watch the loads:
 
-- :class:`BaseAccount` stands at an adapted backbone for as long as it is adapted, and judges each load by itself.
-- :class:`LoadRecord` stands at a whole model while it is loaded, and knows afterwards what was in no file.
+- :class:`BaseAccount` watches an adapted backbone as long as it is adapted. It checks each load on its own.
+- :class:`LoadRecord` watches a whole model while it is loaded. It then lists the tensors that no load contained.
 
-The functions compare what a checkpoint says of its PEFT method with the model's, before anything is loaded.
+The functions compare a checkpoint's PEFT method with the model's before anything is loaded.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .freezing import is_adapter
 from .methods import build_method
 from .selection import Selection
 
-NOTE = 'iconformer_mm'  # where checkpoints keep what is ours
+NOTE = 'iconformer_mm'  # the key of our entry in checkpoints
 NO_WEIGHTS = (
     "no pre-trained weights are named (init_cfg of the backbone with type='Pretrained', or load_from): the "
     'frozen backbone would stay random'
 )
 
-# Tensors that weights may lack, by the last part of their names. None of them is learnt.
+# Tensors that weights may lack, by the last part of their names. None of them is learned.
 DERIVED = {
     'relative_position_index': 'indices, computed from the window size',
     'relative_coords_table': 'coordinates, computed from the window size',
@@ -40,47 +40,47 @@ DERIVED = {
     'attn_mask': 'computed from the input size and the shift',
     'freqs_cos': 'angles of rotary embeddings, computed from the resolution',
     'freqs_sin': 'angles of rotary embeddings, computed from the resolution',
-    'num_batches_tracked': 'a counter, which no evaluation reads',
+    'num_batches_tracked': 'a counter, which evaluation does not read',
 }
-# Norms behind the blocks, by their names in the backbone. A dense task adds them (Swin's norm0 to norm3),
-# or another pooling does (ln2, fc_norm). The weights of a classifier cannot have them, so they are trained.
+# Norms after the blocks, by their names in the backbone. Dense tasks add them (Swin's norm0 to norm3), and so
+# do other kinds of pooling (ln2, fc_norm). A classifier's weights do not contain them, so they are trained.
 OUTPUT_NORM = re.compile(r'(?:timm_model\.)?(?:norm\d*|ln\d+|fc_norm|norm_list\.\d+)\.(?:weight|bias)')
 
 
-# How torch's loader reports a tensor that it could not copy.
+# How torch's loader reports a tensor that it cannot copy.
 _ERROR = re.compile(r'(?:size mismatch for |parameter named ")([^\s":]+)')
 
 
 class WeightsError(RuntimeError, ValueError):
-    """Weights do not fit the model, or a tensor is in none of them.
+    """Weights do not fit the model, or a tensor is in none of the files.
 
-    Earlier releases raised a RuntimeError or a ValueError, so it is both.
+    It is both a RuntimeError and a ValueError, because earlier releases raised these.
     """
 
 
 def is_derived(name: str) -> bool:
-    """Whether a tensor is computed from the model's geometry or counts steps, so that weights may lack it."""
+    """Whether weights may lack a tensor, because it is computed from the geometry or counts steps."""
     return name.rpartition('.')[2] in DERIVED
 
 
 def output_norms(backbone: nn.Module) -> set[str]:
-    """Names of the parameters of a backbone's output norms.
+    """List the names of the parameters of a backbone's output norms.
 
     Args:
         backbone: The backbone.
     """
     names = set()
     for name, module in backbone.named_modules():
-        # A BatchNorm would also need statistics, which a frozen backbone does not gather.
+        # A BatchNorm would also need running statistics, which a frozen backbone does not update.
         if 'norm' in type(module).__name__.lower() and not isinstance(module, _BatchNorm):
             names |= {f'{name}.{local}' for local, _ in module.named_parameters(recurse=False)}
     return {name for name in names if OUTPUT_NORM.fullmatch(name)}
 
 
 def base_tensors(backbone: nn.Module) -> dict[str, Tensor]:
-    """The tensors that weights have to give a backbone, by their names in it.
+    """Return the tensors that weights must provide for a backbone, by their names in it.
 
-    Parameters and buffers, without adapters and without what is computed (:data:`DERIVED`).
+    These are parameters and buffers, without adapters and computed tensors (:data:`DERIVED`).
 
     Args:
         backbone: The backbone.
@@ -90,7 +90,7 @@ def base_tensors(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 def base_buffers(backbone: nn.Module) -> dict[str, Tensor]:
-    """The buffers among :func:`base_tensors`: running statistics and the like.
+    """Return the floating-point buffers among :func:`base_tensors`, such as running statistics.
 
     Args:
         backbone: The backbone.
@@ -100,30 +100,30 @@ def base_buffers(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 class BaseAccount:
-    """Watches what is loaded into an adapted backbone, and refuses loads that leave frozen tensors random.
+    """Watches loads into an adapted backbone, and rejects those that leave frozen tensors random.
 
-    A load that brings any of the base has to bring all of it: parameters and buffers. Excepted are
-    tensors that are computed (:data:`DERIVED`), those that are trained in place, and
-    output norms (:data:`OUTPUT_NORM`): where the weights lack those, they are trained.
-    Loads of adapters alone, or of what stands beside the backbone, pass.
+    A load that contains any tensor of the base must contain all its parameters and buffers.
+    Exceptions are computed tensors (:data:`DERIVED`), tensors that are trained in place, and
+    output norms (:data:`OUTPUT_NORM`). Output norms that the weights lack are trained.
+    Loads of adapters alone, or of modules outside the backbone, pass.
 
-    Position embeddings of another size are resized by timm's own functions where the host is
-    one of timm's, as timm does when it loads weights itself.
+    In timm hosts, position embeddings of another size are resized by timm's own functions,
+    as timm does when it loads weights itself.
 
     Args:
         backbone: The backbone.
-        injection: What was injected into it.
-        blocks: Names of the adapted blocks.
+        injection: The backbone's injection.
+        blocks: Names of the adapted blocks. Defaults to none.
     """
 
     def __init__(self, backbone: nn.Module, injection: Any, blocks: Iterable[str] = ()) -> None:
         self._backbone = backbone
         self._injection = injection
         self._blocks = tuple(f'{name}.' for name in blocks)
-        # timm loads `pretrained` and `checkpoint_path` as it builds a model, which no hook sees.
+        # timm loads `pretrained` and `checkpoint_path` while it builds a model, before any hook exists.
         self.given = bool(getattr(backbone, 'is_init', False))
         self.loaded: set[str] = set()
-        # Output norms that the weights lack. Pinned, a file has said which are trained.
+        # Output norms that the weights lack. `pinned` means that a file specified which are trained.
         self.norms: set[str] = set()
         self.pinned = False
         self._norm_values: dict[str, Tensor] = {}
@@ -139,8 +139,7 @@ class BaseAccount:
         """Stop watching.
 
         Args:
-            restore: Whether output norms that were trained get the values back that they began with.
-                Defaults to True.
+            restore: Whether trained output norms get their initial values back. Defaults to True.
         """
         for handle in self._handles:
             handle.remove()
@@ -149,13 +148,13 @@ class BaseAccount:
             parameters[name].data.copy_(self._norm_values[name])
 
     def norm_values(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Values of the output norms that are trained: those that they began with, and the present ones."""
+        """Return the initial and the current values of the trained output norms."""
         parameters = dict(self._backbone.named_parameters())
         begun = {name: self._norm_values[name].clone() for name in sorted(self.norms)}
         return begun, {name: parameters[name].detach().clone() for name in sorted(self.norms)}
 
     def train_norms(self, names: set[str]) -> None:
-        """Train these output norms in place, and no others.
+        """Train exactly these output norms, in place.
 
         Args:
             names: Names of their parameters in the backbone.
@@ -166,12 +165,12 @@ class BaseAccount:
             parameters[name].requires_grad_(True)
         for name in self.norms - names:
             parameters[name].requires_grad_(False)
-        self.norms.intersection_update(names)  # in place: what freezes the backbone knows this very set
+        self.norms.intersection_update(names)  # in place, because the backbone's Freezing shares this set
         self.norms.update(names)
 
     @property
     def missing(self) -> list[str]:
-        """Frozen tensors that no load has brought."""
+        """Frozen tensors that no load has contained."""
         return [] if self.given else sorted(self._needed() - self.loaded)
 
     def _needed(self) -> set[str]:
@@ -197,12 +196,12 @@ class BaseAccount:
             if not isinstance(value, Tensor) or value.shape == own.shape:
                 continue
             if is_derived(name):
-                del state_dict[prefix + name]  # the model's own is right for its size
+                del state_dict[prefix + name]  # the model's own tensor is correct for its size
             elif name in trained:
                 del state_dict[prefix + name]
                 print_log(
-                    f'{name} is trained anew: the weights have it as {tuple(value.shape)}, the model as '
-                    f'{tuple(own.shape)}',
+                    f'{name} is trained from scratch: its shape is {tuple(value.shape)} in the weights and '
+                    f'{tuple(own.shape)} in the model',
                     logger='current',
                 )
             else:
@@ -221,7 +220,7 @@ class BaseAccount:
         self.loaded |= arrived
 
     def _adapter_names(self) -> set[str]:
-        """Names in the backbone of the active adapter's tensors."""
+        """Names of the active adapter's tensors in the backbone."""
         injection = self._injection
         path = injection.path_of(self._backbone)
         start = len(path) + 1 if path else 0
@@ -233,9 +232,9 @@ class BaseAccount:
         foreign = [key for key in unexpected if is_adapter(key) and key.startswith(self._prefix)]
         absent = adapters - arrived - unfit.keys() if adapters & arrived else set()
         for names, what in (
-            (foreign, 'that the model has not'),
-            (sorted(adapters & unfit.keys()), 'of another shape'),
-            (sorted(absent), 'less than the model has'),
+            (foreign, 'are not in the model'),
+            (sorted(adapters & unfit.keys()), 'have another shape'),
+            (sorted(absent), 'of the model are missing'),
         ):
             if names:
                 raise WeightsError(
@@ -251,13 +250,13 @@ class BaseAccount:
         if wrong:
             raise WeightsError(
                 f'wrong pre-trained weights for {kind}: {len(wrong)} frozen tensors have another shape, among them: '
-                f'{unfit[wrong[0]].strip()} Give the weights of the very architecture in the '
+                f'{unfit[wrong[0]].strip()} Use weights of exactly the architecture in the '
                 f'config{self._remedy(wrong)}.'
             )
         norms = output_norms(self._backbone) & (needed | self.norms)
         if not needed & arrived:
             if not unexpected and (self._prefix or arrived):
-                return  # adapters alone, or the weights of something beside the backbone
+                return  # adapters alone, or weights of a module outside the backbone
             absent = sorted(needed)
         else:
             absent = sorted((needed & missing) - norms)
@@ -266,14 +265,14 @@ class BaseAccount:
                 f'wrong pre-trained weights for {kind}: {len(absent)} of {len(needed)} frozen tensors are missing, '
                 f'among them {some(absent)}'
                 + (f'; the file has {some(unexpected)} instead' if unexpected else '')
-                + '. They would stay at their random values for good. Convert the file to the names of this '
-                "class, or give the right `prefix` in `init_cfg=dict(type='Pretrained', ...)`"
+                + '. They would keep their random values. Convert the file to the names of this class, or set '
+                "the right `prefix` in `init_cfg=dict(type='Pretrained', ...)`"
                 f'{self._remedy(absent)}.'
             )
         self._settle_norms(norms & missing, norms & arrived)
 
     def _settle_norms(self, new: set[str], loaded: set[str]) -> None:
-        """Train the output norms that the weights lack, and freeze again those that later weights have."""
+        """Train the output norms that the weights lack, and freeze those again that later weights contain."""
         if self.pinned or not new | (loaded & self.norms):
             return
         if new:
@@ -281,7 +280,7 @@ class BaseAccount:
         self.train_norms((self.norms - loaded) | new)
 
     def _remedy(self, names: list[str]) -> str:
-        """What else can be done where the blocks are whole."""
+        """Suggest unfreezing the tensors, if none of them is in an adapted block."""
         if not self._blocks or any(name.startswith(self._blocks) for name in names):
             return ''
         patterns = dict.fromkeys(name.partition('.')[0] + ('.*' if '.' in name else '') for name in names)
@@ -289,11 +288,11 @@ class BaseAccount:
 
 
 def adopt_output_norms(injection: Any, names: Iterable[str]) -> None:
-    """Train the output norms that a file of ours has as trained, and no others.
+    """Train exactly the output norms that one of our files records as trained.
 
     Args:
-        injection: What was injected into the model.
-        names: Base parameters that the file has as trained, by their names in the backbone.
+        injection: The model's injection.
+        names: Base parameters that the file records as trained, by their names in the file.
     """
     wanted = set(names)
     for path, account in injection.accounts.items():
@@ -305,12 +304,12 @@ def adopt_output_norms(injection: Any, names: Iterable[str]) -> None:
 
 
 def _resized(backbone: nn.Module, name: str, value: Tensor, own: Tensor) -> Tensor:
-    """A position embedding in the model's size, by the function that timm has beside the host's class."""
+    """Resize a position embedding to the model's size, with timm's function for the host's class."""
     path, _, local = name.rpartition('.')
     if local not in ('pos_embed', 'relative_position_bias_table'):
         return value
     owner = backbone.get_submodule(path)
-    # Looked up, not imported: a host of timm's has loaded it.
+    # Looked up, not imported: a timm host has imported it already.
     module = type(owner).__module__
     resize = getattr(sys.modules[module], 'checkpoint_filter_fn', None) if module.startswith('timm.') else None
     if resize is None:
@@ -318,7 +317,7 @@ def _resized(backbone: nn.Module, name: str, value: Tensor, own: Tensor) -> Tens
     try:
         resized = resize({local: value}, owner).get(local)
     except (RuntimeError, ValueError, AttributeError, TypeError, IndexError, AssertionError):
-        return value  # which is refused for its shape
+        return value  # torch rejects it for its shape
     if resized is None or resized.shape != own.shape:
         return value
     print_log(f'{name} is resized from {tuple(value.shape)} to {tuple(own.shape)}', logger='current')
@@ -326,7 +325,7 @@ def _resized(backbone: nn.Module, name: str, value: Tensor, own: Tensor) -> Tens
 
 
 class _Ledger:
-    """What the loads so far brought, by the identity of tensors. It holds no module: hooks are copied with theirs."""
+    """The tensors loaded so far, by identity. It refers to no module, since hooks are copied with their module."""
 
     def __init__(self) -> None:
         self.begun = False
@@ -334,7 +333,7 @@ class _Ledger:
         self.unfit: dict[int, tuple[int, ...]] = {}
 
     def enter(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        """Enter what a load has for a module's own tensors."""
+        """Record what a load contains for a module's own tensors."""
         self.begun = True
         for name, own in [*module._parameters.items(), *module._buffers.items()]:
             value = state_dict.get(prefix + name)
@@ -347,7 +346,7 @@ class _Ledger:
 
 
 class LoadRecord:
-    """Knows which tensors of a model were loaded, whichever module the loads began at.
+    """Records which tensors of a model were loaded, no matter at which module the loads started.
 
     Args:
         model: The model.
@@ -363,31 +362,31 @@ class LoadRecord:
 
     @property
     def begun(self) -> bool:
-        """Whether there was any load."""
+        """Whether anything was loaded."""
         return self._ledger.begun
 
     @property
     def size(self) -> int:
-        """How many tensors there are."""
+        """Number of tensors in the model."""
         return len(self._tensors())
 
     def note(self, names: Iterable[str]) -> None:
-        """Enter tensors that were filled by other means, by their names in the model; others are passed over."""
+        """Record tensors that were filled by other means, by their names in the model. Unknown names are ignored."""
         self._ledger.begun = True
         own = self._tensors()
         self._ledger.loaded |= {id(own[name]) for name in names if name in own}
 
     def restart(self) -> None:
-        """Forget the loads so far: what comes now has to be complete."""
+        """Forget the loads so far. The loads that follow must be complete."""
         self._ledger.loaded.clear()
         self._ledger.unfit.clear()
 
     def loaded(self) -> list[str]:
-        """Names of the tensors that were loaded."""
+        """List the names of the loaded tensors."""
         return [name for name, tensor in self._tensors().items() if id(tensor) in self._ledger.loaded]
 
     def missing(self) -> dict[str, str]:
-        """Tensors that were not loaded, with what there was instead."""
+        """Return the tensors that were not loaded, with a description of what the files contained instead."""
         return {
             name: self._says(name, tensor)
             for name, tensor in self._tensors().items()
@@ -396,7 +395,7 @@ class LoadRecord:
 
     def _says(self, name: str, tensor: Tensor) -> str:
         shape = self._ledger.unfit.get(id(tensor))
-        return name if shape is None else f'{name} (there {shape}, here {tuple(tensor.shape)})'
+        return name if shape is None else f'{name} ({shape} in the file, {tuple(tensor.shape)} in the model)'
 
     def _tensors(self) -> dict[str, Tensor]:
         return self.model.state_dict(keep_vars=True)
@@ -409,11 +408,11 @@ class LoadRecord:
 
 
 def require_all(record: LoadRecord, source: str) -> None:
-    """Refuse a model to be tested, or resumed, of which the files had only a part.
+    """Reject a test or a resumed run if the files contained only part of the model.
 
     Args:
-        record: What was loaded.
-        source: The file, for the error.
+        record: The record of what was loaded.
+        source: Name of the file, for the error.
 
     Raises:
         WeightsError: A tensor was not loaded.
@@ -423,18 +422,18 @@ def require_all(record: LoadRecord, source: str) -> None:
         return
     adapters = [name for name in missing if is_adapter(name)]
     hint = (
-        'Give the checkpoint that was trained with this PEFT method, or leave the method out'
+        'Use the checkpoint that was trained with this PEFT method, or leave the method out'
         if len(adapters) == len(missing)
-        else 'Give a checkpoint of the very model in the config'
+        else 'Use a checkpoint of exactly the model in the config'
     )
     raise WeightsError(
         f'{source} lacks {len(missing)} of the {record.size} tensors of the model, such as '
-        f'{some(list(missing.values()))}; they would stay as they were initialised. {hint}'
+        f'{some(list(missing.values()))}; they would keep their initial values. {hint}'
     )
 
 
 def describe_training(injection: Any) -> dict[str, Any]:
-    """What a checkpoint keeps of how its model was adapted: plain data, in ``meta['iconformer_mm']``."""
+    """Describe how a model was adapted, as plain data for a checkpoint's ``meta['iconformer_mm']``."""
     return dict(
         method=injection.method.config,
         trained=injection.trained_norms(),
@@ -444,15 +443,15 @@ def describe_training(injection: Any) -> dict[str, Any]:
 
 
 def check_selection(note: Mapping[str, Any], injection: Any, source: str) -> None:
-    """Compare what a file adapts and trains with what the model does.
+    """Check that a file adapts and trains the same parts as the model.
 
     Args:
-        note: What :func:`describe_training` gave, or metadata with it.
-        injection: What was injected into the model.
-        source: The file, for the error.
+        note: Result of :func:`describe_training`, or metadata that contains it.
+        injection: The model's injection.
+        source: Name of the file, for the error.
 
     Raises:
-        WeightsError: It is something else.
+        WeightsError: The file selects other blocks or unfreezes other parameters.
     """
     try:
         theirs, ours = Selection.from_config(note.get('selection')), injection.selection
@@ -463,35 +462,35 @@ def check_selection(note: Mapping[str, Any], injection: Any, source: str) -> Non
         same_blocks = option == 'blocks' and set(note.get('sites') or ()) == set(injection.named_attachments())
         if there != here and not same_blocks:
             raise WeightsError(
-                f'{source} was trained with {option}={there!r}, the model is adapted with {option}={here!r}: give the '
-                'config that it was trained by'
+                f'{source} was trained with {option}={there!r}, but the model is adapted with {option}={here!r}. Use '
+                'the config that it was trained with'
             )
 
 
 def recorded_training(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a checkpoint says of how its model was adapted, None for one that does not."""
+    """Return a checkpoint's record of how its model was adapted, or None if it has none."""
     places = [checkpoint.get('adapter_file'), checkpoint.get(NOTE), (checkpoint.get('meta') or {}).get(NOTE)]
     return next((p for p in places if isinstance(p, Mapping) and isinstance(p.get('method'), Mapping)), None)
 
 
 def complete_method(method: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The config of a recorded method, with options that came after it was written.
+    """Complete the config of a recorded method with options that newer releases added.
 
     Args:
-        method: The config.
-        source: The file, for the error.
+        method: The recorded config.
+        source: Name of the file, for the error.
 
     Raises:
-        WeightsError: The method or an option is unknown here.
+        WeightsError: The method or an option is unknown.
     """
     try:
         return build_method(dict(method)).config
     except (ValueError, TypeError) as error:
-        raise WeightsError(f'{source}: its method {dict(method)} cannot be carried out: {error}') from error
+        raise WeightsError(f'{source}: its method {dict(method)} cannot be built: {error}') from error
 
 
 def method_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """What tells two complete configs of methods apart, in words; empty if nothing does."""
+    """Describe the difference between two complete configs of methods; empty if they are equal."""
     if theirs == ours:
         return ''
     if theirs['type'] != ours['type']:
@@ -501,18 +500,18 @@ def method_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str
 
 
 def check_training(checkpoint: Mapping[str, Any], model: nn.Module, injection: Any, source: str, whole: bool) -> None:
-    """Compare a checkpoint's PEFT method with the model's, before anything is loaded.
+    """Check that a checkpoint's PEFT method matches the model's, before anything is loaded.
 
     Args:
         checkpoint: The checkpoint.
         model: The bare model.
-        injection: What was injected into it; None for an unadapted one.
-        source: The file, for errors.
-        whole: Whether the model has to come from this checkpoint alone, as in tests and on resuming; else it
-            may be a base.
+        injection: The model's injection, or None if the model is not adapted.
+        source: Name of the file, for errors.
+        whole: Whether the checkpoint must provide the whole model, as in tests and on resuming. If False,
+            it may hold only a base.
 
     Raises:
-        WeightsError: They differ.
+        WeightsError: The methods differ.
     """
     note = recorded_training(checkpoint)
     state = checkpoint.get('state_dict', checkpoint)
@@ -523,13 +522,13 @@ def check_training(checkpoint: Mapping[str, Any], model: nn.Module, injection: A
         if held.keys() - own.keys():
             how = f'with the PEFT method {theirs}' if theirs else f'with adapters, such as {min(held)}'
             raise WeightsError(
-                f'{source} was trained {how}, but the model is not adapted. Name the method: --peft, or a PEFTHook in '
-                'the config'
+                f'{source} was trained {how}, but the model is not adapted. Name the method with --peft, or with a '
+                'PEFTHook in the config'
             )
         return
     ours = injection.method.config
     own = {n: own[n] for n in injection.adapter_names() if n in own}
-    if 'adapter_file' not in checkpoint:  # its names are those of files, which load_adapter compares
+    if 'adapter_file' not in checkpoint:  # load_adapter compares the names in adapter files
         held = {n: v for n, v in held.items() if n in own or is_below(n, injection.backbones)}
     if not held and not whole:
         return  # a base
@@ -537,13 +536,13 @@ def check_training(checkpoint: Mapping[str, Any], model: nn.Module, injection: A
         difference = method_difference(theirs, ours)
         if difference and (held or own):
             raise WeightsError(
-                f'{source} was trained with another PEFT method: {difference}. Give the method and the options that '
+                f'{source} was trained with another PEFT method: {difference}. Use the method and the options that '
                 'it was trained with'
             )
         check_selection(note, injection, source)
     if not held and own:
         raise WeightsError(
-            f"{source} holds no adapters, but the model is adapted by '{ours['type']}'. Leave the method out, or give "
+            f"{source} holds no adapters, but the model is adapted by '{ours['type']}'. Leave the method out, or use "
             'a checkpoint that was trained with it'
         )
     if 'adapter_file' in checkpoint:
@@ -554,7 +553,7 @@ def check_training(checkpoint: Mapping[str, Any], model: nn.Module, injection: A
         there, here = (shapes.get(name, 'missing') for shapes in layout)
         raise WeightsError(
             f'{source} was trained with another PEFT method, or with other options than {ours}: {name} is {there} '
-            f'there, {here} here. Give the method and the options that it was trained with'
+            f'there, {here} here. Use the method and the options that it was trained with'
         )
 
 
@@ -563,29 +562,29 @@ def check_averages(checkpoint: Mapping[str, Any], source: str, averages: bool) -
 
     Args:
         checkpoint: The checkpoint.
-        source: The file, for errors.
+        source: Name of the file, for errors.
         averages: Whether the run averages weights.
 
     Raises:
-        WeightsError: They are not those of the same model, or the run would take them for the raw ones.
+        WeightsError: The averages are of another model, or the run would use them as raw weights.
     """
     slot = checkpoint.get('ema_state_dict')
     if slot is None:
         return
     if not averages:
         raise WeightsError(
-            f'{source} was written by a run with EMAHook, and its weights are averages. Resume with the same EMAHook'
+            f'{source} was written by a run with EMAHook, so its weights are averages. Resume with the same EMAHook'
         )
     own = {f'module.{n}': tuple(v.shape) for n, v in checkpoint['state_dict'].items()}
     held = {n: tuple(v.shape) for n, v in slot.items() if n.startswith('module.')}
     wrong = sorted(n for n in own.keys() | held.keys() if own.get(n) != held.get(n) and not is_derived(n))
     if wrong:
         raise WeightsError(
-            f'{source} is no checkpoint of one model: its averaged weights (ema_state_dict) and its weights differ in '
-            f'{len(wrong)} names or shapes, such as {some(wrong)}. Take another checkpoint'
+            f'{source} is not a checkpoint of one model: its averaged weights (ema_state_dict) and its weights differ '
+            f'in {len(wrong)} names or shapes, such as {some(wrong)}. Use another checkpoint'
         )
 
 
 def some(names: list[str], limit: int = 3) -> str:
-    """The first of some names."""
+    """Join the first names for a message."""
     return ', '.join(names[:limit]) + (', ...' if len(names) > limit else '')

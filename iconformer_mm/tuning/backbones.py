@@ -1,4 +1,4 @@
-"""Which modules of a model are its backbones, which follow them, and which are classifiers."""
+"""Finding a model's backbones, the copies that follow them, and classifiers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import nn
 
 from .families import class_path, family_of, why_refused
 
-# Attributes that hold an encoder of images, whatever it is made of.
+# Attributes that hold an image encoder of any kind.
 _VISION = re.compile(
     r'(?!(text|lang|language|multimodal|mm)_)'
     r'(backbone|vit|visual|(image|img|vision|visual)_(encoder|backbone|model|tower)|[a-z0-9]+_backbone)$'
 )
-# Attributes whose modules may hold Transformer blocks, yet encode no images.
+# Attributes whose modules may hold Transformer blocks but do not encode images.
 _BESIDE = re.compile(r'head|neck|decoder|text|lang|loss|preprocessor|tokenizer|adapter')
-# Attributes that hold a model whose weights are averages of a learning one's.
+# Attributes that hold a model whose weights are averages of a trained model's weights.
 _FOLLOWER = re.compile(r'(teacher|target_net(work)?|(momentum|ema|key)_.+|.+_(m|k|ema|momentum)|ema)$')
-# Attributes that hold a model which gives fixed targets.
+# Attributes that hold a model that provides fixed targets.
 _FIXED = re.compile(r'(teacher_.+|.+_teacher|target_generator|.*discriminator.*)$')
 _CLASSIFIERS = ('head', 'head_dist', 'heads', 'fc', 'classifier')
 _LORA_MODEL = 'mmpretrain.models.peft.lora.LoRAModel'
@@ -30,12 +30,12 @@ _LORA_MODEL = 'mmpretrain.models.peft.lora.LoRAModel'
 
 @dataclass
 class Found:
-    """What a model holds.
+    """Result of a search in a model.
 
     Attributes:
         learning: Backbones by path.
-        followers: Roots of modules that follow by averaging, by path.
-        blocks: Names of all known blocks, wherever they are.
+        followers: Root modules whose weights follow others by averaging, by path.
+        blocks: Names of all known blocks in the model.
     """
 
     learning: dict[str, nn.Module] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Found:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of (distributed, averaging or test-time-augmentation) wrappers."""
+    """Return the model inside distributed, averaging and test-time-augmentation wrappers."""
     inner: Any = model
     while is_model_wrapper(inner) or isinstance(inner, (BaseTTAModel, BaseAveragedModel)):
         inner = inner.module
@@ -52,17 +52,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def join(path: str, name: str) -> str:
-    """A name below a path, either of which may be empty."""
+    """Join a path and a name. Either may be empty."""
     return f'{path}.{name}' if path and name else path or name
 
 
 def is_below(name: str, prefixes: Iterable[str]) -> bool:
-    """Whether a name is one of some modules' or of something in them."""
+    """Whether a name is one of the prefixes or lies below one of them."""
     return any(name == prefix or name.startswith(f'{prefix}.') for prefix in prefixes)
 
 
 def near(word: str, words: Iterable[str]) -> str:
-    """A hint at the names that a word was probably meant to be, for errors."""
+    """Return a hint for errors with the known names closest to a word; empty if there are none."""
     close = difflib.get_close_matches(word, list(words), n=3)
     return f' (did you mean {" or ".join(map(repr, close))}?)' if close else ''
 
@@ -81,7 +81,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 class _Search:
-    """Walks down a model until it stands before the modules that hold the blocks."""
+    """Walks down a model to the modules that hold the blocks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.found = Found()
@@ -109,14 +109,14 @@ class _Search:
             elif self.has_blocks(where) or self._named_inside(child):
                 self.visit(child, where)
             elif _VISION.match(name):
-                # Several in a row, the backbone first: what follows it is a neck.
+                # Several modules in sequence: the first is the backbone, the others are a neck.
                 first = next(n for n, c in child.named_children() if _has_parameters(c))
                 self.found.learning[join(where, first)] = child.get_submodule(first)
 
     def _follows(self, name: str, parent: nn.Module) -> bool:
         if not _FOLLOWER.match(name):
             return False
-        # A name that ends in _m or _k is one of many; a momentum copy has its original beside it.
+        # Many names end in _m or _k. A momentum copy has its original as a sibling.
         original = re.sub(r'_(m|k)$', '', name)
         return original == name or hasattr(parent, original) or hasattr(parent, f'{original}_q')
 
@@ -128,7 +128,7 @@ class _Search:
         return False
 
     def _complete(self, module: nn.Module, path: str, by_convolution: bool) -> bool:
-        """Whether a module has blocks and what comes before the first of them."""
+        """Whether a module has both blocks and a stem before them."""
         for name, child in module.named_modules():
             *parents, last = name.split('.')
             inside = join(path, '.'.join(parents))
@@ -140,7 +140,7 @@ class _Search:
         return False
 
     def _holds(self, module: nn.Module, path: str) -> bool:
-        """Whether a module that has blocks is their backbone, rather than a model around it."""
+        """Whether a module with blocks is their backbone, not a model around the backbone."""
         if self._named_inside(module):
             return False
         children = dict(module.named_children())
@@ -158,10 +158,14 @@ class _Search:
 
 
 def search(model: nn.Module) -> Found:
-    """Find the backbones of an unwrapped model by structure: modules that hold known blocks, or are named so.
+    """Find the backbones of an unwrapped model by structure.
 
-    Heads, necks, decoders and text encoders are no backbones, and what follows by averaging is listed apart.
-    A module that only wraps its single backbone is that backbone.
+    A backbone holds known blocks or has the name of a backbone. Heads, necks, decoders and text encoders are not
+    backbones. Modules that follow others by averaging are listed separately. A module that only wraps a single
+    backbone counts as that backbone.
+
+    Args:
+        model: The model.
     """
     found = _Search(model).found
     if len(found.learning) == 1 and not isinstance(model, BaseModel):
@@ -181,19 +185,19 @@ def _describe(learning: dict[str, nn.Module]) -> str:
 
 
 def find_backbones(model: nn.Module, paths: Sequence[str] | None = None) -> dict[str, nn.Module]:
-    """Find what of an unwrapped model is to be adapted.
+    """Find the backbones to adapt in an unwrapped model.
 
     Args:
         model: The model.
-        paths: Paths of the backbones in it, ``''`` for the model itself. Defaults to None: the only backbone that
-            there is by structure.
+        paths: Paths of the backbones in the model, ``''`` for the model itself. Defaults to None, the only backbone
+            found by structure.
 
     Returns:
         The backbones by path.
 
     Raises:
-        ValueError: There are several and no paths, a path is wrong, or no backbone is found in a model that is
-            more than one.
+        ValueError: There are several backbones and no paths, a path is wrong, or a model with other parts has no
+            known backbone.
     """
     found = search(model)
     if paths is not None:
@@ -201,11 +205,11 @@ def find_backbones(model: nn.Module, paths: Sequence[str] | None = None) -> dict
     learning = found.learning
     trained = {n: m for n, m in learning.items() if any(p.requires_grad for p in m.parameters())}
     if len(learning) > 1 and len(trained) == 1 and not _same_make(*learning.values()):
-        learning = trained  # the others are fixed
+        learning = trained  # the others are frozen
     if len(learning) > 1:
         raise ValueError(
             f'{type(model).__name__} has several backbones, {_describe(learning)}: say which to adapt, '
-            f'e.g. backbones=[{next(iter(learning))!r}]; what else it has is trained as it is'
+            f'e.g. backbones=[{next(iter(learning))!r}]. The others are then trained as they are'
         )
     if learning:
         return dict(learning)
@@ -214,7 +218,7 @@ def find_backbones(model: nn.Module, paths: Sequence[str] | None = None) -> dict
             raise ValueError(f'{type(model).__name__} has blocks ({path}) that take no adapters: {reason}')
         children = ', '.join(f"'{n}' ({type(m).__name__})" for n, m in model.named_children())
         raise ValueError(
-            f'no backbone is found in {type(model).__name__}, which has {children}: say what to adapt by '
+            f'no backbone is found in {type(model).__name__}, which has {children}: say what to adapt with '
             "backbones=['path']"
         )
     return {'': model}
@@ -236,17 +240,24 @@ def _take(model: nn.Module, paths: Sequence[str], found: Found) -> dict[str, nn.
             )
         if is_below(path, found.followers):
             raise ValueError(
-                f'backbones: {path!r} follows another module by averaging, and learns nothing itself; name one that '
-                f'learns: {_describe(found.learning) or "none was found"}'
+                f'backbones: {path!r} follows another module by averaging and is not trained itself; name one that '
+                f'is trained: {_describe(found.learning) or "none was found"}'
             )
         if any(is_below(path, [other]) or is_below(other, [path]) or '' in (path, other) for other in taken):
-            raise ValueError(f'backbones: {path!r} is given twice, or lies in another of {list(paths)}')
+            raise ValueError(f'backbones: {path!r} is given twice or is nested with another of {list(paths)}')
         taken[path] = modules[path]
     return taken
 
 
 def find_copies(model: nn.Module, backbones: dict[str, nn.Module]) -> dict[str, str]:
-    """Find what follows backbones by averaging: paths of the copies, with the paths of their originals.
+    """Find the copies that follow backbones by averaging.
+
+    Args:
+        model: The model.
+        backbones: Its backbones by path.
+
+    Returns:
+        The paths of the copies, with the paths of their originals.
 
     Raises:
         ValueError: It is not clear which of several originals a copy follows.
@@ -263,8 +274,8 @@ def find_copies(model: nn.Module, backbones: dict[str, nn.Module]) -> dict[str, 
                 named = [p for p in originals if path.endswith(p.rpartition('.')[2]) or path.startswith(p)]
                 if len(named) != 1:
                     raise ValueError(
-                        f"it is not clear which of {', '.join(map(repr, originals))} '{path}' follows; adapt one only, "
-                        'by backbones=[...]'
+                        f"it is not clear which of {', '.join(map(repr, originals))} '{path}' follows; adapt only one, "
+                        'with backbones=[...]'
                     )
                 originals = named
             copies[path] = originals[0]
@@ -272,12 +283,12 @@ def find_copies(model: nn.Module, backbones: dict[str, nn.Module]) -> dict[str, 
 
 
 def averaged_models(model: nn.Module) -> list[BaseAveragedModel]:
-    """All of MMEngine's averaging models below a model."""
+    """List all of MMEngine's averaging models inside a model."""
     return [m for m in model.modules() if isinstance(m, BaseAveragedModel)]
 
 
 def find_classifiers(backbone: nn.Module) -> list[str]:
-    """Names of the classifiers within a backbone: heads of the module that holds the blocks, with parameters."""
+    """List the names of the classifiers in a backbone: heads with parameters in the module that holds the blocks."""
     inner = search(backbone).learning
     path = ''
     if list(inner) == ['']:
@@ -286,7 +297,7 @@ def find_classifiers(backbone: nn.Module) -> list[str]:
     given: Any = getattr(holder, 'get_classifier', list)()
     given = [m for m in (given if isinstance(given, (tuple, list)) else [given]) if isinstance(m, nn.Module)]
     heads = [n for n, m in holder.named_children() if n in _CLASSIFIERS and _has_parameters(m)]
-    # The classifier of a head that is more than a layer lies within that head.
+    # If a head has several layers, its classifier is inside the head.
     heads += [
         n
         for n, m in holder.named_modules()
@@ -297,13 +308,13 @@ def find_classifiers(backbone: nn.Module) -> list[str]:
 
 
 def _innermost(backbone: nn.Module) -> str:
-    """Path of the module that holds the blocks in a wrapper such as TIMMBackbone; empty for the backbone itself."""
+    """Return the path of the module that holds the blocks, e.g. in a TIMMBackbone; empty for the backbone itself."""
     found = _Search(backbone).found.learning
     return next(iter(found)) if len(found) == 1 else ''
 
 
 def check_host(model: nn.Module) -> None:
-    """Refuse hosts that keep nothing of what is added to them.
+    """Reject hosts whose state dict drops added modules.
 
     Raises:
         ValueError: The model is, holds or lies in MMPretrain's LoRAModel.
@@ -312,6 +323,6 @@ def check_host(model: nn.Module) -> None:
         if any(class_path(cls) == _LORA_MODEL for cls in type(module).__mro__):
             where = f"'{name}'" if name else 'the model'
             raise ValueError(
-                f"{where} is MMPretrain's LoRAModel, which drops from state_dict() all that is not its own: adapters "
-                "would be lost on saving. Give the module that it wraps, with method 'lora' if you want LoRA"
+                f"{where} is MMPretrain's LoRAModel, whose state_dict() drops everything except its own weights: "
+                "adapters would be lost on saving. Adapt the module that it wraps, with method 'lora' if you want LoRA"
             )

@@ -1,4 +1,4 @@
-"""What travels within one call of a host: kept apart for each thread, and on no module."""
+"""The state of one call of a host. It is thread-local and never stored on a module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from iconformer_mm.adapters import TokenGrid
 
 
 class PerThread(threading.local):
-    """Holds a value of its own for every thread; copies and pickles start empty.
+    """Holds a separate value for every thread. Copies and pickles start empty.
 
     Attributes:
         value: The calling thread's value. Defaults to None.
@@ -28,30 +28,43 @@ class Frame:
     """One call of an adapted block.
 
     Attributes:
-        handlers: What happens at submodules during the call, by their name in the
-            backbone. A handler is called with the submodule's own forward, the
-            frame and the submodule's arguments, and returns the submodule's output.
-        grid: The place of the tokens; None where no adapter of the block asks for it.
-        values: What one handler leaves for another.
+        handlers: Handlers of submodules during the call, by the submodule's name in the
+            backbone. A handler takes the submodule's own forward, the frame and the
+            submodule's arguments. It returns the submodule's output.
+        grid: Grid of the tokens, or None if no adapter of the block needs it.
+        values: Values that handlers pass to each other.
+        called: Names of the submodules whose handler has run.
     """
 
     handlers: Mapping[str, Callable]
     grid: TokenGrid | None = None
     values: dict[str, Any] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
 
 
 _frame = PerThread()
 
 
 def current_frame() -> Frame | None:
-    """The innermost call under way in this thread, None outside of adapted blocks."""
+    """Return the innermost active call in this thread, or None outside adapted blocks."""
     return _frame.value
 
 
 def run_in_frame(frame: Frame, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call a function as part of a block's call."""
+    """Call a function as part of a block's call.
+
+    Raises:
+        RuntimeError: The block did not call a submodule that has a handler, so its adapter had no effect.
+    """
     outer, _frame.value = _frame.value, frame
     try:
-        return function(*args, **kwargs)
-    finally:  # recomputing for a backward pass stops halfway, by an exception
+        out = function(*args, **kwargs)
+    finally:  # recomputation in a backward pass stops early with an exception
         _frame.value = outer
+    missed = [name for name in frame.handlers if name not in frame.called]
+    if missed:
+        raise RuntimeError(
+            f'the forward pass did not call {", ".join(missed)}, where an adapter acts, so the adapter has no effect '
+            'there. Adapt other blocks or layers (blocks, targets), or call the submodule in the forward pass'
+        )
+    return out

@@ -1,4 +1,4 @@
-"""What is frozen in a backbone and beside it, and keeping it so."""
+"""Freezing of parameters in a backbone and outside of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLACE = re.compile(r'(^|\.)adapter(_attention|_parts)?(__[^.]*)?(\.|$)')
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a name in a backbone is that of an adapter or of something in it (names of its own never are)."""
+    """Whether a name in a backbone belongs to an adapter. The backbone's own names never match."""
     return _PLACE.search(name) is not None
 
 
@@ -22,18 +22,20 @@ def _is_below(name: str, prefixes: Iterable[str]) -> bool:
 
 
 class Freezing:
-    """Holds the pre-trained parameters of a backbone, and trains its adapters.
+    """Freezes the pre-trained parameters of a backbone, and trains its adapters.
 
-    That is set once; what the caller sets later, stays. Backbones have ``train()`` methods of their own that
-    switch gradients off by ``frozen_stages``, adapters within included, and BatchNorm back on to batch statistics.
-    So each ``train()`` leaves every ``requires_grad`` as it was. Adapters take the mode that was asked for.
-    BatchNorm keeps to its stored statistics until the caller puts it into training mode itself.
+    ``requires_grad`` is set once, and later changes by the caller persist. The ``train()`` methods of some
+    backbones switch off the gradients in ``frozen_stages``, adapters included. They also switch BatchNorm back
+    to batch statistics. So this class replaces ``train()``. The replacement leaves every ``requires_grad``
+    unchanged and sets adapters to the requested mode. BatchNorm uses its stored statistics until the caller
+    sets that module itself to training mode.
 
     Args:
         backbone: The adapted backbone.
-        trained: Names of its own parameters that are trained, and of the statistics that go with them.
-        outside: Names of its submodules that are heads, and left alone.
-        trains: Whether anything in it is trained. False for what follows another.
+        trained: Names of the backbone's own parameters that are trained, and of their statistics. Defaults to none.
+        outside: Names of submodules that are heads and stay unchanged. Defaults to none.
+        trains: Whether anything in the backbone is trained. False for a copy that follows another module.
+            Defaults to True.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Freezing:
             if is_adapter(name) or name in own:
                 is_trained = parameter.requires_grad if is_adapter(name) else name in trained
                 parameter.requires_grad_(trains and is_trained)
-        # Those whose statistics are held; a caller takes one out by train() of the module itself.
+        # BatchNorms whose statistics are frozen. The caller releases one with train() of the module itself.
         statistics = {n.rpartition('.')[0] for n in trained if n not in own}
         self._held = {
             n
@@ -68,7 +70,7 @@ class Freezing:
         self.train(backbone.training)
 
     def train(self, mode: bool = True) -> nn.Module:
-        """``backbone.train``, with the freezing kept."""
+        """Set the mode as ``backbone.train`` does, and keep the freezing."""
         modules = dict(self.backbone.named_modules())
         self._held -= {n for n in self._before if n in modules and modules[n].training}
         before = {n: p.requires_grad for n, p in self.backbone.named_parameters()}
@@ -85,7 +87,7 @@ class Freezing:
         return self.backbone
 
     def release(self) -> None:
-        """Give ``train`` and every ``requires_grad`` back as they were."""
+        """Restore ``train`` and every ``requires_grad``."""
         if self._replaced is None:
             del self.backbone.train
         else:
@@ -97,7 +99,7 @@ class Freezing:
 
 
 class _HeldStatistics:
-    """Stands in for ``train`` of a BatchNorm, which keeps to its stored statistics."""
+    """Replaces ``train`` of a BatchNorm that must use its stored statistics."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -106,23 +108,23 @@ class _HeldStatistics:
         self.train(module.training)
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Remember the mode that was asked for."""
+        """Remember the requested mode."""
         self.before = mode
         self.module.training = False
         return self.module
 
     def release(self) -> None:
-        """Give ``train`` and the mode back."""
+        """Restore ``train`` and the mode."""
         del self.module.train
         self.module.training = self.before
 
 
 class FrozenParts:
-    """What stands beside the backbones of a model and is frozen; kept on the model, so that it can be undone.
+    """Frozen parameters outside a model's backbones. It is stored on the model, so that it can be undone.
 
     Args:
         model: The model.
-        names: Names of its parameters that are frozen.
+        names: Names of the parameters to freeze.
     """
 
     KEY = '_peft_frozen_parts'
@@ -145,7 +147,7 @@ class FrozenParts:
         vars(model)[self.KEY] = self
 
     def release(self) -> None:
-        """Give every ``requires_grad`` back as it was, and BatchNorm its ``train``."""
+        """Restore every ``requires_grad``, and ``train`` of every BatchNorm."""
         parameters = dict(self.model.named_parameters())
         for name, value in self._requires_grad.items():
             if name in parameters:

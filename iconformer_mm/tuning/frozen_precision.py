@@ -1,4 +1,4 @@
-"""Frozen weights in half the memory."""
+"""Frozen weights in half precision, which halves their memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DTYPES = {'bfloat16': torch.bfloat16}
 
 
 def check_frozen_dtype(name: str) -> torch.dtype:
-    """The dtype of a name.
+    """Return the dtype with a name.
 
     Raises:
-        ValueError: Frozen weights cannot be held in it.
+        ValueError: Frozen weights cannot be stored in this dtype.
     """
     if name not in DTYPES:
         raise ValueError(f'frozen_dtype must be None or one of {", ".join(map(repr, DTYPES))}, got {name!r}')
@@ -30,16 +30,16 @@ def check_frozen_dtype(name: str) -> torch.dtype:
 
 
 class FrozenPrecision(Replacement):
-    """Holds the frozen matrices of a backbone in another dtype, and runs it under autocast (ours).
+    """Stores the frozen matrices of a backbone in another dtype, and runs it under autocast (ours).
 
-    What has one dimension (norms, biases) stays as it is, and so do adapters.
-    Where autocast is on already, that of the caller holds; else what the backbone returns
-    comes back in single precision, so that neck and head need to know nothing.
+    Parameters with one dimension (norms, biases) and adapters stay unchanged. If autocast is
+    already on, the caller's settings apply. Otherwise the backbone's outputs are cast back to
+    float32, so neck and head need no changes.
 
     Args:
         backbone: The backbone.
-        dtype: What to hold the matrices in.
-        keep: Names of parameters and modules that stay as they are, since they are trained.
+        dtype: The dtype for the matrices.
+        keep: Names of trained parameters and modules, which stay unchanged. Defaults to none.
     """
 
     def __init__(self, backbone: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> None:
@@ -60,14 +60,14 @@ class FrozenPrecision(Replacement):
         self.replace()
 
     def release(self) -> None:
-        """Cast the matrices back; they keep what the other dtype made of their values."""
+        """Cast the matrices back. Their values stay rounded to the other dtype."""
         self.restore()
         parameters = dict(self.module.named_parameters())
         for name, dtype in self._originals.items():
             parameters[name].data = parameters[name].data.to(dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The backbone's forward, under autocast."""
+        """Run the backbone under autocast."""
         device = device_of(self.module).type
         if is_autocast_enabled(device):
             return self.host_forward(*args, **kwargs)

@@ -16,14 +16,14 @@ from .sites import Site
 
 
 class GridTracker:
-    """Knows the token grid of a host whose blocks see a bare sequence.
+    """Tracks the token grid of a host whose blocks see only a sequence.
 
-    One tracker serves all blocks of a host. Each thread has a grid of its own. The
-    tracker does not refer to the host, so that a block can be pickled without it.
+    One tracker serves all blocks of a host. Each thread has its own grid. The tracker
+    does not refer to the host, so a block can be pickled without the host.
 
     Args:
         host: Module with a patch embedding.
-        source: How to read the grid there.
+        source: How to read the grid from the patch embedding.
     """
 
     def __init__(self, host: nn.Module, source: FromPatchEmbed) -> None:
@@ -33,12 +33,12 @@ class GridTracker:
         self._grid = PerThread()
 
     def note(self, height: int, width: int, num_prefix_tokens: int | None = None) -> None:
-        """Take the grid of the forward pass that begins in this thread."""
+        """Store the grid of the forward pass that starts in this thread."""
         prefix = self.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
         self._grid.value = TokenGrid(height, width, prefix)
 
     def grid(self) -> TokenGrid:
-        """The grid of the forward pass under way in this thread.
+        """Return the grid of the current forward pass in this thread.
 
         Raises:
             RuntimeError: No patch embedding ran in this thread.
@@ -53,12 +53,12 @@ class GridTracker:
 
 
 class PatchEmbedTap(Replacement):
-    """Tells a tracker the grid whenever the patch embedding runs.
+    """Reports the grid to a tracker whenever the patch embedding runs.
 
     Args:
         patch_embed: The host's patch embedding.
-        source: How to read the grid there.
-        tracker: Whom to tell.
+        source: How to read the grid from the patch embedding.
+        tracker: The tracker.
     """
 
     def __init__(self, patch_embed: nn.Module, source: FromPatchEmbed, tracker: GridTracker) -> None:
@@ -67,7 +67,7 @@ class PatchEmbedTap(Replacement):
         self.tracker = tracker
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The patch embedding's forward, listened to."""
+        """Run the patch embedding, and report the grid."""
         args, kwargs = self.input_first(args, kwargs)
         if self.source.before:
             self.tracker.note(*self.source.read(self.module, args, None))
@@ -78,16 +78,16 @@ class PatchEmbedTap(Replacement):
 
 
 def grid_of_call(site: Site, args: tuple, kwargs: dict, tracker: GridTracker | None) -> TokenGrid:
-    """The grid of the tokens that a block is called with.
+    """Return the grid of the tokens in a call of a block.
 
     Args:
         site: The block.
-        args: Positional arguments of the call, the input among them.
+        args: Positional arguments of the call, including the input.
         kwargs: Keyword arguments of the call.
         tracker: The host's tracker, for blocks that need one.
 
     Raises:
-        ValueError: A block that takes square maps only is called with another number of tokens.
+        ValueError: A block that supports only square maps is called with a number of tokens that is not a square.
     """
     source = site.grid
     if isinstance(source, FromPatchEmbed):
@@ -102,8 +102,8 @@ def grid_of_call(site: Site, args: tuple, kwargs: dict, tracker: GridTracker | N
         side = isqrt(tokens)
         if side * side != tokens:
             raise ValueError(
-                f'{site.name} ({site.family.name}) was called with {tokens} tokens, which make no square; use a '
-                'method that asks for no grid, such as adaptformer, lora or ssf'
+                f'{site.name} ({site.family.name}) was called with {tokens} tokens, which make no square map; use a '
+                'method that needs no grid, such as adaptformer, lora or ssf'
             )
         return TokenGrid(side, side)
     assert isinstance(source, Argument)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -244,11 +245,16 @@ class Injection:
         """The attachments of the active adapter."""
         return self.current.attachments if self.current else []
 
-    def named_attachments(self) -> dict[str, Attachment]:
-        """The attachments of the active adapter, by their names in the backbone; of several, with its path."""
-        if self.current is None:
+    def named_attachments(self, adapter: str | None = None) -> dict[str, Attachment]:
+        """The attachments of an adapter, by their names in the backbone; of several, with its path.
+
+        Args:
+            adapter: The adapter. Defaults to None: the active one.
+        """
+        named = self.adapters.get(adapter or self.active or '')
+        if named is None:
             return {}
-        pairs = zip(self.current.paths, self.current.attachments)
+        pairs = zip(named.paths, named.attachments)
         return {self.full_name(path, attachment.name): attachment for path, attachment in pairs}
 
     def full_name(self, path: str, name: str) -> str:
@@ -893,6 +899,16 @@ class _Merged:
     unfrozen: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]
     norms: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]
     base: list[tuple[nn.Parameter, Tensor]] | None
+    digest: str = ''  # of the merged backbones
+
+
+def _digest(backbones: Mapping[str, nn.Module]) -> str:
+    """SHA-256 of all parameters of backbones."""
+    digest = hashlib.sha256()
+    for backbone in backbones.values():
+        for parameter in backbone.parameters():
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def merge(model: nn.Module, safe: bool = True, keep_base: bool = True) -> None:
@@ -960,6 +976,8 @@ def merge(model: nn.Module, safe: bool = True, keep_base: bool = True) -> None:
     with torch.no_grad():
         for parameter, value in merged:
             parameter.copy_(value)
+    if keep_base:
+        record.digest = _digest(injection.backbones)
     setattr(backbone, _MERGED, record)
 
 
@@ -982,8 +1000,8 @@ def unmerge(model: nn.Module) -> None:
         model: A model whose adapter was merged.
 
     Raises:
-        ValueError: No adapter was merged into it, or ``keep_base=False`` was given.
-            The model is unchanged then.
+        ValueError: No adapter was merged into it, ``keep_base=False`` was given, or the weights
+            have changed since the merge. The model is unchanged then.
     """
     host = unwrap(model)
     holders = [module for module in host.modules() if _MERGED in vars(module)]
@@ -996,10 +1014,15 @@ def unmerge(model: nn.Module) -> None:
         )
     if get_injection(model) is not None:
         raise ValueError('the model is adapted anew; call remove(model) first')
+    backbones = find_backbones(host, record.selection.backbones)
+    if _digest(backbones) != record.digest:
+        raise ValueError(
+            'weights of the backbone have changed since the merge (loaded, trained or cast), so the adapter can no '
+            'longer be taken out of them; load the base weights and then the adapter file'
+        )
     with torch.no_grad():
         for parameter, value in record.base:
             parameter.copy_(value)
-    backbones = find_backbones(host, record.selection.backbones)
     for path, (base, _) in (*record.unfrozen.items(), *record.norms.items()):
         set_values(backbones[path], base)
     injection = adapt(host, record.method, record.selection, record.frozen_dtype, record.with_cp)

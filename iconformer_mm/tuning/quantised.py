@@ -6,9 +6,10 @@ from torch import nn
 
 
 def find_quantised(backbone: nn.Module) -> list[str]:
-    """Names and classes of the layers that torch quantised: their weights are packed, and no gradient passes them.
+    """List the names and classes of the layers that torch quantised.
 
-    Layers of other libraries that keep weights in few bits and compute in floating point are not among them.
+    Their weights are packed, and no gradient passes through them. Quantised layers of other libraries, which
+    compute in floating point, are not included.
 
     Args:
         backbone: The backbone.
@@ -21,11 +22,11 @@ def find_quantised(backbone: nn.Module) -> list[str]:
 
 
 def check_gradients_pass(backbone: nn.Module, method: str) -> None:
-    """Refuse a host in which no gradient reaches what is trained.
+    """Reject a host in which no gradient reaches the trained parameters.
 
     Args:
         backbone: The backbone.
-        method: Name of the method that would train in it.
+        method: Name of the PEFT method.
 
     Raises:
         ValueError: Layers are quantised.
@@ -33,7 +34,7 @@ def check_gradients_pass(backbone: nn.Module, method: str) -> None:
     quantised = find_quantised(backbone)
     if quantised:
         raise ValueError(
-            f'{len(quantised)} layers of {type(backbone).__name__} are quantised, such as {quantised[0]}, and no '
-            f"gradient passes them, so method '{method}' would train on wrong ones; adapt the model that is not "
-            "quantised (method 'frozen', which trains the head only, takes this one, too)"
+            f'{len(quantised)} layers of {type(backbone).__name__} are quantised, such as {quantised[0]}; no gradient '
+            f"passes through them, so method '{method}' would train on wrong gradients. Adapt the model before "
+            "quantisation, or train only the head with method 'frozen'"
         )

@@ -1,4 +1,4 @@
-"""Gradient checkpointing that a host does from outside of its blocks."""
+"""Gradient checkpointing that a host applies from outside its blocks."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import nn
 from .attachments import Joint
 from .sites import Site
 
-# Names of flags by which hosts recompute what they hold: timm's, and that of MMPretrain's TinyViT and MixMIM.
+# Names of the flags for gradient checkpointing: timm's, and that of MMPretrain's TinyViT and MixMIM.
 _FLAGS = ('grad_checkpointing', 'use_checkpoint')
 
 
 class Recomputation:
-    """Takes over gradient checkpointing that a host does from outside of its blocks.
+    """Takes over gradient checkpointing that a host applies from outside its blocks.
 
-    There neither the grid nor the adapter of the call is known any more, and the first block may get no gradient.
-    The joints of the blocks do it instead, also where it is switched on or off later. What a host recomputes beside
-    its blocks by ``use_checkpoint`` is not recomputed.
+    There, the grid and the adapter of the original call are no longer known, and the first block may get no gradient.
+    So the joints of the blocks recompute instead, even if checkpointing is switched on or off later. Other modules
+    that a host recomputes with ``use_checkpoint`` are not recomputed.
 
     Args:
         backbone: The adapted backbone.
         sites: All known blocks of the backbone.
-        joint_of: Gives the joint of a block.
+        joint_of: Returns the joint of a block.
     """
 
     def __init__(self, backbone: nn.Module, sites: list[Site], joint_of: Callable[[nn.Module], Joint]) -> None:
         self.joint_of = joint_of
         self.holders: list[tuple[Any, str]] = []  # with the name of its flag
-        self.blocks: list[list[nn.Module]] = []  # of each holder
+        self.blocks: list[list[nn.Module]] = []  # per holder
         self.is_on: list[bool] = []
         self._setters: list[_Setter] = []
         for name, module in backbone.named_modules():
@@ -49,14 +49,14 @@ class Recomputation:
             ]
 
     def take_over(self) -> None:
-        """Have joints do what the host would do now."""
+        """Switch the host's checkpointing off, and that of the joints on."""
         for index, (holder, flag) in enumerate(self.holders):
             if getattr(holder, flag):
                 setattr(holder, flag, False)
                 self._switch(index, True)
 
     def set(self, module: Any, enable: bool) -> None:
-        """Carry out ``set_grad_checkpointing`` of a module."""
+        """Run ``set_grad_checkpointing`` of a module, and switch the joints."""
         type(module).set_grad_checkpointing(module, enable)
         self.take_over()
         inside = {id(m) for m in module.modules()}
@@ -70,7 +70,7 @@ class Recomputation:
             self.joint_of(block).host_with_cp = on
 
     def release(self) -> None:
-        """Give it back to the host."""
+        """Give checkpointing back to the host."""
         for setter in self._setters:
             setter.restore()
         for (holder, flag), is_on in zip(self.holders, self.is_on):
@@ -78,7 +78,7 @@ class Recomputation:
 
 
 class _Setter:
-    """Stands in for ``set_grad_checkpointing`` of one module."""
+    """Replaces ``set_grad_checkpointing`` of one module."""
 
     def __init__(self, module: Any, recomputation: Recomputation) -> None:
         self.module = module
@@ -90,5 +90,5 @@ class _Setter:
         self.recomputation.set(self.module, enable)
 
     def restore(self) -> None:
-        """Give the module its own method back."""
+        """Restore the module's own method."""
         del self.module.set_grad_checkpointing

@@ -1,4 +1,4 @@
-"""Standing in for the ``forward`` of one module."""
+"""Replacing the ``forward`` of one module."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 class Replacement:
-    """Stands in for ``forward`` of one module, on the instance.
+    """Replaces ``forward`` of one module on the instance.
 
-    A hook of PyTorch's would not do. ``torch.compile`` reuses the code it made for
-    a module for another one of the same class with other hooks.
+    A PyTorch hook is not enough. ``torch.compile`` reuses the compiled code of a module
+    for other modules of the same class, even if their hooks differ.
 
     Args:
         module: The module.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module  # of any library, with attributes of its own
+        self.module: Any = module  # Any, since modules of each library have their own attributes
         self._replaced: Callable | None = None
         self._input_name = next(iter(list(inspect.signature(type(module).forward).parameters)[1:]), None)
 
@@ -30,40 +30,40 @@ class Replacement:
         self.module.forward = self.forward
 
     def restore(self) -> None:
-        """Give the module its ``forward`` back."""
+        """Restore the module's ``forward``."""
         if self._replaced is None:
             del self.module.forward
         else:
             self.module.forward = self._replaced
 
     def host_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward; looked up each time, since a stored method would be pickled as what stands in."""
+        """Run the module's own forward. It is looked up per call: a stored method would pickle as the replacement."""
         if self._replaced is None:
             return type(self.module).forward(self.module, *args, **kwargs)
         return self._replaced(*args, **kwargs)
 
     def input_first(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Arguments of a call with the input as the first positional one, also where it was given by name."""
+        """Return a call's arguments with the input as the first positional one, even if it was given by name."""
         if args or self._input_name not in kwargs:
             return args, kwargs
         rest = {name: value for name, value in kwargs.items() if name != self._input_name}
         return (kwargs[self._input_name],), rest
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module does now."""
+        """Run the replacement."""
         raise NotImplementedError
 
 
 def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
-    """A view of a module in which some parameters are other tensors.
+    """Return a view of a module in which some parameters are replaced by other tensors.
 
-    The view shares everything else with the module, and the module is not touched. So
-    any number of threads can run views of one module with values of their own.
-    Attributes that the forward pass sets on a module of the view are lost.
+    The view shares everything else with the module. The module does not change, so any
+    number of threads can run views of it with their own values. Attributes that the
+    forward pass sets on a module of the view are lost.
 
     Args:
         module: The module.
-        values: Tensors by the names of the parameters they stand for.
+        values: Tensors by the names of the parameters that they replace.
 
     Raises:
         RuntimeError: The ``forward`` of a module in the view was replaced on the
@@ -73,16 +73,16 @@ def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     view.__dict__.update(module.__dict__)
     view.__dict__['_parameters'] = dict(module._parameters)
     view.__dict__['_modules'] = dict(module._modules)
-    view.__dict__['_compiled_call_impl'] = None  # code that was compiled for the original
+    view.__dict__['_compiled_call_impl'] = None  # it was compiled for the original
     forward = view.__dict__.pop('forward', None)
     if isinstance(getattr(forward, '__self__', None), Replacement):
-        # Nothing of ours happens at a module whose parameters are made: one adapter is active.
+        # Only one adapter is active, so no other attachment acts at a module with computed parameters.
         forward = forward.__self__._replaced
     if forward is not None:
         if getattr(forward, '__self__', None) is not module:
             raise RuntimeError(
-                f'the forward of a {type(module).__name__} was replaced on the instance by {forward!r}, which would '
-                'run it with its original weights; this PEFT method makes others. Replace forward in the class instead'
+                f'the forward of a {type(module).__name__} was replaced on the instance by {forward!r}. It would run '
+                'with the original weights, not with those of this PEFT method. Replace forward in the class instead'
             )
         view.__dict__['forward'] = forward.__func__.__get__(view)
     below: dict[str, dict[str, Tensor]] = {}
@@ -90,7 +90,7 @@ def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
         head, _, rest = name.partition('.')
         if rest:
             below.setdefault(head, {})[rest] = value
-        elif head in view.__dict__:  # FSDP has plain tensors in the place of parameters while it runs
+        elif head in view.__dict__:  # FSDP replaces parameters by plain tensors while it runs
             view.__dict__[head] = value
         else:
             view.__dict__['_parameters'][head] = value
@@ -98,7 +98,7 @@ def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
         child = module._modules[head]
         assert child is not None
         view.__dict__['_modules'][head] = with_parameters(child, inner)
-    # Some modules keep their children in a list as well, and call them from there.
+    # Some modules also keep their children in a list, and call them from there.
     views = {id(module._modules[head]): view.__dict__['_modules'][head] for head in below}
     for name, kept in module.__dict__.items() if views else ():
         if type(kept) in (list, tuple) and any(id(each) in views for each in kept):
@@ -107,6 +107,6 @@ def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor:
-    """A parameter by name, or the plain tensor that FSDP has in its place while it runs."""
+    """Return a parameter by name, or the plain tensor that replaces it while FSDP runs."""
     path, _, last = name.rpartition('.')
     return getattr(module.get_submodule(path), last)

@@ -1,4 +1,4 @@
-"""Several adapters on one base: adding, switching, disabling, deleting them."""
+"""Several adapters on one base: adding, switching, disabling and deleting them."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from .selection import Selection
 
 
 def list_adapters(model: nn.Module) -> list[str]:
-    """Names of a model's adapters, in the order they were added."""
+    """List the names of a model's adapters, in the order in which they were added."""
     injection = get_injection(model)
     return list(injection.adapters) if injection else []
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """Name of the active adapter, None without one."""
+    """Return the name of the active adapter, or None."""
     injection = get_injection(model)
     return injection.active if injection else None
 
 
 def _require(model: nn.Module, name: str | None = None) -> Injection:
-    """The injection, if it has the adapter."""
+    """Return the model's injection, or raise a ValueError if it lacks the adapter."""
     if is_model_wrapper(model):
         raise ValueError(
-            f'{type(model).__name__} wraps the model and knows only the parameters it had; act on the bare model, '
+            f'{type(model).__name__} wraps the model and knows only the parameters it had; change the bare model, '
             'then wrap it'
         )
     injection = get_injection(model)
@@ -60,7 +60,7 @@ def _require(model: nn.Module, name: str | None = None) -> Injection:
 
 
 def _parts(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
-    """What stands beside the backbones and belongs to a task: neck, head, classifier and the like, by path."""
+    """Return the parts outside the backbones that belong to a task (neck, head, classifier), by path."""
     injection = get_injection(model)
     if injection is None:
         backbones = find_backbones(model, selection.backbones)
@@ -97,26 +97,26 @@ def add_adapter(
     freeze: Sequence[str] = (),
     **options: Any,
 ) -> None:
-    """Put another adapter on the same base. It stays inactive unless it is the first.
+    """Add another adapter to the same base. It stays inactive unless it is the first.
 
-    The base is not copied; each adapter has a neck and a head of its own.
+    The base is not copied. Each adapter has its own neck and head.
 
     Args:
         model: A model, or a backbone alone.
-        name: A name that is not taken.
-        method: Name or config of the method; adapters may differ in it.
-        parts: Neck, head and the like for this adapter, as modules or as
-            configs of the model's registry, by their names in the model, e.g.
-            ``dict(head=dict(type='LinearClsHead', ...))``. Those not given are
-            copies of the model's present ones.
-        blocks: The blocks that it adapts, see :func:`iconformer_mm.inject`. Defaults to ``'all'``.
-        freeze: Patterns of parameters beside the backbone that are not trained, see there. Adapters may differ in
-            it. Defaults to none.
+        name: Name of the new adapter, which must not be taken.
+        method: Name or config of the method. It may differ between adapters. Defaults to ``'icon'``.
+        parts: Neck, head and other parts for this adapter, by their names in the
+            model. Each is a module or a config for the model's registry, e.g.
+            ``dict(head=dict(type='LinearClsHead', ...))``. Other parts are copies of
+            the model's current ones. Defaults to None, copies of all parts.
+        blocks: The blocks to adapt, see :func:`iconformer_mm.inject`. Defaults to ``'all'``.
+        freeze: Patterns of parameters outside the backbone that are not trained, see :func:`iconformer_mm.inject`.
+            They may differ between adapters. Defaults to none.
         **options: Options of the method.
 
     Raises:
         ValueError: The name is taken, the method or a part is unknown, parameters of the base are trained, or a
-            method that trains the backbone itself is among them. The model is unchanged then.
+            method trains the backbone itself. The model is unchanged in this case.
     """
     add_selected(model, name, method, parts, Selection(blocks, freeze=freeze), **options)  # type: ignore[arg-type]
 
@@ -129,10 +129,10 @@ def add_selected(
     selection: Selection,
     **options: Any,
 ) -> None:
-    """Do what :func:`add_adapter` does, with all that can be selected.
+    """Do what :func:`add_adapter` does, with a complete selection.
 
     Raises:
-        ValueError: See there.
+        ValueError: See :func:`add_adapter`.
     """
     injection = get_injection(model)
     if injection is not None:
@@ -140,7 +140,7 @@ def add_selected(
     present = _parts(model, selection)
     for part in parts or {}:
         if part not in present:
-            raise ValueError(f"the model has no part '{part}' beside its backbone; it has: {', '.join(present)}")
+            raise ValueError(f"the model has no part '{part}' outside its backbone; it has: {', '.join(present)}")
     own = {n: p if isinstance(p, nn.Module) else MODELS.build(p) for n, p in (parts or {}).items()}
     built = build_method(method, **options)
     if injection is None:
@@ -157,7 +157,7 @@ def add_selected(
         return
 
     if name in injection.adapters:
-        raise ValueError(f"there is an adapter '{name}' already; delete_adapter(model, '{name}') first")
+        raise ValueError(f"there already is an adapter '{name}'; call delete_adapter(model, '{name}') first")
     for each in (built, injection.method):
         if not each.freezes:
             raise ValueError(f"method '{each.name}' changes the base itself, so it cannot share it with other adapters")
@@ -175,27 +175,27 @@ def add_selected(
 
 
 def _check_shareable(model: nn.Module, parts: dict[str, nn.Module]) -> None:
-    """Refuse a second adapter where not all that is trained could be kept apart."""
+    """Reject a second adapter if adapters would share trained parameters."""
     injections = injections_of(model)
     if len(injections) > 1:
         raise ValueError(
-            f'{type(model).__name__} has copies that follow its backbone by averaging; they follow one adapter, so '
-            'there cannot be another'
+            f'{type(model).__name__} has copies that follow its backbone by averaging. They follow one adapter, so '
+            'no other can be added'
         )
     backbones = backbones_of(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and '' not in backbones and not is_below(name, [*parts, *backbones]):
             raise ValueError(
-                f"'{name}' is a trained parameter of {type(model).__name__} itself, which all adapters would share; "
-                'freeze it, or give each task its own copy of the model'
+                f"'{name}' is a trained parameter of {type(model).__name__} itself, and all adapters would share it; "
+                'freeze it, or use a separate copy of the model for each task'
             )
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
     """Make an adapter the active one, with its neck and head.
 
-    Nothing is copied. An optimizer made before keeps the parameters it was
-    given: to train the adapter, make a new one.
+    Nothing is copied. An existing optimizer keeps the parameters it was given. Create a
+    new optimizer to train the adapter.
 
     Args:
         model: An adapted model.
@@ -221,7 +221,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 
 def _register_parts(model: nn.Module, injection: Injection) -> None:
-    """Keep necks and heads of inactive adapters in the model, so that they follow ``.to()`` and ``state_dict()``."""
+    """Register necks and heads of inactive adapters in the model, for ``.to()`` and ``state_dict()``."""
     if hasattr(model, PARTS):
         delattr(model, PARTS)
     waiting = {
@@ -235,15 +235,15 @@ def _register_parts(model: nn.Module, injection: Injection) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it the backbone runs as the base, exactly as before it was adapted.
+    """Run the backbone as the base within the context, exactly as before the injection.
 
-    Neck and head stay those of the active adapter.
+    Neck and head remain those of the active adapter.
 
     Args:
         model: An adapted model.
 
     Raises:
-        ValueError: The model is not adapted or wrapped, or parameters of its base are trained (``unfreeze``).
+        ValueError: The model is not adapted, it is wrapped, or parameters of its base are trained (``unfreeze``).
 
     Example:
         >>> with disabled(model):
@@ -260,8 +260,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Delete an adapter.
 
-    Without an active adapter the backbone runs as the base, still frozen;
-    after the last one it is as it was before the first, free to be trained.
+    After the active adapter is deleted, the backbone runs as the base and stays frozen.
+    After the last adapter is deleted, the backbone is as before the first, not frozen.
 
     Args:
         model: An adapted model.

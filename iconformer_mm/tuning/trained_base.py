@@ -1,4 +1,4 @@
-"""The base values of parameters that are trained in place."""
+"""Base values of parameters that are trained in place."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .freezing import is_adapter
 
 
 class TrainedBase:
-    """Remembers what a backbone's own parameters were before they were trained (ours).
+    """Remembers the values of a backbone's own parameters before training (ours).
 
-    The values are those at the injection, or of base weights that were loaded or set since, up to the first
-    backward pass. Weights of a trained model, which have adapters in them, do not become base values.
+    They are the values at the injection, or later base weights that are loaded or set before the first backward
+    pass. Weights of a trained model, which contain adapters, do not become base values.
 
     Args:
         backbone: The backbone.
-        names: Names of its parameters and statistics that are trained in place.
+        names: Names of the parameters and statistics that are trained in place.
     """
 
     def __init__(self, backbone: nn.Module, names: list[str]) -> None:
@@ -36,25 +36,25 @@ class TrainedBase:
         ]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is trained, by name."""
+        """Return the trained tensors by name."""
         state = self.backbone.state_dict()
         return {name: state[name] for name in self.names}
 
     def base_values(self) -> dict[str, Tensor]:
-        """A copy of the base values, by name."""
+        """Return copies of the base values by name."""
         return {name: value.clone() for name, value in self._values.items()}
 
     def trained_values(self) -> dict[str, Tensor]:
-        """A copy of the present values, by name."""
+        """Return copies of the current values by name."""
         return {name: value.detach().clone() for name, value in self.tensors().items()}
 
     def remember(self) -> None:
-        """Take the present values for those of the base, unless training has begun."""
+        """Store the current values as base values, unless training has begun."""
         if not self._begun:
             self._values = {name: value.detach().clone() for name, value in self.tensors().items()}
 
     def begin(self) -> None:
-        """Take the present values for those of the base; from now on they are trained ones."""
+        """Store the current values as base values, and mark training as begun."""
         self.remember()
         self._begun = True
 
@@ -79,7 +79,8 @@ class TrainedBase:
         if not self._loads_trained:
             return
         if not self._begun:
-            # A whole model's file is of a base whose values of these it does not have.
+            # The file of a whole trained model lacks the base values of these tensors. Those in memory
+            # apply only if the file has the same base.
             held = {n: v for n, v in self.backbone.state_dict().items() if not is_adapter(n) and n not in self.names}
             self.known = all(
                 v.is_meta or (v.shape == own[n].shape and torch.equal(v.cpu(), own[n].cpu().to(v.dtype)))
@@ -96,20 +97,20 @@ class TrainedBase:
                 self._watch_gradients()
 
     def check(self) -> None:
-        """Refuse to give back what is not known.
+        """Reject restoring base values that are unknown.
 
         Raises:
             ValueError: A trained model was loaded over another base.
         """
         if not self.known:
             raise ValueError(
-                f'the base values of {self.names[0]} and others are unknown: a file was loaded that has them as they '
-                'were trained, with another base than was there. Make the model anew with the weights of the base, or '
-                'merge the adapter, if its method can be'
+                f'the base values of {self.names[0]} and others are unknown: the file that was loaded contains trained '
+                'values and another base than the model had. Build the model again with the weights of the base, or '
+                'merge the adapter if its method supports it'
             )
 
     def restore(self) -> None:
-        """Give the parameters their base values back."""
+        """Restore the base values of the parameters."""
         set_values(self.backbone, self._values)
 
     def release(self) -> None:
@@ -119,7 +120,7 @@ class TrainedBase:
         self._gradient_handles = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies of parameters have no hooks, so a copy's base values are the present ones.
+        # Copies of parameters have no hooks, so the base values of a copy are the current ones.
         self.remember()
         return {**vars(self), '_gradient_handles': []}
 

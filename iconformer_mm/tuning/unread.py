@@ -14,9 +14,9 @@ _CLASS_TOKEN_ALWAYS = (_BACKBONES + 'tnt.TNT',)
 
 
 def unread_patches(sites: Sequence[Site]) -> set[str]:
-    """Names of blocks whose patch tokens nobody reads: the last block of hosts that return class tokens only.
+    """List the names of blocks whose patch tokens nobody reads: the last block of hosts that return only class tokens.
 
-    Only what is certain counts: hosts whose own ``forward`` is that of MMPretrain's backbones, by their ``out_type``.
+    Only certain cases count: hosts with the ``forward`` of an MMPretrain backbone, by their ``out_type``.
 
     Args:
         sites: All blocks of a backbone, in order.
@@ -29,7 +29,7 @@ def unread_patches(sites: Sequence[Site]) -> set[str]:
 
 
 def _last_read(host: Any, num_blocks: int) -> list[int]:
-    """The place of the last block that is read, if only its class tokens are."""
+    """Return the index of the last block that is read, if only its class tokens are read."""
     if not str(type(host).forward.__module__).startswith(_BACKBONES):
         return []
     if any(class_path(cls) in _CLASS_TOKEN_ALWAYS for cls in type(host).__mro__):

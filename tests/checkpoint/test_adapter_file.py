@@ -199,7 +199,7 @@ def test_files_without_a_fingerprint_of_buffers_still_load(tmp_path):
     assert torch.equal(target(x)[0], source(x)[0])
     content['base_buffers'] = ['bn1.running_mean']
     write_adapter(path, content, tensors)
-    assert_refused(adapted_resnet(), path, 'its metadata has no proper `base_buffers_fingerprint`')
+    assert_refused(adapted_resnet(), path, 'its metadata has no valid `base_buffers_fingerprint`')
 
 
 def test_a_base_with_more_than_that_of_the_file_is_another(tmp_path):
@@ -210,7 +210,7 @@ def test_a_base_with_more_than_that_of_the_file_is_another(tmp_path):
     own = {n: v for n, v in base_parameters(classifier()).items() if n != 'cls_token'}
     content['base_fingerprint'] = hash_parameters(own)
     write_adapter(path, content, tensors)
-    assert_refused(classifier(), path, 'another base: the model has cls_token, which that base had not')
+    assert_refused(classifier(), path, 'another base: the model has cls_token, which that base lacked')
 
 
 def assert_refused(model, path, message, **kwargs):
@@ -251,7 +251,7 @@ def test_another_method_is_refused(tmp_path):
 def test_bad_files_are_refused(damage, tmp_path):
     path = tmp_path / 'a.safetensors'
     save_adapter(trained(), path)
-    message = 'no intact safetensors file'
+    message = 'not a valid safetensors file'
     if damage == 'truncate':
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == 'empty':
@@ -260,7 +260,7 @@ def test_bad_files_are_refused(damage, tmp_path):
         torch.save(dict(state_dict={}), path)
     elif damage == 'foreign':
         save_file({'x': torch.zeros(1)}, path)
-        message = 'no adapter file of iconformer_mm'
+        message = 'not an adapter file of iconformer_mm'
     else:
         tensors = {'x': torch.zeros(1)}
         save_safetensors(tensors, path, metadata={'iconformer_mm': json.dumps(dict(format_version=99))})
@@ -316,7 +316,7 @@ def test_mmengine_reads_safetensors(tmp_path):
     save_file({'w': torch.ones(2)}, tmp_path / 'w.safetensors')
     assert torch.equal(CheckpointLoader.load_checkpoint(str(tmp_path / 'w.safetensors'))['w'], torch.ones(2))
     (tmp_path / 'bad.safetensors').write_bytes(b'no')
-    with pytest.raises(RuntimeError, match='bad.safetensors is no intact safetensors file'):
+    with pytest.raises(RuntimeError, match='bad.safetensors is not a valid safetensors file'):
         load_safetensors(str(tmp_path / 'bad.safetensors'))
     with pytest.raises(FileNotFoundError):
         load_safetensors(str(tmp_path / 'none.safetensors'))
@@ -366,7 +366,7 @@ def test_a_huge_method_is_refused_whatever_is_asked_for(tmp_path):
 def test_parts_need_a_name(tmp_path):
     save_adapter(trained(), tmp_path / 'a.safetensors')
     for model in (classifier(), trained()):
-        with pytest.raises(ValueError, match=r'`parts` \(head\) are for an adapter of its own: give its `name`, too'):
+        with pytest.raises(ValueError, match=r'`parts` \(head\) belong to a new adapter: give its `name`, too'):
             head = dict(type='LinearClsHead', num_classes=10, in_channels=32)
             load_adapter(model, tmp_path / 'a.safetensors', parts=dict(head=head))
 

@@ -5,9 +5,9 @@ import torch
 from test_adapter_file import trained
 
 from iconformer_mm import save_adapter
-from iconformer_mm.adapter import main
 from iconformer_mm.checkpoint import adapter_file
 from iconformer_mm.checkpoint.divergence import find_diverged
+from iconformer_mm.cli.adapter import main
 
 
 def test_nan_and_infinity_are_told_from_a_mask():

@@ -17,8 +17,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from iconformer_mm import load_adapter, merge
-from iconformer_mm.apis import load_config
-from iconformer_mm.apis.inspection import build_model
 from iconformer_mm.checkpoint.foreign_adapters import (
     ForeignAdapterError,
     inject_foreign,
@@ -27,6 +25,8 @@ from iconformer_mm.checkpoint.foreign_adapters import (
     read_mmpretrain_lora,
     read_mona,
 )
+from iconformer_mm.engine import load_config
+from iconformer_mm.engine.config import build_model
 
 QUICKSTART = ROOT / 'configs' / 'quickstart' / 'vit-quickstart_frozen_digits.py'
 
@@ -205,7 +205,7 @@ LORA_STATE = {TRANSFORMERS.format(0, 'attention.attention.query', f): torch.zero
             'blocks.1.adaptmlp is another variant',
         ),
         (lambda: read_adaptformer({'a.b': torch.zeros(1)}), 'the file has a.b'),
-        (lambda: read_mona(adaptformer_state()), 'no name of a tensor is of the form'),
+        (lambda: read_mona(adaptformer_state()), 'no tensor name matches'),
         (lambda: read_hf_lora(LORA_STATE, {**LORA, 'use_dora': True}), 'use_dora=True'),
         (lambda: read_hf_lora(LORA_STATE, {**LORA, 'bias': 'all'}), "bias='all'"),
         *(
@@ -224,7 +224,7 @@ LORA_STATE = {TRANSFORMERS.format(0, 'attention.attention.query', f): torch.zero
         ),
         (
             lambda: read_hf_lora({**LORA_STATE, 'base_model.model.classifier.lora_A.weight': torch.ones(4)}, LORA),
-            'is a LoRA outside of the blocks',
+            'is a LoRA outside the blocks',
         ),
         (
             lambda: read_hf_lora({f'text.{n}': v for n, v in LORA_STATE.items()} | LORA_STATE, LORA),
@@ -298,8 +298,8 @@ def test_mmpretrain_lora(name):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(alpha=6, rank=8), 'has rank 4 in the file, and 8 in the config'),
-        (dict(alpha=6, targets=[dict(type='proj')]), 'is none of the targets'),
+        (dict(alpha=6, rank=8), 'has rank 4 in the file, but 8 in the config'),
+        (dict(alpha=6, targets=[dict(type='proj')]), "matches none of the LoRAModel's targets"),
         (
             dict(alpha=6, targets=[dict(type='0.attn.qkv', alpha=1), dict(type='qkv')]),
             'layers differ in alpha and rank',

@@ -70,7 +70,7 @@ def test_what_is_no_checkpoint_is_an_error(tmp_path):
         read_checkpoint(path)
     torch.save(dict(w=torch.ones(1000)), path)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DamagedFileError, match='a.pth is no intact checkpoint'):
+    with pytest.raises(DamagedFileError, match='a.pth is not a valid checkpoint'):
         read_checkpoint(path)
     with pytest.raises(FileNotFoundError, match='none.pth does not exist'):
         read_checkpoint(tmp_path / 'none.pth')

@@ -1,17 +1,11 @@
-"""How files are written: whole, at the place that was meant, and beside other writers."""
-
-import os
-import signal
-import subprocess
-import sys
-import time
+"""Safetensors files: their place, their checksum, their JSON."""
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from iconformer_mm.checkpoint import DamagedFileError, read_safetensors, save_safetensors
-from iconformer_mm.checkpoint.safetensors_io import TEMPORARY, parse_json, remove_abandoned, written_whole
+from iconformer_mm.checkpoint.safetensors_io import parse_json
 
 
 def test_home_is_home_in_writing_as_in_reading(tmp_path, monkeypatch):
@@ -33,53 +27,6 @@ def test_the_checksum_of_plain_weights_of_ours_is_looked_at(tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b'\0')
     with pytest.raises(DamagedFileError, match='does not match its checksum'):
         read_safetensors(path)
-
-
-@pytest.mark.skipif(os.name == 'nt', reason='folders cannot be synced there')
-def test_the_entry_in_the_folder_is_brought_to_the_disk_after_the_renaming(tmp_path, monkeypatch):
-    events = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, 'fsync', lambda fd: (events.append(os.readlink(f'/proc/self/fd/{fd}')), fsync(fd))[1])
-    monkeypatch.setattr(os, 'replace', lambda a, b: (events.append('renamed'), replace(a, b))[1])
-    with written_whole(tmp_path / 'new' / 'a.txt') as temporary:
-        temporary.write_text('x')
-    place = events.index('renamed')
-    assert events[place - 1].endswith('a.txt')
-    assert {str(tmp_path / 'new'), str(tmp_path)} <= set(events[place + 1 :])
-
-
-WRITER = """
-import sys, time
-from pathlib import Path
-from iconformer_mm.checkpoint.safetensors_io import written_whole
-with written_whole(Path(sys.argv[1])) as temporary:
-    temporary.write_text('complete')
-    print('writing', flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_the_folder_of_a_writer_stays_and_that_of_a_killed_one_goes(tmp_path):
-    command = [sys.executable, '-c', WRITER]
-    living, killed = (
-        subprocess.Popen(
-            [*command, str(tmp_path / name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        for name in ('living.txt', 'killed.txt')
-    )
-    for process in (living, killed):
-        assert b'writing' in b''.join(iter(process.stdout.readline, b'writing\n')) + b'writing'
-    (tmp_path / f'{TEMPORARY}empty').mkdir()  # of one that was killed at once
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    deadline = time.monotonic() + 30
-    while list(tmp_path.glob(f'{TEMPORARY}killed*')) and time.monotonic() < deadline:
-        remove_abandoned(tmp_path)
-    left = [path.name for path in tmp_path.glob(f'{TEMPORARY}*')]
-    assert len(left) == 1 and left[0].startswith(f'{TEMPORARY}living')
-    living.communicate(b'')
-    assert living.returncode == 0
-    assert (tmp_path / 'living.txt').read_text() == 'complete' and os.listdir(tmp_path) == ['living.txt']
 
 
 def test_a_key_twice_is_an_error():

@@ -18,7 +18,7 @@ def checkpoint(**more):
 
 def test_what_cannot_be_kept_is_named_by_its_place(tmp_path):
     path = tmp_path / 'a.safetensors'
-    with pytest.raises(TypeError, match='param_schedulers/1: a object cannot be kept'):
+    with pytest.raises(TypeError, match='param_schedulers/1: a object cannot be stored'):
         save_checkpoint(checkpoint(param_schedulers=[dict(last_step=1), object()]), str(path))
     assert not list(tmp_path.iterdir())
 
@@ -67,7 +67,7 @@ def test_keys_that_read_alike_stay_apart(tree, tmp_path):
 
 def test_what_would_come_back_as_another_type_is_refused(tmp_path):
     point = namedtuple('Point', 'x y')
-    with pytest.raises(TypeError, match='a Point cannot be kept'):
+    with pytest.raises(TypeError, match='a Point cannot be stored'):
         save_checkpoint(checkpoint(optimizer=point(1, 2)), str(tmp_path / 'a.safetensors'))
     save_checkpoint(checkpoint(size=torch.ones(2, 3).shape), str(tmp_path / 'a.safetensors'))
     assert load_safetensors(str(tmp_path / 'a.safetensors'))['size'] == (2, 3)
@@ -79,3 +79,13 @@ def test_code_that_mmengine_would_run_in_resuming_is_dropped(tmp_path):
     content['meta']['config'] = 'raise SystemExit'
     save_checkpoint(content, path)
     assert load_safetensors(path)['meta'] == dict(epoch=1)
+
+
+@pytest.mark.parametrize('told', [0.5, 'classes', dict(classes=0.5), dict(classes='cat'), dict(classes=[{}])])
+def test_classes_that_are_none_are_refused(told, tmp_path):
+    path = str(tmp_path / 'a.safetensors')
+    content = checkpoint()
+    content['meta']['dataset_meta'] = told
+    save_checkpoint(content, path)
+    with pytest.raises(DamagedFileError, match=r'a\.safetensors .* its `dataset_meta` has no valid `classes`'):
+        load_safetensors(path)

@@ -12,10 +12,9 @@ import torch
 from conftest import ROOT
 from mmengine.registry import init_default_scope
 
-from iconformer_mm.apis import load_config
 from iconformer_mm.datasets.checks import CheckedPipeline, DataError
 from iconformer_mm.datasets.scenes import WRITERS, scenes
-from iconformer_mm.engine import CheckedRunner
+from iconformer_mm.engine import CheckedRunner, load_config
 
 CONFIGS = {
     'coco': 'mask-rcnn_swin-scenes_fpn_full_target.py',

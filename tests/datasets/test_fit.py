@@ -14,11 +14,11 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from iconformer_mm import add_adapter, set_adapter
-from iconformer_mm.apis import build_runner, load_config
-from iconformer_mm.apis.inspection import find_mistakes, unseen_data
+from iconformer_mm.analysis.inspection import find_mistakes, unseen_data
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.datasets.fit import DepthRange, Head, Model, class_fault, find_class_list_fault, look_at_model
 from iconformer_mm.datasets.scenes import WRITERS, scenes
+from iconformer_mm.engine import build_runner, load_config
 
 CONFIGS = {
     'coco': 'scenes/mask-rcnn_swin-scenes_fpn_full_target.py',
@@ -193,7 +193,7 @@ def test_a_name_where_a_tuple_is_meant(kind, part, sound, tmp_path):
 
 
 def test_lists_of_classes(tmp_path):
-    assert 'is no name' in find_class_list_fault(dict(type='D', metainfo=dict(classes=[1, 2])))
+    assert 'is not a name' in find_class_list_fault(dict(type='D', metainfo=dict(classes=[1, 2])))
     assert 'empty' in find_class_list_fault(dict(type='D', classes=[]))
     assert "the word 'ab'" in find_class_list_fault(
         dict(type='C', datasets=[dict(type='D'), dict(type='D', classes='ab')])
@@ -304,12 +304,12 @@ def test_labels_without_names(sound, tmp_path):
     refused(cfg, 'has the label 3, but head is for 3 classes, 0 to 2')
     cfg.model.head.num_classes = 9
     cfg.experiment_name = uuid.uuid4().hex
-    refused(cfg, 'head is for 9 classes, but the labels of ')
+    refused(cfg, 'head is for 9 classes, but the largest label of ')
 
 
 def test_an_accuracy_that_cannot_be_given(sound, tmp_path):
     cfg = config('digits', sound, tmp_path, **{'val_evaluator.topk': (1, 50)})
-    refused(cfg, 'Accuracy is to give the top-50 accuracy, but head is for 10 classes: set topk=(1,)')
+    refused(cfg, 'Accuracy computes the top-50 accuracy, but head is for 10 classes: set topk=(1,)')
 
 
 # Label maps.
@@ -346,7 +346,7 @@ def test_masks_of_0_and_1_pass(data, tmp_path):
 def test_masks_of_0_and_255(data, tmp_path):
     cfg = binary(data, tmp_path, lambda mask: 255 * mask)
     found = refused(cfg, 'hold class 0 (background) and, on ')
-    assert '255, which is ignored, so that any prediction would score 100 %' in found and 'divided by 255' in found
+    assert '255, which is ignored. Any prediction would score 100 %' in found and '0 and 255 by 255' in found
 
 
 def test_masks_of_0_and_255_for_validation_only(data, tmp_path):
@@ -364,7 +364,7 @@ def test_a_background_that_is_ignored_leaves_one_class(value, data, tmp_path):
 
 def test_a_value_between(data, tmp_path):
     cfg = binary(data, tmp_path, lambda mask: 128 * mask)
-    refused(cfg, 'the label map holds 128, but the data set has 2 classes, 0 to 1, and 255 for what is ignored')
+    refused(cfg, 'the label map holds 128, but the data set has 2 classes, 0 to 1, and 255 for ignored pixels')
 
 
 def test_a_foreground_that_is_rare_is_looked_for(data, tmp_path):
@@ -394,7 +394,7 @@ def test_a_head_that_ignores_another_label(data, tmp_path):
     change_maps(
         data / 'ade20k' / 'annotations' / 'training', lambda labels: labels + 255 * (labels == 0).astype(np.uint8)
     )
-    refused(cfg, 'the label map holds 255, but the data set has 2 classes, 0 to 1, and 254 for what is ignored')
+    refused(cfg, 'the label map holds 255, but the data set has 2 classes, 0 to 1, and 254 for ignored pixels')
 
 
 # Depth.
@@ -416,7 +416,7 @@ def test_depth_beyond_the_metric(sound, tmp_path):
 def test_depth_that_is_all_zero(split, data, tmp_path):
     change_maps(data / 'nyu' / 'annotations' / split, np.zeros_like)
     cfg = config('nyu', data, tmp_path)
-    refused(cfg, 'hold 0 only, which means unknown' if split == 'train' else 'no depth in the map lies between')
+    refused(cfg, 'hold only 0, which means unknown' if split == 'train' else 'no depth in the map lies between')
 
 
 def test_one_map_without_depth_makes_the_metrics_nan(data, tmp_path):

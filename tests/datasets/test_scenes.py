@@ -240,7 +240,7 @@ def test_nyu_converter_refuses(tmp_path):
 
     refuse('labelled.mat does not exist')
     (tmp_path / 'labelled.mat').write_bytes(b'not a mat file')
-    refuse('is no intact MATLAB 7.3 file')
+    refuse('is not a valid MATLAB 7.3 file')
     nyu_files(tmp_path, depths=np.full((3, 64, 48), 3000, np.float32))
     refuse('are not metres of a room')
     nyu_files(tmp_path, depths=np.ones((3, 48, 64), np.float32))

@@ -6,13 +6,12 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from safetensors.torch import load_file
-from test_peft_hook import config
+from tiny_runs import config
 
-from iconformer_mm.adapter import main as adapter_tool
-from iconformer_mm.apis import build_runner
 from iconformer_mm.checkpoint import DamagedFileError, load_safetensors, read_adapter
 from iconformer_mm.checkpoint.training_checkpoint import save_checkpoint
-from iconformer_mm.engine import AdapterCheckpointHook
+from iconformer_mm.cli.adapter import main as adapter_tool
+from iconformer_mm.engine import AdapterCheckpointHook, build_runner
 from iconformer_mm.tuning import WeightsError
 
 
@@ -161,7 +160,7 @@ def test_resume_falls_back_to_the_newest_intact_checkpoint(how, tmp_path, caplog
     assert equal(state(whole), state(resumed))
     log = next((tmp_path / 'cut').glob('*/*.log'))
     text = ''.join(p.read_text() for p in log.parent.parent.glob('*/*.log'))
-    assert 'epoch_3.safetensors is no intact safetensors file' in text
+    assert 'epoch_3.safetensors is not a valid safetensors file' in text
     assert 'resuming from epoch_2.safetensors, the newest intact checkpoint' in text
 
 
@@ -216,7 +215,7 @@ def test_the_base_of_load_from_is_found_again(tmp_path):
         make(tmp_path / 'cut', interrupt=6, **given).train()
     with pytest.raises(Interrupted):
         make(tmp_path / 'cut', interrupt=10, resume=True, **named).train()
-    with pytest.raises(WeightsError, match=r"load_from='.*base.pth', which is not opened.*--base FILE"):
+    with pytest.raises(WeightsError, match=r"load_from='.*base.pth'. A path in a file is never opened.*--base FILE"):
         make(tmp_path / 'cut', resume=True).train()
     resumed = make(tmp_path / 'cut', resume=True, **named)
     resumed.train()
@@ -286,7 +285,7 @@ def test_resume_honours_the_template_of_the_names(template, tmp_path):
 def test_resume_does_not_begin_anew_beside_checkpoints_of_other_names(tmp_path):
     with pytest.raises(Interrupted):
         make(tmp_path, interrupt=6).train()
-    with pytest.raises(ValueError, match=r"by filename_tmpl 'e\{\}.safetensors', and yet .* epoch_1.safetensors"):
+    with pytest.raises(ValueError, match=r"matches filename_tmpl 'e\{\}.safetensors', but .* epoch_1.safetensors"):
         make(tmp_path, resume=True, **{'default_hooks.checkpoint.filename_tmpl': 'e{}.safetensors'}).train()
 
 
@@ -319,7 +318,7 @@ def test_a_checkpoint_has_no_file_opened_executed_or_removed(tmp_path):
     make(tmp_path / 'run', resume=True).train()
     assert (tmp_path / 'run' / 'epoch_4.safetensors').is_file()
     other = {'randomness.seed': 5, 'load_from': str(tmp_path / 'run' / 'epoch_4.safetensors')}
-    with pytest.raises(WeightsError, match='base.pth.*which is not opened'):
+    with pytest.raises(WeightsError, match='base.pth.*is never opened'):
         make(tmp_path / 'test', **other).test()
     assert not mark.exists() and sorted(p.name for p in bait.iterdir()) == [
         'base.pth',
@@ -408,7 +407,7 @@ def test_a_diverged_run_overwrites_no_good_file(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.glob('*.safetensors')} == before
     text = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
     assert 'no checkpoint is written: by iteration' in text and 'the training diverged: by iteration' in text
-    assert 'adapter.safetensors is not written: the training diverged' in text
+    assert 'adapter.safetensors is not written because the training diverged' in text
     # What it wrote before stays, too.
     late = tmp_path / 'late'
     make(late, custom_hooks=[dict(type='DivergeHook', at=9)]).train()
@@ -425,5 +424,5 @@ def test_best_checkpoints_are_none_to_resume_from(tmp_path):
 def test_another_optimizer_is_refused(tmp_path):
     with pytest.raises(Interrupted):
         make(tmp_path, interrupt=6).train()
-    with pytest.raises(DamagedFileError, match='epoch_1.safetensors is no checkpoint to resume from'):
+    with pytest.raises(DamagedFileError, match='epoch_1.safetensors cannot be resumed from'):
         make(tmp_path, resume=True, param_scheduler=[]).train()

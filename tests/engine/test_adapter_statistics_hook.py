@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from mmengine.hooks import Hook
-from test_peft_hook import build
+from tiny_runs import build
 
 from iconformer_mm.engine import AdapterStatisticsHook
 
@@ -193,7 +193,7 @@ def test_the_logger_writes_it(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(ValueError, match='finds no adapters in the model: a PEFTHook puts them there'):
+    with pytest.raises(ValueError, match='finds no adapters in the model: add a PEFTHook'):
         run(tmp_path, {}, custom_hooks=[dict(type='AdapterStatisticsHook')])
     with pytest.raises(ValueError, match='interval must be at least 1, got 0'):
         AdapterStatisticsHook(interval=0)

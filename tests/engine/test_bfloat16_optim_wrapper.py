@@ -1,19 +1,14 @@
 """Mixed precision on a CPU, with whatever a config for a GPU has."""
 
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
+from tiny_runs import config
 from torch import nn
 
-from iconformer_mm.apis import launch
-from iconformer_mm.engine import BFloat16OptimWrapper
-
-sys.path.insert(0, str(ROOT / 'tests' / 'engine'))
-from test_peft_hook import config  # noqa: E402
+from iconformer_mm.engine import BFloat16OptimWrapper, build_runner
+from iconformer_mm.engine import config as configs
 
 SGD = dict(type='SGD', lr=0.1)
 
@@ -25,37 +20,37 @@ def wrapper(**options):
 @pytest.mark.parametrize('scale', ['dynamic', 512.0, 512, dict(init_scale=2.0), None])
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16', None])
 def test_what_is_about_float16_is_dropped_and_the_rest_kept(scale, dtype, monkeypatch):
-    monkeypatch.setattr(launch, 'is_cuda_available', lambda: False)
+    monkeypatch.setattr(configs, 'is_cuda_available', lambda: False)
     kept = dict(accumulative_counts=4, clip_grad=dict(max_norm=1.0), constructor='A', paramwise_cfg=dict(b=1))
     cfg = wrapper(loss_scale=scale, dtype=dtype, use_fsdp=False, opt_level='O1', **kept)
-    launch.use_amp(cfg)
+    configs.use_amp(cfg)
     assert cfg.optim_wrapper.to_dict() == dict(type='BFloat16OptimWrapper', optimizer=SGD, **kept)
 
 
 def test_on_a_gpu_they_are_kept(monkeypatch):
-    monkeypatch.setattr(launch, 'is_cuda_available', lambda: True)
+    monkeypatch.setattr(configs, 'is_cuda_available', lambda: True)
     cfg = wrapper(loss_scale=512, dtype='bfloat16', opt_level='O1')
-    launch.use_amp(cfg)
+    configs.use_amp(cfg)
     assert cfg.optim_wrapper.to_dict() == dict(
         type='AmpOptimWrapper', optimizer=SGD, loss_scale=512.0, dtype='bfloat16'
     )
     cfg = Config(dict(optim_wrapper=dict(optimizer=dict(SGD), loss_scale=None)))
-    launch.use_amp(cfg)
+    configs.use_amp(cfg)
     assert cfg.optim_wrapper.loss_scale == 'dynamic'
 
 
 @pytest.mark.parametrize('optim_wrapper', [None, dict(constructor='A', one=dict(type='OptimWrapper', optimizer=SGD))])
 def test_none_or_several_are_refused(optim_wrapper):
-    with pytest.raises(ValueError, match='--amp: the config has no single `optim_wrapper`'):
-        launch.use_amp(Config(dict(optim_wrapper=optim_wrapper)))
+    with pytest.raises(ValueError, match='--amp: the config needs a single `optim_wrapper`'):
+        configs.use_amp(Config(dict(optim_wrapper=optim_wrapper)))
 
 
 def test_a_config_for_a_gpu_without_one(monkeypatch):
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
-    with pytest.raises(ValueError, match='mixed precision on a GPU .* add --amp, which takes bfloat16'):
-        launch.check_precision(wrapper())
-    launch.check_precision(Config(dict(optim_wrapper=dict(optimizer=SGD))))
-    launch.check_precision(Config(dict()))
+    monkeypatch.setattr(configs, 'get_device', lambda: 'cpu')
+    with pytest.raises(ValueError, match='mixed precision on a GPU .* add --amp, which uses bfloat16'):
+        configs.check_precision(wrapper())
+    configs.check_precision(Config(dict(optim_wrapper=dict(optimizer=SGD))))
+    configs.check_precision(Config(dict()))
 
 
 def test_the_wrapper_takes_the_options_of_the_other():
@@ -72,11 +67,11 @@ def test_the_wrapper_takes_the_options_of_the_other():
 
 
 def test_a_run_with_loss_scaling_in_its_config(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, 'is_cuda_available', lambda: False)
+    monkeypatch.setattr(configs, 'is_cuda_available', lambda: False)
     cfg = config(tmp_path, **{'train_cfg.max_epochs': 1})
     cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic', dtype='float16', accumulative_counts=2)
-    launch.use_amp(cfg)
+    configs.use_amp(cfg)
     cfg.experiment_name = 'amp-on-a-cpu'
-    runner = launch.build_runner(cfg)
+    runner = build_runner(cfg)
     runner.train()
     assert type(runner.optim_wrapper) is BFloat16OptimWrapper and runner.iter == 4

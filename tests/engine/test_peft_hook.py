@@ -1,65 +1,18 @@
 import copy
-import uuid
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from families import VIT, image
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from tiny_runs import build, config
 
 import iconformer_mm  # noqa: F401
 from iconformer_mm import inject, load_adapter, summarize
 from iconformer_mm.engine import PEFTHook, PEFTOptimWrapperConstructor
 from iconformer_mm.engine.optim_wrapper_constructor import only_trainable
-
-
-def config(work_dir, **changes):
-    """An ordinary mmpretrain config that knows nothing of us."""
-    pipeline = [dict(type='PackInputs')]
-    data = dict(
-        batch_size=5,
-        num_workers=0,
-        dataset=dict(type='Strokes', num_images=20, num_classes=4, image_size=32, pipeline=pipeline),
-        sampler=dict(type='DefaultSampler', shuffle=True),
-    )
-    cfg = Config(
-        dict(
-            default_scope='mmpretrain',
-            model=dict(
-                type='ImageClassifier',
-                data_preprocessor=dict(mean=[0.0], std=[255.0]),
-                backbone=dict(type='VisionTransformer', arch=VIT, img_size=32, patch_size=8, in_channels=1),
-                head=dict(type='LinearClsHead', num_classes=4, in_channels=32),
-            ),
-            train_dataloader=data,
-            val_dataloader=data,
-            test_dataloader=data,
-            val_evaluator=dict(type='Accuracy'),
-            test_evaluator=dict(type='Accuracy'),
-            train_cfg=dict(by_epoch=True, max_epochs=2),
-            val_cfg=dict(),
-            test_cfg=dict(),
-            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.1)),
-            param_scheduler=[dict(type='MultiStepLR', by_epoch=True, milestones=[1], gamma=0.1)],
-            custom_hooks=[dict(type='PEFTHook', method=dict(type='icon', bottleneck=8))],
-            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
-            randomness=dict(seed=0),
-            work_dir=str(work_dir),
-            log_level='WARNING',
-            visualizer=None,
-        )
-    )
-    cfg.merge_from_dict(changes)
-    return cfg
-
-
-def build(work_dir, **changes):
-    cfg = config(work_dir, **changes)
-    cfg.experiment_name = uuid.uuid4().hex
-    init_default_scope('mmpretrain')
-    return Runner.from_cfg(cfg)
 
 
 def state(model):
@@ -85,6 +38,19 @@ def test_training_leaves_frozen_weights_as_they_were(tmp_path):
     assert optimized == {id(p) for p in runner.model.parameters() if p.requires_grad}
     # The schedulers act on the optimizer that is in use.
     assert runner.optim_wrapper.get_lr()['lr'] == [pytest.approx(1e-3)]
+
+
+def test_training_writes_its_summary_and_testing_leaves_it(tmp_path):
+    runner = build(tmp_path)
+    runner.train()
+    content = json.loads((tmp_path / 'peft_summary.json').read_text())
+    assert content['method'] == 'icon' and content['sites'] == {'mmpretrain ViT': ['layers.0', 'layers.1']}
+    trained = sum(p.numel() for p in runner.model.parameters() if p.requires_grad)
+    assert content['trainable'] == trained > content['parts']['adapters'][0] > 0
+    other = build(tmp_path, load_from=str(tmp_path / 'epoch_2.pth'))
+    (tmp_path / 'peft_summary.json').write_text('kept')
+    other.test()
+    assert (tmp_path / 'peft_summary.json').read_text() == 'kept'
 
 
 def test_adapter_file_reproduces_the_model(tmp_path):
@@ -220,7 +186,7 @@ def test_a_runner_without_configs_is_refused(tmp_path):
 
 
 def test_a_flexible_runner_is_refused():
-    with pytest.raises(ValueError, match='with FlexibleRunner use a backbone that is born adapted'):
+    with pytest.raises(ValueError, match='With FlexibleRunner, use a backbone with built-in adapters'):
         PEFTHook().before_run(SimpleNamespace(strategy=object()))
 
 

@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 from test_adapter_checkpoint_hook import Interrupted, equal, make, state
-from test_peft_hook import build
+from tiny_runs import build
 
 from iconformer_mm import inject, remove
-from iconformer_mm.adapter import main
 from iconformer_mm.checkpoint import load_safetensors, read_adapter
+from iconformer_mm.cli.adapter import main
 from iconformer_mm.engine.optim_wrapper_constructor import PEFTOptimWrapperConstructor, describe_groups
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.freezing import is_adapter

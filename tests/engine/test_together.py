@@ -4,10 +4,10 @@ import uuid
 
 import pytest
 import torch
-from test_peft_hook import config
+from tiny_runs import config
 
-from iconformer_mm.apis import build_runner
 from iconformer_mm.checkpoint import load_safetensors
+from iconformer_mm.engine import build_runner
 
 
 def build(work_dir, **changes):

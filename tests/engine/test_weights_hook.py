@@ -7,11 +7,11 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from test_peft_hook import config
+from tiny_runs import config
 
 from iconformer_mm import load_adapter
-from iconformer_mm.apis import build_runner
 from iconformer_mm.checkpoint import AdapterFileError, load_safetensors, read_adapter, write_adapter
+from iconformer_mm.engine import build_runner
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import NO_WEIGHTS, WeightsError
 
@@ -113,7 +113,7 @@ def test_a_checkpoint_without_a_record_is_tested_and_resumed(files, tmp_path):
 @pytest.mark.parametrize('mode', ['test', 'train', 'resume'])
 def test_adapters_without_a_method_are_refused(path, mode, files, tmp_path):
     runner = make(tmp_path, None, load_from=str(files / path), resume=mode == 'resume')
-    with pytest.raises(WeightsError, match='but the model is not adapted. Name the method: --peft, or a PEFTHook'):
+    with pytest.raises(WeightsError, match='not adapted. Name the method with --peft, or with a PEFTHook'):
         runner.test() if mode == 'test' else runner.train()
 
 
@@ -144,7 +144,7 @@ def test_a_head_that_was_not_loaded_is_not_tested(method, validate, files, tmp_p
 
 
 def test_a_model_without_any_weights(files, tmp_path, caplog):
-    with pytest.raises(WeightsError, match='there are no weights: the model would be tested as it was initialised'):
+    with pytest.raises(WeightsError, match='there are no weights: the model would be tested with its initial values'):
         make(tmp_path / 'test').test()
     make(tmp_path / 'train').train()
     log = next((tmp_path / 'train').glob('*/*.log')).read_text()
@@ -166,7 +166,7 @@ def test_weights_that_leave_frozen_tensors_random_are_an_error(keep, message, fi
     torch.save(dict(state_dict={n: v for n, v in state.items() if n.startswith(keep)}), tmp_path / 'w.pth')
     if keep == 'backbone.adapter':
         path = str(files / 'small' / 'epoch_2.safetensors')  # what was trained, and no base
-        with pytest.raises(WeightsError, match='holds what was trained, and not the base.*AdapterCheckpointHook'):
+        with pytest.raises(WeightsError, match='holds only the trained tensors, not the base.*AdapterCheckpointHook'):
             make(tmp_path, load_from=path).train()
         return
     with pytest.raises(WeightsError, match=message):

@@ -422,6 +422,6 @@ def test_grids_are_those_that_cuda_takes(channels, monkeypatch):
 def test_triton_refuses_a_sample_beyond_its_offsets(monkeypatch):
     triton = backends.find('triton')
     with pytest.raises(
-        RuntimeError, match='reaches 2\\^31 values of a sample, got 33554432 tokens of 64; take backend'
+        RuntimeError, match='fewer than 2\\^31 values per sample, got 33554432 tokens of 64 channels; use'
     ):
         triton.correlate(torch.empty(1).expand(1, 2**25, 64), torch.empty(1, 64, 3, 3), 2**12, 2**13)

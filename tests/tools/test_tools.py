@@ -11,29 +11,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from commands import call, scalars, tool
 from conftest import ROOT, free_port
 
 DEIT = 'mmpretrain::deit/deit-tiny_4xb256_in1k'
 QUICKSTART = 'configs/quickstart/vit-quickstart_icon_digits.py'
-
-
-def call(*command, ok=True, cwd=ROOT, **environment):
-    """Run a command; return what it printed."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '2', 'PIP_NO_INDEX': '1', **environment}
-    env['PATH'] = f'{Path(sys.executable).parent}:{env["PATH"]}'
-    result = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
-    output = result.stdout + result.stderr
-    assert (result.returncode == 0) == ok, output[-5000:]
-    return output
-
-
-def tool(name, *arguments, **kwargs):
-    return call(sys.executable, ROOT / 'tools' / name, *arguments, **kwargs)
-
-
-def scalars(work_dir):
-    files = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope='module')
@@ -151,27 +133,6 @@ def test_two_processes_train_as_one(tmp_path):
     assert json.loads((tmp_path / 'metrics.json').read_text())['accuracy/top1'] == results[1]['accuracy/top1']
 
 
-def test_quickstart(tmp_path):
-    """The README's command, short: a table, a plot, frozen weights compared bit by bit."""
-    options = ['train_cfg.max_epochs=6', 'train_cfg.val_interval=6', 'default_hooks.checkpoint.interval=6']
-    output = tool('quickstart.py', '--seeds', 1, '--out', tmp_path, '--cfg-options', *options)
-    assert 'frozen weights: bit-identical' in output
-    results = {r['method']: r for r in json.loads((tmp_path / 'results.json').read_text())}
-    assert list(results) == ['linear probing', 'AdaptFormer', 'iCoN', 'full fine-tuning']
-    # Closed formulas for width 96, 4 blocks, bottleneck 16, 10 classes.
-    d, c, head = 96, 16, 96 * 10 + 10
-    projections = 2 * d * c + c + d
-    counts = [r['trained_parameters'] for r in results.values()]
-    kernels = c * 9 * c + 2 * 9 * c
-    assert counts == [head, head + 4 * projections, head + 4 * (projections + kernels), 454_080 + head]
-    # Before a single step it would be chance, 10 %.
-    assert all(r['accuracies'][0] > 50 for r in results.values())
-    assert results['iCoN']['adapter_bytes'] < results['iCoN']['checkpoint_bytes'] / 10
-    assert results['full fine-tuning']['adapter_bytes'] is None
-    assert (tmp_path / 'accuracy.png').stat().st_size > 10_000
-    assert (tmp_path / 'results.md').read_text().count('\n') == 6
-
-
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -219,18 +180,3 @@ def test_slurm(tmp_path):
     assert words[:3] == ['--partition=gpu', '--job-name=job', '--gres=gpu:8']
     assert '--ntasks=16' in words and '--quiet' in words and '--exclusive' in words
     assert words[-6:] == ['-u', 'tools/train.py', 'config.py', '--work-dir=out', '--launcher=slurm', '--amp']
-
-
-def test_scenes(tmp_path):
-    """All three tasks by two methods for two iterations: a table and a picture."""
-    make = ['dataset_converters/make_scenes.py', '--out', 'data/scenes', '--styles', 'target', '--train', 8, '--val', 9]
-    tool(*make, cwd=tmp_path)
-    options = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.checkpoint.interval=2']
-    arguments = ['--methods', 'frozen', 'icon', '--seeds', 1, '--out', 'out', '--cfg-options', *options]
-    output = tool('scenes.py', *arguments, cwd=tmp_path)
-    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
-    assert [row['method'] for row in results] == ['frozen backbone', 'iCoN']
-    assert all(set(row['tasks']) == {'semantic', 'instance', 'depth'} for row in results)
-    assert 'mask AP (%)' in output and 'iCoN' in (tmp_path / 'out' / 'results.md').read_text()
-    picture = cv2.imread(str(tmp_path / 'out' / 'predictions.png'))
-    assert picture is not None and picture.std() > 10

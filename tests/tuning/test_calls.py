@@ -232,6 +232,53 @@ def test_what_ran_disabled_is_recomputed_disabled():
     torch.testing.assert_close(x.grad, y.grad)
 
 
+@pytest.mark.parametrize('method', ['icon', 'lora'])
+def test_compiled_code_obeys_disabling_and_switching(method):
+    """Also where another thread is within `disabled`, and where it was compiled within it."""
+    torch._dynamo.reset()
+    model = adapted('ViT', method)
+    x = image((64, 64))
+    with disabled(model):
+        base = run(model, x)
+    add_adapter(model, 'second', method)
+    stir(model, seed=2)
+    expected = {}
+    for name in ('default', 'second'):
+        set_adapter(model, name)
+        expected[name] = run(model.eval(), x)
+
+    compiled = torch.compile(model, backend='eager')
+
+    def gives(wanted: list[torch.Tensor]) -> bool:
+        outs = [torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(run(compiled, x), wanted)]
+        return len(outs) > 0 and all(outs)
+
+    with disabled(model):
+        assert gives(base) and not gives(expected['default'])
+    for name in ('default', 'second', 'default'):
+        set_adapter(model, name)
+        assert gives(expected[name]) and not gives(base)
+        with disabled(model):
+            assert gives(base)
+
+    inside, done = threading.Event(), threading.Event()
+    seen = []
+
+    def disable() -> None:
+        with disabled(model):
+            inside.set()
+            done.wait(60)
+            seen.append(gives(base))
+
+    thread = threading.Thread(target=disable)
+    thread.start()
+    inside.wait(60)
+    here = gives(expected['default'])
+    done.set()
+    thread.join()
+    assert here and seen == [True]
+
+
 @pytest.mark.parametrize('method', METHODS)
 def test_a_block_called_by_keyword(method):
     """As CAE calls its layers."""
@@ -359,7 +406,7 @@ def test_dropout_and_rank_stabilisation_of_low_rank_paths():
     torch.manual_seed(3)
     found = adapter.add_path('mlp.fc1.weight', layer, x, layer(x))
     torch.testing.assert_close(found, wanted.transpose(1, 2))
-    with pytest.raises(ValueError, match='no place for dropout'):
+    with pytest.raises(ValueError, match='dropout cannot be applied'):
         inject(by_name['BEiT'].build(), 'lora', dropout=0.1)
 
 
@@ -390,6 +437,22 @@ def test_merging_can_be_undone(method):
     merge(model, keep_base=False)
     with pytest.raises(ValueError, match='keep_base=False'):
         unmerge(model)
+
+
+@pytest.mark.parametrize('change', ['load', 'train', 'cast'])
+def test_weights_changed_after_merging_are_not_unmerged(change):
+    model = adapted('ViT', 'lora')
+    merge(model)
+    if change == 'load':
+        model.load_state_dict(by_name['ViT'].build().state_dict())
+    elif change == 'train':
+        model.cls_token.data += 1e-3
+    else:
+        model.half()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match='have changed since the merge'):
+        unmerge(model)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
 def test_merging_refuses_what_diverged():

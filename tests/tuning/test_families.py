@@ -2,8 +2,8 @@
 
 import copy
 import pickle
-import sys
 
+import families_table
 import pytest
 import torch
 from conftest import ROOT
@@ -15,9 +15,6 @@ from iconformer_mm import BlockFamily, inject, register_family, remove, summariz
 from iconformer_mm.adapters import TokenGrid
 from iconformer_mm.tuning import FAMILIES, get_injection
 from iconformer_mm.tuning.families import FromPatchEmbed
-
-sys.path.insert(0, str(ROOT / 'tools'))
-import families_table  # noqa: E402
 
 by_name = {family.name: family for family in MORE_FAMILIES}
 each_family = pytest.mark.parametrize('family', MORE_FAMILIES, ids=str)
@@ -46,7 +43,7 @@ def test_every_method(family):
     """As the table in the docs says: right, or refused for the reason named there."""
     row = families_table.row_of(family)
     assert row in (ROOT / 'docs' / 'families.md').read_text(encoding='utf-8').splitlines(), (
-        'docs/families.md is not up to date; run `python tools/families_table.py`'
+        'docs/families.md is not up to date; run `python tests/families_table.py`'
     )
     assert 'wrong' not in row
 
@@ -230,7 +227,7 @@ def test_blocks_without_attention():
     model = families_table.make(by_name['PoolFormer'])
     with pytest.raises(ValueError, match=r"mmpretrain PoolFormer blocks have no attention .* set sites=\['ffn'\]"):
         inject(model, 'icon')
-    with pytest.raises(ValueError, match=r"no linear map q, v, since they have ffn only; set targets=\['fc1', 'fc2'\]"):
+    with pytest.raises(ValueError, match=r"no linear map q, v, since they have only ffn; set targets=\['fc1', 'fc2'\]"):
         inject(model, 'lora')
     assert summarize(model).method is None
     assert inject(model, 'icon', sites=['ffn']).num_sites == 4

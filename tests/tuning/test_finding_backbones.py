@@ -136,7 +136,7 @@ def test_a_second_encoder_without_known_blocks_counts():
     [
         (['rgbb'], r"has no module 'rgbb' \(did you mean 'rgb'.*\); found by structure: 'rgb'"),
         (['rgb', 'rgb'], "'rgb' is given twice"),
-        (['rgb', 'rgb.layers'], "'rgb.layers' is given twice, or lies in another"),
+        (['rgb', 'rgb.layers'], "'rgb.layers' is given twice or is nested with another"),
         ([], 'at least one module'),
         ('rgb', "backbones must be a list of paths of modules, got 'rgb'"),
         (['teacher'], "'teacher' follows another module by averaging"),
@@ -343,7 +343,7 @@ def lora_model():
 def test_lora_model_is_refused(where):
     inner = lora_model()
     model = Model(backbone=inner, head=nn.Linear(2, 2)) if where == 'backbone' else inner
-    with pytest.raises(ValueError, match=r'LoRAModel, which drops from state_dict\(\)'):
+    with pytest.raises(ValueError, match=r'LoRAModel, whose state_dict\(\) drops'):
         inject(model)
     assert not any(is_adapter(n) for n, _ in model.named_parameters())
     if where == 'inside':  # adapted before it is wrapped

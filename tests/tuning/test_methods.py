@@ -21,6 +21,7 @@ from iconformer_mm import (
 from iconformer_mm.adapters import TokenGrid
 from iconformer_mm.registry import PEFT_METHODS
 from iconformer_mm.tuning import get_injection
+from iconformer_mm.tuning.methods.weights import ROLES
 
 MERGEABLE = ('lora', 'dora', 'ssf', 'bitfit', 'norm', 'partial')
 STARTS_ELSEWHERE = ('ssf', 'mona', 'vpt')  # by their papers; all others start at the pre-trained model
@@ -251,6 +252,47 @@ def test_dora_is_magnitude_times_direction():
             magnitude = weight.norm() * (1 + own.magnitude['k'][row])
             layer.attn.qkv.weight.data[32 + row] = magnitude * moved / moved.norm()
     close(run(model, image((64, 64))), run(twin, image((64, 64))))
+
+
+@pytest.mark.parametrize('method', ['lora', 'dora'])
+@each_family
+def test_paths_beside_every_linear_map_equal_the_merged_weights(method, family):
+    """In double precision; each parameter of a path gets a gradient."""
+    model = make(family.build)
+    inject(model, method, targets=ROLES)
+    stir(model).double()
+    model.eval()
+    x = image(family.sizes[0]).double()
+    outs = flatten(model(x))
+    sum(out.square().sum() for out in outs).backward()
+    assert [n for n, p in model.named_parameters() if 'adapter' in n and (p.grad is None or not p.grad.any())] == []
+    merge(model)
+    model.eval()
+    close(run(model, x), outs, atol=1e-12, rtol=1e-9)
+
+
+class _Bypassing(nn.Module):
+    """Computes an FFN's layer by a function out of sight, as a fused kernel would."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.inner = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _fused(x, *self.inner.parameters())
+
+
+def _fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, weight, bias)
+
+
+def test_a_path_that_never_runs_is_an_error():
+    model = make_vit()
+    for layer in model.layers:
+        layer.ffn.layers[1] = _Bypassing(layer.ffn.layers[1])
+    inject(model, 'lora', targets=['fc2'])
+    with pytest.raises(RuntimeError, match=r'did not call layers\.0\.ffn\.layers\.1\.inner, where an adapter acts'):
+        run(model, image((64, 64)))
 
 
 @pytest.mark.parametrize('build', [make_vit, make_swin])

@@ -21,6 +21,7 @@ from iconformer_mm import (
     summarize,
 )
 from iconformer_mm.checkpoint import AdapterFileError
+from iconformer_mm.checkpoint.adapter_file import read_adapter
 from iconformer_mm.tuning import get_injection
 
 
@@ -120,6 +121,38 @@ def test_one_base_serves_two_tasks_with_their_heads(tmp_path):
     assert own == base  # the very same tensors, nothing copied
 
 
+def test_loading_and_saving_an_adapter_activates_nothing(tmp_path, monkeypatch):
+    """An inactive adapter takes a file, and gives it again, while the active one serves."""
+    model = classifier()
+    add_adapter(model, 'three', 'lora')
+    stir(model)
+    add_adapter(model, 'five', 'icon', parts=FIVE)
+    stir(model, seed=3)
+    set_adapter(model, 'five')
+    logits(model)
+    save_adapter(model, tmp_path / 'five.safetensors')
+    five = logits(model)
+    set_adapter(model, 'three')
+    three, trained = logits(model), {n for n, p in model.named_parameters() if p.requires_grad}
+
+    monkeypatch.setattr(type(get_injection(model)), 'activate', None)  # calling it is an error
+    load_adapter(model, tmp_path / 'five.safetensors', name='again', parts=FIVE)
+    assert active_adapter(model) == 'three' and same(logits(model), three)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    for name in ('five', 'again'):
+        save_adapter(model, tmp_path / 'copy.safetensors', name=name)
+        (content, tensors), (wanted, expected) = map(
+            read_adapter, (tmp_path / 'copy.safetensors', tmp_path / 'five.safetensors')
+        )
+        assert content['method'] == wanted['method'] and content['sites'] == wanted['sites']
+        assert tensors.keys() == expected.keys() and all(torch.equal(tensors[n], expected[n]) for n in expected)
+    with pytest.raises(ValueError, match="no adapter 'six'; there are: three, five, again"):
+        save_adapter(model, tmp_path / 'six.safetensors', name='six')
+    monkeypatch.undo()
+    set_adapter(model, 'again')
+    assert same(logits(model), five)
+
+
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
     answers = two_tasks(tmp_path)
     model = classifier()
@@ -192,12 +225,12 @@ def test_remove_takes_all_of_them_out():
     [
         (lambda m: set_adapter(m, 'x'), "there is no adapter 'x'; there are: default"),
         (lambda m: delete_adapter(m, 'x'), "there is no adapter 'x'"),
-        (lambda m: add_adapter(m, 'default'), "there is an adapter 'default' already"),
+        (lambda m: add_adapter(m, 'default'), "there already is an adapter 'default'"),
         (lambda m: add_adapter(m, 'x', 'lora2'), "unknown PEFT method 'lora2'"),
         (lambda m: add_adapter(m, 'x', 'full'), "method 'full' changes the base itself"),
         (
             lambda m: add_adapter(m, 'x', parts=dict(tail=dict())),
-            "no part 'tail' beside its backbone",
+            "no part 'tail' outside its backbone",
         ),
     ],
 )
@@ -217,7 +250,7 @@ def test_unadapted_and_wrapped_models_are_refused(tmp_path):
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
         wrapped = MMDistributedDataParallel(model)
-        with pytest.raises(ValueError, match='act on the bare model'):
+        with pytest.raises(ValueError, match='change the bare model'):
             set_adapter(wrapped, 'default')
     finally:
         torch.distributed.destroy_process_group()

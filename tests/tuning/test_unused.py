@@ -12,7 +12,7 @@ from mmpretrain.models import build_backbone
 from torch import nn
 
 from iconformer_mm import inject, remove
-from iconformer_mm.apis.inspection import inspect_model
+from iconformer_mm.analysis.inspection import inspect_model
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.unused import find_unused_blocks, unused_adapters
 
@@ -100,7 +100,7 @@ def test_they_are_told_of_by_the_inspection():
 
 
 def outcome(cfg, folder, name):
-    from iconformer_mm.apis import build_runner
+    from iconformer_mm.engine import build_runner
 
     cfg.model.backbone.init_cfg = None
     cfg.update(work_dir=f'{folder}/{name}', experiment_name=name)
@@ -112,7 +112,7 @@ def outcome(cfg, folder, name):
 
 
 def work(rank: int, folder: str) -> None:
-    import iconformer_mm.apis.inspection  # noqa: F401
+    import iconformer_mm.analysis.inspection  # noqa: F401
     from iconformer_mm.engine import runner
 
     torch.set_num_threads(1)
@@ -132,7 +132,7 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_two_processes(tmp_path):
-    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method='spawn')
+    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method='forkserver')
     results = torch.load(tmp_path / 'results.pt')
     assert results['used'] == results['waited'] == 'trained'
     assert results['unused'].startswith('ValueError: 2 adapted blocks, layers.2 to layers.3, come after the last')

@@ -1,4 +1,4 @@
-# Real handwritten digits, 20 images a class for training, 900 for testing.
+# Real handwritten digits, 20 images per class for training and 900 images for testing.
 train_pipeline = [
     dict(type='Resize', scale=(28, 28), interpolation='bicubic'),
     dict(type='RandomCrop', crop_size=28, padding=2),

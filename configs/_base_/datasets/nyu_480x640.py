@@ -1,5 +1,5 @@
-# NYU-v2 at 480 x 640 with MMSegmentation's data set and transforms. Its own base
-# needs albumentations for colour jitter; PhotoMetricDistortion does without.
+# NYU-v2 at 480 x 640 with MMSegmentation's data set and transforms. MMSegmentation's own
+# config needs albumentations for colour jitter. PhotoMetricDistortion does not.
 _base_ = ['mmseg::_base_/datasets/nyu.py']
 
 meta_keys = (

@@ -1,4 +1,4 @@
-# Target scenes in NYU-v2's format: tools/dataset_converters/make_scenes.py writes them.
+# Target scenes in NYU-v2's format, written by tools/dataset_converters/make_scenes.py.
 data_root = 'data/scenes/target/nyu'
 meta_keys = (
     'img_path',
@@ -45,6 +45,6 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-# The crops of NYU-v2 are for images of 480 x 640.
+# The NYU-v2 crop is defined for images of 480 x 640, so it is not used here.
 val_evaluator = dict(type='DepthMetric', min_depth_eval=1e-3, max_depth_eval=10.0, crop_type=None)
 test_evaluator = val_evaluator

@@ -1,4 +1,4 @@
-# Target scenes in COCO's format: tools/dataset_converters/make_scenes.py writes them.
+# Target scenes in COCO's format, written by tools/dataset_converters/make_scenes.py.
 data_root = 'data/scenes/target/coco/'
 dataset = dict(
     type='CocoDataset',

@@ -1,4 +1,4 @@
-# Target scenes in ADE20K's format: tools/dataset_converters/make_scenes.py writes them.
+# Target scenes in ADE20K's format, written by tools/dataset_converters/make_scenes.py.
 data_root = 'data/scenes/target/ade20k'
 dataset = dict(
     type='BaseSegDataset',

@@ -1,4 +1,4 @@
-# MMDetection's Cascade Mask R-CNN on the Swin-T of its Mask R-CNN configs.
+# MMDetection's Cascade Mask R-CNN with the Swin-T of its Mask R-CNN configs.
 _base_ = ['mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py']
 model = dict(
     backbone=dict(

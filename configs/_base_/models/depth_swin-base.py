@@ -1,4 +1,4 @@
-# Swin-B with ImageNet-22K weights and a deconvolution head, for depth up to 10 m.
+# Swin-B with ImageNet-22K weights and a deconvolution head for depth up to 10 m.
 model = dict(
     type='DepthEstimator',
     data_preprocessor=dict(
@@ -26,6 +26,6 @@ model = dict(
     ),
     decode_head=dict(type='DepthDeconvHead', in_channels=1024, max_depth=10.0),
     train_cfg=dict(),
-    # Flip test on the whole image.
+    # Test on the whole image and its mirror image.
     test_cfg=dict(mode='slide_flip', crop_size=(480, 640), stride=(480, 640)),
 )

@@ -1,4 +1,4 @@
-# The Swin of the scene models with a deconvolution head.
+# The Swin backbone of the scene models with a deconvolution head.
 _base_ = ['./depth_swin-base.py']
 
 model = dict(

@@ -1,4 +1,4 @@
-# MMDetection's Mask R-CNN, narrow, with anchors of 16 to 128 pixels.
+# MMDetection's Mask R-CNN, but narrower and with anchors of 16 to 128 pixels.
 _base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py']
 
 model = dict(

@@ -1,4 +1,4 @@
-# A Swin of 0.86 M parameters with a narrow UPerNet; the scene models share the backbone.
+# A Swin with 0.86 M parameters and a narrow UPerNet. All scene models share this backbone.
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=dict(

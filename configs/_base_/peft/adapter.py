@@ -1,2 +1,2 @@
-# Adapters behind attention and FFN (Houlsby et al., ICML 2019).
+# Adapters (Houlsby et al., ICML 2019) after attention and FFN.
 custom_hooks = [dict(type='PEFTHook', method=dict(type='adapter', bottleneck=64))]

@@ -1,2 +1,2 @@
-# BitFit (Ben Zaken et al., ACL 2022): biases are trained.
+# BitFit (Ben Zaken et al., ACL 2022): trains the biases.
 custom_hooks = [dict(type='PEFTHook', method=dict(type='bitfit'))]

@@ -1,2 +1,2 @@
-# iCoN with learned kernels, the same for all inputs: its twin without input conditioning.
+# iCoN with learned kernels that are the same for all inputs: the counterpart without input conditioning.
 custom_hooks = [dict(type='PEFTHook', method=dict(type='icon-static', bottleneck=64))]

@@ -1,2 +1,2 @@
-# LoRand (Yin et al., CVPR 2023): adapters of low rank behind attention and FFN.
+# LoRand (Yin et al., CVPR 2023): low-rank adapters after attention and FFN.
 custom_hooks = [dict(type='PEFTHook', method=dict(type='lorand', kernel_dims=8, branches=2))]

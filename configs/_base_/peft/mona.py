@@ -1,2 +1,2 @@
-# Mona (Yin et al., CVPR 2025): adapters with depth-wise convolutions behind attention and FFN.
+# Mona (Yin et al., CVPR 2025): adapters with depth-wise convolutions after attention and FFN.
 custom_hooks = [dict(type='PEFTHook', method=dict(type='mona', bottleneck=64))]

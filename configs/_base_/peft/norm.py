@@ -1,2 +1,2 @@
-# Normalisation layers are trained.
+# Trains the normalisation layers of the backbone.
 custom_hooks = [dict(type='PEFTHook', method=dict(type='norm'))]

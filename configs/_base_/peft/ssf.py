@@ -1,2 +1,2 @@
-# SSF (Lian et al., NeurIPS 2022): layers are scaled and shifted.
+# SSF (Lian et al., NeurIPS 2022): scales and shifts the outputs of layers.
 custom_hooks = [dict(type='PEFTHook', method=dict(type='ssf'))]

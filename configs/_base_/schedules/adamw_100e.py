@@ -1,5 +1,5 @@
-# Ours, in the manner of published PEFT recipes for Swin: AdamW, 100 epochs of
-# which 10 warm up, mixed precision.
+# Ours, similar to published PEFT recipes for Swin: AdamW, 100 epochs (the first 10
+# warm up), mixed precision.
 optim_wrapper = dict(
     type='AmpOptimWrapper',
     loss_scale='dynamic',

@@ -1,5 +1,5 @@
 # The protocol of AdaptFormer (Chen et al., NeurIPS 2022): SGD, learning rate 0.1 x
-# batch / 256, 100 epochs of which 20 warm up, mixed precision.
+# batch / 256, 100 epochs (the first 20 warm up), mixed precision.
 optim_wrapper = dict(
     type='AmpOptimWrapper',
     loss_scale='dynamic',

@@ -1,5 +1,5 @@
-# Ours, in the manner of MIM-Depth: AdamW, 25,000 iterations of 24 images (about 25
-# epochs of the 24,231 training images), one cycle of warm-up and decay.
+# Ours, similar to MIM-Depth: AdamW, 25,000 iterations of 24 images, one cycle of warm-up
+# and decay. This is about 25 epochs of the 24,231 training images.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=5e-4, betas=(0.9, 0.999), weight_decay=0.05),

@@ -1,4 +1,4 @@
-"""Drawn glyphs, a source task that is made and not downloaded."""
+"""Drawn glyphs: a source task that is generated, not downloaded."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _SPLITS = ('train', 'test')
 
 
 def make_glyph(label: int, seed: int) -> list[np.ndarray]:
-    """The strokes that define a class: 1 to 3 arrays of 3 to 5 control points in [0, 1]."""
+    """Make the strokes that define a class: 1 to 3 arrays of 3 to 5 control points in [0, 1]."""
     rng = np.random.default_rng([seed, label])
     return [rng.uniform(0.15, 0.85, size=(rng.integers(3, 6), 2)) for _ in range(rng.integers(1, 4))]
 
 
 def _curve(points: np.ndarray, samples: int = 24) -> np.ndarray:
-    """Bezier curve of the control points, by De Casteljau's algorithm."""
+    """Evaluate the Bezier curve of the control points with De Casteljau's algorithm."""
     t = np.linspace(0, 1, samples)[:, None, None]
     layer = np.repeat(points[None], samples, axis=0)
     while layer.shape[1] > 1:
@@ -28,7 +28,7 @@ def _curve(points: np.ndarray, samples: int = 24) -> np.ndarray:
 
 
 def draw_glyph(glyph: list[np.ndarray], rng: np.random.Generator, size: int) -> np.ndarray:
-    """Draw a glyph as a hand might: moved, turned, slanted, thicker, blurred.
+    """Draw a glyph like handwriting: shifted, rotated, slanted, thickened, blurred.
 
     Args:
         glyph: Control points of the strokes.
@@ -43,7 +43,7 @@ def draw_glyph(glyph: list[np.ndarray], rng: np.random.Generator, size: int) -> 
     matrix = rotation @ np.array([[1, shear], [0, 1]]) * rng.uniform(0.75, 1.15, size=(1, 2))
     shift = 0.5 + rng.uniform(-0.07, 0.07, size=2)
 
-    scale, fraction = 4 * size, 4  # 4 x supersampled, 1/16 pixel steps
+    scale, fraction = 4 * size, 4  # 4 x supersampling, steps of 1/16 pixel
     canvas = np.zeros((scale, scale), np.uint8)
     thickness = int(rng.uniform(1.4, 4.5) * 4)
     for points in glyph:
@@ -58,7 +58,7 @@ def draw_glyph(glyph: list[np.ndarray], rng: np.random.Generator, size: int) -> 
             lineType=cv2.LINE_AA,
             shift=fraction,
         )
-    # Between pen strokes and scans at a few pixels: a random resolution.
+    # A random resolution, from sharp strokes to scans of a few pixels.
     image = cv2.resize(canvas, (int(rng.integers(8, size + 1)),) * 2, interpolation=cv2.INTER_AREA)
     image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC).astype(np.float32)
     image = image * rng.uniform(0.7, 1.2) + rng.normal(0, rng.uniform(0, 12), size=image.shape)
@@ -67,14 +67,14 @@ def draw_glyph(glyph: list[np.ndarray], rng: np.random.Generator, size: int) -> 
 
 @DATASETS.register_module()
 class Strokes(BaseDataset):
-    """Images of made-up glyphs, drawn from a seed (ours).
+    """Images of invented glyphs, drawn from a seed (ours).
 
-    Every class is a glyph of one to three curved strokes; every image draws
-    its glyph anew. It stands in for a large source data set where none can be
-    downloaded: a small Transformer learns to read strokes from it.
+    Each class is a glyph of one to three curved strokes. Each image is a new
+    drawing of its glyph. The data set replaces a large source data set where none
+    can be downloaded: a small Transformer learns to read strokes from it.
 
     Args:
-        split: ``'train'`` or ``'test'``, disjoint by their random streams.
+        split: ``'train'`` or ``'test'``. They use separate random streams. Defaults to ``'train'``.
         num_images: Number of images. Defaults to 20000.
         num_classes: Number of glyphs. Defaults to 50.
         image_size: Side of an image in pixels. Defaults to 28.

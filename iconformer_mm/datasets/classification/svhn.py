@@ -16,22 +16,22 @@ from mmpretrain.registry import DATASETS
 class SVHN(BaseDataset):
     """Street View House Numbers (Netzer et al., 2011), format 2: cropped digits.
 
-    Reads the official MATLAB files ``train_32x32.mat`` (73,257 images),
-    ``test_32x32.mat`` (26,032) and ``extra_32x32.mat`` (531,131): ``X`` is
-    (32, 32, 3, n) uint8 RGB, ``y`` is (n, 1) with labels 1 to 10, where 10
-    stands for the digit 0.
+    It reads the official MATLAB files ``train_32x32.mat`` (73,257 images),
+    ``test_32x32.mat`` (26,032) and ``extra_32x32.mat`` (531,131). ``X`` is
+    (32, 32, 3, n), uint8, RGB. ``y`` is (n, 1) with labels 1 to 10, where 10
+    means the digit 0.
 
     Args:
         data_root: Folder of the files.
         split: ``'train'``, ``'test'`` or ``'extra'``. Defaults to ``'train'``.
-        download: Whether to download a missing file; its MD5 sum is checked.
+        download: Whether to download a missing file. Its MD5 sum is checked.
             Defaults to False.
         **kwargs: Arguments of ``mmpretrain.BaseDataset``.
 
     Raises:
         ValueError: ``split`` is unknown.
         FileNotFoundError: The file is missing and ``download`` is off.
-        RuntimeError: The file is damaged, or not an SVHN file.
+        RuntimeError: The file is damaged or not an SVHN file.
     """
 
     METAINFO = {'classes': tuple(str(digit) for digit in range(10))}
@@ -66,7 +66,7 @@ class SVHN(BaseDataset):
         try:
             content = loadmat(path, variable_names=['X', 'y'])
             images, labels = content['X'], content['y'].reshape(-1)
-        except Exception as error:  # scipy raises many kinds for a damaged file
+        except Exception as error:  # scipy raises many exceptions for a damaged file
             raise RuntimeError(f'{path} cannot be read as an SVHN file ({error}); download it again') from error
         if images.ndim != 4 or images.shape[:3] != (32, 32, 3) or images.shape[3] != len(labels):
             raise RuntimeError(
@@ -79,5 +79,5 @@ class SVHN(BaseDataset):
         return [dict(img=image, gt_label=int(label) % 10) for image, label in zip(images, labels)]
 
     def extra_repr(self) -> list[str]:
-        """Lines for ``print(dataset)``."""
+        """Return lines for ``print(dataset)``."""
         return [f'Root of dataset: \t{self.data_root}', f'Split: \t{self.split}']

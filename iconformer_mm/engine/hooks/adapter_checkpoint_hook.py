@@ -1,4 +1,4 @@
-"""Checkpoints of what is trained, from which a run goes on exactly."""
+"""Checkpoints of the trained tensors, from which a run resumes exactly."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from iconformer_mm.checkpoint import (
 from iconformer_mm.checkpoint.divergence import diverged_error, find_diverged
 from iconformer_mm.checkpoint.filename_template import FilenameTemplate
 from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
-from iconformer_mm.checkpoint.safetensors_io import expanded, read_safetensors, remove_abandoned, shortened
+from iconformer_mm.checkpoint.safetensors_io import read_safetensors, shortened
 from iconformer_mm.checkpoint.training_checkpoint import (
     check_note,
     check_resumable,
@@ -39,6 +39,7 @@ from iconformer_mm.checkpoint.training_checkpoint import (
     save_checkpoint,
 )
 from iconformer_mm.checkpoint.tuned_state import frozen_state, heads_of
+from iconformer_mm.files import expanded, remove_abandoned
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import (
     NOTE,
@@ -49,60 +50,61 @@ from iconformer_mm.tuning.accounting import (
 )
 from iconformer_mm.tuning.injection import backbones_of, unwrap
 
-BEST = 'best_'  # begins MMEngine's names of the checkpoints that scored best
+BEST = 'best_'  # MMEngine's prefix for names of the best checkpoints
 
 Outcome = TypeVar('Outcome')
 
 
 @HOOKS.register_module()
 class AdapterCheckpointHook(CheckpointHook):
-    """MMEngine's CheckpointHook for adapted models: a few MB a checkpoint instead of the whole model.
+    """MMEngine's CheckpointHook for adapted models: a few MB per checkpoint instead of the whole model.
 
     A checkpoint holds adapters, neck and head, their optimizer state, the
     schedulers, the position in the loop, the random states of all processes,
-    gradients that wait for accumulation, and EMA weights if there are any; not
-    the frozen base, of which it has the fingerprint. It is a safetensors file, written to a
-    temporary file first; an outdated checkpoint is removed after the new one
-    is complete. Reading one executes nothing.
+    gradients waiting for accumulation, and any EMA weights. It does not hold the
+    frozen base, only its fingerprint. It is a safetensors file, written to a
+    temporary file first. An outdated checkpoint is removed after the new one is
+    complete. Reading a checkpoint executes nothing.
 
-    A resumed run goes on to the last bit as if it had not been interrupted, on
-    a CPU and as far as the data loader allows: worker processes begin anew,
-    which shows where they outlive an epoch (``persistent_workers``, iteration-based
-    loops): the order of the samples is kept, their augmentation is not. So that
-    this holds, validation leaves the random state of training as it was.
+    On a CPU, a resumed run is bit-identical to an uninterrupted one, as far as the
+    data loader allows. Worker processes start again. This matters if they outlive
+    an epoch (``persistent_workers``, iteration-based loops): the order of the
+    samples is the same, but their augmentation is not. To keep runs identical,
+    validation does not change the random state of training.
 
-    With ``resume=True`` and no file named, the newest intact checkpoint is
-    taken; damaged ones are passed over with a warning. The first process
-    decides for all.
+    With ``resume=True`` and no file, the run resumes from the newest intact
+    checkpoint. Damaged ones are skipped with a warning. The first process decides
+    for all processes.
 
-    A checkpoint notes where the base came from, for people only: nothing that
-    a file names is opened or removed. With ``EMAHook`` its ``state_dict`` holds
-    the averaged weights, which validation measured, as MMEngine's do.
+    A checkpoint notes where the base came from, for information only. A path in a
+    file is never opened or removed. With ``EMAHook``, ``state_dict`` holds the
+    averaged weights, which validation measured, as in MMEngine.
 
-    A diverged run, with NaN or infinite values in what is trained, writes no
-    checkpoint any more, and removes none. A warning says so.
+    A diverged run has NaN or infinite values in its trained tensors. It logs a
+    warning, writes no more checkpoints and removes none.
 
     Args:
         *args: Arguments of MMEngine's hook (``interval``, ``by_epoch``,
             ``max_keep_ckpts``, ``save_best``, ``rule``, ...).
-        filename_tmpl: Name with a place for the epoch or iteration, such as
-            ``'epoch_{:03d}.safetensors'``. Defaults to
+        filename_tmpl: File name with a placeholder for the epoch or iteration, such
+            as ``'epoch_{:03d}.safetensors'``. Defaults to None, which means
             ``'epoch_{}.safetensors'`` or ``'iter_{}.safetensors'``.
-        base: Checkpoint of the base weights, for resuming or testing a run whose base came by
-            ``load_from``, where the checkpoint's name is then. The tools set it to the config's
-            ``load_from``, or to ``--base``. Defaults to None, what ``init_cfg`` says.
+        base: Checkpoint of the base weights. It is needed to resume or test a run whose base
+            came from ``load_from``, because ``load_from`` then names the checkpoint. The tools
+            set it to the config's ``load_from`` or to ``--base``. Defaults to None, the weights
+            in ``init_cfg``.
         **kwargs: Arguments of MMEngine's hook.
 
     Raises:
-        ValueError: The file name does not end in ``.safetensors`` or its
-            number cannot be read back, the folder is not local, or
-            ``published_keys`` are given (make an adapter file instead).
+        ValueError: The file name does not end in ``.safetensors``, its number
+            cannot be parsed back, the folder is not local, or
+            ``published_keys`` are given (create an adapter file instead).
 
     Example:
         >>> default_hooks = dict(checkpoint=dict(type='AdapterCheckpointHook', interval=1, max_keep_ckpts=2))
     """
 
-    file_backend: Any  # MMEngine's hook makes it before training
+    file_backend: Any  # MMEngine's hook creates it before training
     out_dir: Any
 
     def __init__(
@@ -120,17 +122,17 @@ class AdapterCheckpointHook(CheckpointHook):
             self.out_dir = str(expanded(self.out_dir))
         if self.published_keys is not None:
             raise ValueError(
-                'published_keys: a checkpoint is published as an adapter file, `tools/adapter.py extract CHECKPOINT`'
+                'published_keys are not supported: publish an adapter file, `tools/adapter.py extract CHECKPOINT`'
             )
         self.base = None if base is None else os.fspath(base)
         self._loader: _BaseFiller | None = None
         self._resumed: dict | None = None
-        self._source: str | None = None  # of base weights that `load_from` gave
+        self._source: str | None = None  # of base weights from `load_from`
         self._base: dict[str, Any] | None = None
         self._before_val: dict | None = None
         self._rank_states: list[dict] = []
         self._written: list[Path] = []
-        self._scores: dict[str, float] | None = None  # of the weights that are being written
+        self._scores: dict[str, float] | None = None  # of the weights being written
         self._diverged: str | None = None
 
     # Loading
@@ -142,43 +144,42 @@ class AdapterCheckpointHook(CheckpointHook):
         injection = get_injection(runner.model)
         if injection is None or not injection.method.freezes:
             raise ValueError(
-                'AdapterCheckpointHook saves what is trained beside a frozen backbone, but the backbone is '
-                f"{'not adapted' if injection is None else 'trained itself'}; use MMEngine's CheckpointHook, or a PEFT "
-                'method that freezes it'
+                'AdapterCheckpointHook does not save the backbone, so the backbone must be adapted and frozen, but it '
+                f"is {'not adapted' if injection is None else 'trained itself'}; use MMEngine's CheckpointHook, or a "
+                'PEFT method that freezes it'
             )
-        # It must act before EMAHook does. Put in front of the list that the
-        # runner is walking along, it makes the runner come here once more.
+        # It must act before EMAHook. Inserting it at the front of the list that the runner
+        # iterates over makes the runner call this method again.
         self._loader = _BaseFiller(self)
         runner.register_hook(self._loader, priority='HIGHEST')
         if runner._resume and runner._load_from is None:
             self._choose(runner)
 
     def _folder(self, runner: Runner) -> Path:
-        """Where the checkpoints of this run are."""
+        """Return the folder of this run's checkpoints."""
         work_dir = Path(runner.work_dir)
         return work_dir if self.out_dir in (None, runner.work_dir) else Path(self.out_dir) / work_dir.name
 
     def _choose(self, runner: Runner) -> None:
-        """Take the newest intact checkpoint to resume from; without any, the run begins at its beginning."""
+        """Choose the newest intact checkpoint to resume from. Without one, training starts from scratch."""
         folder = self._folder(runner)
         path, damaged = on_main_process(lambda: find_newest(folder, self._template))
         for error in damaged:
-            runner.logger.warning(f'passed over in resuming: {error}')
+            runner.logger.warning(f'skipped in resuming: {error}')
         if path is not None:
             if damaged:
                 runner.logger.warning(f'resuming from {path.name}, the newest intact checkpoint')
             runner._load_from = str(path)
         else:
-            runner.logger.info(f'no checkpoint to resume from in {folder}: training begins at its beginning')
+            runner.logger.info(f'no checkpoint to resume from in {folder}: training starts from the beginning')
             runner._resume = False
 
     def complete(self, runner: Runner, checkpoint: dict) -> None:
-        """Put the base's weights, which the model has, beside those of an adapter checkpoint.
+        """Add the base weights from the model to an adapter checkpoint.
 
         Raises:
-            DamagedFileError: The checkpoint is not as this hook writes it.
-            WeightsError: The checkpoint is of another PEFT method, or the model's base is not the one that it was
-                trained on.
+            DamagedFileError: The checkpoint does not have the format of this hook.
+            WeightsError: The checkpoint is of another PEFT method or was trained on another base.
         """
         note = checkpoint.get(NOTE)
         if note is None:
@@ -218,27 +219,27 @@ class AdapterCheckpointHook(CheckpointHook):
             load_state_dict(model, {n.removeprefix('module.'): v for n, v in state.items()}, strict=False)
 
     def _misfit(self, note: dict, difference: str) -> str:
-        """What to say when the base is another one."""
+        """Return the error message for a checkpoint of another base."""
         text = f'the checkpoint was trained on another base: {difference}. '
         if self.base is not None:
-            text += f'The base given, {self.base}, is not the one. '
+            text += f'The given base, {self.base}, does not match. '
         if note['load_from'] is not None:
             text += (
-                f"Its run began with load_from='{shortened(note['load_from'])}', which is not opened because a file "
-                'says so. If you trust it, name it yourself: --base FILE of tools/train.py and tools/test.py, '
+                f"Its run began with load_from='{shortened(note['load_from'])}'. A path in a file is never opened. If "
+                'you trust it, name it yourself: --base FILE of tools/train.py and tools/test.py, '
                 '`load_from` of the config, or `base` of the AdapterCheckpointHook'
             )
         else:
             text += (
-                'Give the pre-trained weights of its run in `init_cfg` (or, for a backbone that was not pre-trained, '
+                'Set the pre-trained weights of its run in `init_cfg` (or, for a backbone that was not pre-trained, '
                 'the same `randomness.seed`)'
             )
         return text
 
-    # Going on exactly
+    # Exact resumption
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Restore what a resumed run had in memory, where the interrupted one would go on."""
+        """Restore the in-memory state of the interrupted run."""
         note, self._resumed = self._resumed, None
         if note is None:
             return
@@ -252,21 +253,21 @@ class AdapterCheckpointHook(CheckpointHook):
         for name, parameter in unwrap(runner.model).named_parameters():
             if name in state['gradients']:
                 if state['gradients'][name].shape != parameter.shape:
-                    raise DamagedFileError(f'{runner._load_from}: the gradient of {name} has another shape than it')
+                    raise DamagedFileError(f'{runner._load_from}: the gradient of {name} has another shape than {name}')
                 parameter.grad = state['gradients'][name].to(parameter)
         if isinstance(runner.train_loop, IterBasedTrainLoop):
-            # The loop first draws the batches that it has trained on.
+            # The loop first draws the batches that were already trained on.
             loop = runner.train_loop
             loop.dataloader_iterator = _AfterSkipping(loop.dataloader_iterator, loop.iter, state['random'])
         else:
             set_random_state(state['random'])
 
     def before_val(self, runner: Runner) -> None:
-        """Remember the random state, which validation is to leave alone."""
+        """Remember the random state, which validation must not change."""
         self._before_val = random_state()
 
     def after_val(self, runner: Runner) -> None:
-        """Restore it."""
+        """Restore the random state."""
         if self._before_val is not None:
             set_random_state(self._before_val)
         self._before_val = None
@@ -274,7 +275,7 @@ class AdapterCheckpointHook(CheckpointHook):
     # Saving
 
     def before_train(self, runner: Runner) -> None:
-        """Prepare the folder, and remove what a killed process left there half-written."""
+        """Prepare the folder, and remove incomplete files of killed processes."""
         super().before_train(runner)
         if not runner._resume:
             self._source = runner._load_from
@@ -282,12 +283,12 @@ class AdapterCheckpointHook(CheckpointHook):
             remove_abandoned(Path(self.out_dir))
 
     def after_train(self, runner: Runner) -> None:
-        """Say that the run diverged, if it did."""
+        """Log a warning if the run diverged."""
         super().after_train(runner)
         if self._diverged is not None:
             runner.logger.warning(
-                f'the training diverged: {self._diverged}. The files written before that are as they were; go on '
-                'from them with a lower learning rate, or with clipped gradients'
+                f'the training diverged: {self._diverged}. The files written before are unchanged. Continue from '
+                'them with a lower learning rate, or with clipped gradients'
             )
 
     def _save_checkpoint(self, runner: Runner) -> None:
@@ -305,7 +306,7 @@ class AdapterCheckpointHook(CheckpointHook):
         self._scores = None
 
     def _has_diverged(self, runner: Runner) -> bool:
-        """Whether what would be written holds NaN or infinite values; the first process decides, and says so."""
+        """Whether the tensors to write hold NaN or infinite values. The first process decides; a warning is logged."""
         self._diverged = on_main_process(lambda: diverged_in(runner))
         if self._diverged is not None:
             runner.logger.warning(f'no checkpoint is written: {self._diverged}')
@@ -313,7 +314,7 @@ class AdapterCheckpointHook(CheckpointHook):
 
     @contextmanager
     def _writing_adapters(self, runner: Runner) -> Iterator[None]:
-        """Within it MMEngine saves by our function, and removes files at the end."""
+        """Make MMEngine save with our function within the context, and remove files at the end."""
         state = dict(random=self._before_val or random_state(), gradients=waiting_gradients(runner))
         self._rank_states = all_gather_object(state)
         self._written = []
@@ -340,7 +341,7 @@ class AdapterCheckpointHook(CheckpointHook):
             ema = checkpoint['ema_state_dict']
             checkpoint['ema_state_dict'] = {n: v for n, v in ema.items() if n.removeprefix('module.') not in frozen}
         injection = get_injection(model)
-        assert injection is not None  # else before_run stops
+        assert injection is not None  # before_run raises otherwise
         checkpoint[NOTE] = dict(
             **describe_training(injection),
             **self._base,
@@ -358,7 +359,7 @@ class AdapterCheckpointHook(CheckpointHook):
 
 
 class _BaseFiller(Hook):
-    """Completes checkpoints as they are loaded, before any other hook sees them."""
+    """Completes loaded checkpoints before any other hook sees them."""
 
     def __init__(self, owner: AdapterCheckpointHook) -> None:
         self.owner = owner
@@ -368,7 +369,7 @@ class _BaseFiller(Hook):
 
 
 class _LateRemoval:
-    """A file backend that notes which files of a folder are to be removed."""
+    """A file backend that records which files of a folder to remove later."""
 
     def __init__(self, backend: Any, folder: Path) -> None:
         self.backend = backend
@@ -380,14 +381,14 @@ class _LateRemoval:
             self.late.append(path)
 
     def rmtree(self, path: str) -> None:
-        """Leave folders alone: none of them is a checkpoint."""
+        """Do nothing: no folder is a checkpoint."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
 
 
 class _AfterSkipping:
-    """An iterator over the batches of an iteration-based loop that sets the random state after those skipped."""
+    """An iterator over the batches of an iteration-based loop. It sets the random state after the skipped batches."""
 
     def __init__(self, iterator: Any, skip: int, state: dict) -> None:
         self.iterator = iterator
@@ -398,7 +399,7 @@ class _AfterSkipping:
         return self
 
     def skip_iter(self, number: int) -> None:
-        """Skip as newer releases of MMEngine do, by the sampler; older ones draw the batches."""
+        """Skip in the sampler, as newer releases of MMEngine do. Older ones draw the batches."""
         self.iterator.skip_iter(number)
         self.skip -= number
 
@@ -416,7 +417,11 @@ class _AfterSkipping:
 
 
 def on_main_process(decide: Callable[[], Outcome]) -> Outcome:
-    """What a function returns or raises on the first process, on all of them."""
+    """Call a function on the first process, and return or raise its outcome on all processes.
+
+    Args:
+        decide: The function. Its ValueErrors, RuntimeErrors and OSErrors are raised on all processes.
+    """
     outcome: list[Any] = [None, None]
     if is_main_process():
         try:
@@ -430,17 +435,17 @@ def on_main_process(decide: Callable[[], Outcome]) -> Outcome:
 
 
 def newest_intact(folder: Path, template: FilenameTemplate) -> tuple[Path | None, list[DamagedFileError]]:
-    """Find the checkpoint written last of those that can be read.
+    """Find the most recently written checkpoint that can be read.
 
-    An earlier run in the same folder may have left some of later steps, so
-    the time of writing decides.
+    The time of writing decides, not the step: an earlier run in the same folder
+    may have left checkpoints of later steps.
 
     Args:
-        folder: Where to look.
-        template: The names of the checkpoints.
+        folder: The folder of the checkpoints.
+        template: Template of their file names.
 
     Returns:
-        Its path, if there is one, and what is wrong with newer ones.
+        The path of the checkpoint, or None, and the errors of newer checkpoints.
     """
     found = template.find(folder)
     damaged = []
@@ -455,30 +460,37 @@ def newest_intact(folder: Path, template: FilenameTemplate) -> tuple[Path | None
 
 
 def find_newest(folder: Path, template: FilenameTemplate) -> tuple[Path | None, list[DamagedFileError]]:
-    """:func:`newest_intact`, with an error where a run would begin anew beside checkpoints that it cannot use.
+    """Do what :func:`newest_intact` does, but raise an error if the folder has only unusable checkpoints.
+
+    Args:
+        folder: The folder of the checkpoints.
+        template: Template of their file names.
+
+    Returns:
+        The path of the checkpoint, or None, and the errors of newer checkpoints.
 
     Raises:
-        DamagedFileError: There are checkpoints, and none is intact.
-        ValueError: There are none by the template, and some by other names.
+        DamagedFileError: There are checkpoints, but none is intact.
+        ValueError: No file matches the template, but there are checkpoints with other names.
     """
     path, damaged = newest_intact(folder, template)
     if path is None and damaged:
         raise DamagedFileError(
-            f'none of the checkpoints in {folder} is intact; take other copies of them, or remove them to begin '
-            f'anew. The newest: {damaged[0]}'
+            f'none of the checkpoints in {folder} is intact; restore them from other copies, or remove them to start '
+            f'again. The newest: {damaged[0]}'
         )
     others = sorted(other.name for other in folder.glob('*') if path is None and _is_other_checkpoint(other))
     if others:
         raise ValueError(
-            f"there is nothing to resume from in {folder} by filename_tmpl '{template.template}', and yet there are "
-            f'checkpoints of other names: {", ".join(others[:3])}{", ..." if len(others) > 3 else ""}. Name the one to '
-            'resume from (--resume FILE), set filename_tmpl as it was, or remove them to begin anew'
+            f"no checkpoint in {folder} matches filename_tmpl '{template.template}', but there are checkpoints with "
+            f'other names: {", ".join(others[:3])}{", ..." if len(others) > 3 else ""}. Name the one to '
+            'resume from (--resume FILE), set filename_tmpl as it was, or remove them to start again'
         )
     return path, damaged
 
 
 def _is_other_checkpoint(path: Path) -> bool:
-    """Whether a file is a training checkpoint from which a run could go on; the best ones hold no optimizer."""
+    """Whether a file is a training checkpoint that a run can resume from. The best ones hold no optimizer."""
     if not path.is_file() or path.name.startswith(BEST):
         return False
     if path.suffix == '.pth':
@@ -492,11 +504,11 @@ def _is_other_checkpoint(path: Path) -> bool:
 
 
 def keep_names_only(runtime_info: dict[str, Any], folder: Path) -> None:
-    """Let MMEngine find and remove files of this run only, whatever paths and numbers a checkpoint has for them.
+    """Restrict the paths in a checkpoint to files of this run, so that MMEngine finds and removes no others.
 
     Args:
-        runtime_info: What the message hub is to resume; changed in place.
-        folder: Where the checkpoints of this run are.
+        runtime_info: State of the message hub in the checkpoint, changed in place.
+        folder: The folder of this run's checkpoints.
     """
     for key in [key for key in runtime_info if key.startswith(('best_ckpt', 'best_score', 'last_ckpt', 'keep_ckpt'))]:
         value = runtime_info.pop(key)
@@ -513,16 +525,16 @@ def keep_names_only(runtime_info: dict[str, Any], folder: Path) -> None:
 
 
 def averaged_model(runner: Runner) -> nn.Module | None:
-    """The copy of the model with averaged weights (EMA and the like) that validation measures, if there is one."""
+    """Return the copy of the model with averaged weights (EMA) that validation measures, or None."""
     for hook in runner.hooks:
-        # MMPretrain's EMAHook can be told to evaluate the model itself.
+        # MMPretrain's EMAHook can evaluate the model itself instead.
         if isinstance(hook, EMAHook) and getattr(hook, 'evaluate_on_ema', True) and hasattr(hook, 'ema_model'):
             return hook.ema_model.module
     return None
 
 
 def diverged_in(runner: Runner) -> str | None:
-    """What a run's trained tensors and their average hold that a diverged run leaves; None if all is well."""
+    """Describe NaN and infinite values in a run's trained tensors and their averages; None if there are none."""
     for model in (unwrap(runner.model), averaged_model(runner)):
         if model is not None:
             frozen = frozen_state(model).keys()
@@ -533,7 +545,7 @@ def diverged_in(runner: Runner) -> str | None:
 
 
 def waiting_gradients(runner: Runner) -> dict[str, torch.Tensor]:
-    """Gradients of an accumulation that is not complete yet."""
+    """Return the gradients of an incomplete accumulation, by parameter name."""
     if getattr(runner.optim_wrapper, '_accumulative_counts', 1) == 1:
         return {}
     named = unwrap(runner.model).named_parameters()
@@ -541,7 +553,7 @@ def waiting_gradients(runner: Runner) -> dict[str, torch.Tensor]:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of all random generators of this process."""
+    """Return the states of all random generators of this process."""
     state = dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state())
     if torch.cuda.is_available():
         state['cuda'] = torch.cuda.get_rng_state()

@@ -1,4 +1,4 @@
-"""Logs what adapters do while they are trained."""
+"""Logging of adapter statistics during training."""
 
 from __future__ import annotations
 
@@ -23,29 +23,31 @@ from iconformer_mm.tuning.injection import backbones_of, unwrap
 
 @HOOKS.register_module()
 class AdapterStatisticsHook(Hook):
-    """Logs every so many iterations what the adapters do, for LoggerHook and all visualization backends.
+    """Logs adapter statistics at an interval, for LoggerHook and all visualization backends.
 
-    Of each adapter:
+    The scalars of each adapter are:
 
     - ``kernel_spread``: standard deviation of iCoN's kernels over the batch (and windows), mean over taps and
-      channels; 0 for static kernels and for batches of one image;
-    - ``kernel_norm``: norm of iCoN's kernels, mean over the batch and channels;
-    - ``adapter_ratio``: RMS of what the adapter adds over the RMS of the tokens it reads;
+      channels. It is 0 for static kernels and for batches of one image.
+    - ``kernel_norm``: norm of iCoN's kernels, mean over the batch and channels.
+    - ``adapter_ratio``: ratio of the RMS of the adapter's output to the RMS of its input tokens.
     - ``adapter_gradient``: norm of the gradient of its parameters.
 
-    Each is logged as ``train/<scalar>/<name of the adapter in the backbone>`` and ``train/<scalar>/mean``; beside them
-    ``train/adapter_gradient/total``, the norm over all adapters, and ``train/head_gradient``, that of all that is
-    trained outside of the backbone. Methods without kernels, or without adapters of tokens (LoRA), have the other
-    scalars only. Gradients are what the optimizer steps by: accumulated, averaged over processes, unscaled and
-    clipped; with gradient accumulation those of the next step. All else is of the iteration's own batch, in each
-    process its own.
+    Each is logged as ``train/<scalar>/<name of the adapter in the backbone>`` and ``train/<scalar>/mean``. Two more
+    scalars are ``train/adapter_gradient/total``, the norm over all adapters, and ``train/head_gradient``, the norm
+    over all trained parameters outside the backbone. Methods without kernels, or without adapters of tokens (LoRA),
+    have only the other scalars.
 
-    Between the intervals nothing is computed and no hook is on the model. Code that ``torch.compile`` made does not
-    call hooks: there only the gradients are logged.
+    Gradients are those of the optimizer step: accumulated, averaged over processes, unscaled and clipped. With
+    gradient accumulation they are those of the next step. All other scalars are of the iteration's batch in each
+    process.
+
+    Between the intervals the hook computes nothing and has no hook on the model. Code compiled by ``torch.compile``
+    does not call hooks, so only the gradients are logged there.
 
     Args:
         interval: Iterations between two logs. Defaults to 50.
-        per_adapter: Whether each adapter is logged beside the mean. Defaults to True.
+        per_adapter: Whether to log each adapter in addition to the mean. Defaults to True.
 
     Raises:
         ValueError: The model has no adapters, several optimizers, or ``interval`` is below 1.
@@ -65,7 +67,7 @@ class AdapterStatisticsHook(Hook):
         self._head: list[nn.Parameter] = []
         self._forward_handles: list[Any] = []
         self._forget_step: Callable[[], None] | None = None
-        self._seen: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by scalar and adapter; without a graph
+        self._seen: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by scalar and adapter; detached
 
     def before_train(self, runner: Runner) -> None:
         """Find the adapters."""
@@ -75,14 +77,14 @@ class AdapterStatisticsHook(Hook):
             f'{where}.{n}'.lstrip('.'): module for where, a in attachments.items() for n, module in a.adapters.items()
         }
         if not self._adapters:
-            raise ValueError('AdapterStatisticsHook finds no adapters in the model: a PEFTHook puts them there')
+            raise ValueError('AdapterStatisticsHook finds no adapters in the model: add a PEFTHook to the config')
         if isinstance(runner.optim_wrapper, OptimWrapperDict):
-            raise ValueError('AdapterStatisticsHook reads the gradients of one optimizer, and there are several')
+            raise ValueError('AdapterStatisticsHook supports one optimizer, but there are several')
         own = {id(p) for backbone in backbones_of(runner.model).values() for p in backbone.parameters()}
         self._head = [p for p in unwrap(runner.model).parameters() if p.requires_grad and id(p) not in own]
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Listen, if this iteration is to be logged."""
+        """Register the hooks if this iteration is logged."""
         if not self.every_n_train_iters(runner, self.interval):
             return
         for name, adapter in self._adapters.items():
@@ -95,9 +97,9 @@ class AdapterStatisticsHook(Hook):
             self._listen_to_step(runner.optim_wrapper.optimizer)
 
     def _listen_to_step(self, optimizer: Optimizer) -> None:
-        """See the gradients when the optimizer steps next.
+        """Read the gradients at the next optimizer step.
 
-        Not by a hook of the optimizer: torch 2.1 calls none once anything has been compiled.
+        A hook of the optimizer does not work. torch 2.1 calls none after anything was compiled.
         """
         step, own = optimizer.step, vars(optimizer).get('step')
 
@@ -110,7 +112,7 @@ class AdapterStatisticsHook(Hook):
         def forget() -> None:
             del vars(optimizer)['step']
             if own is not None:
-                vars(optimizer)['step'] = own  # schedulers count steps by one
+                vars(optimizer)['step'] = own  # schedulers count steps with it
             self._forget_step = None
 
         vars(optimizer)['step'], self._forget_step = observed, forget
@@ -136,7 +138,7 @@ class AdapterStatisticsHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Hand on what was seen."""
+        """Log the recorded values."""
         self._stop_forward()
         if not self._seen:
             return
@@ -149,11 +151,11 @@ class AdapterStatisticsHook(Hook):
             if self.per_adapter:
                 scalars.update({f'{scalar}/{name}': value for name, value in values.items()})
         self._seen.clear()
-        for name, value in zip(scalars, torch.stack(list(scalars.values())).tolist()):  # waits for the device once
+        for name, value in zip(scalars, torch.stack(list(scalars.values())).tolist()):  # one device synchronisation
             runner.message_hub.update_scalar(f'train/{name}', value)
 
     def after_train(self, runner: Runner) -> None:
-        """Leave nothing behind."""
+        """Remove all hooks and recorded values."""
         self._stop_forward()
         if self._forget_step is not None:
             self._forget_step()
@@ -170,7 +172,7 @@ def _rms(values: Tensor) -> Tensor:
 
 
 def _gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of all gradients as one vector; a parameter without one counts as 0."""
+    """Return the norm of all gradients as one vector. A missing gradient counts as 0."""
     return torch.stack(
         [p.new_zeros((), dtype=torch.float32) if p.grad is None else p.grad.float().norm() for p in parameters]
     ).norm()

@@ -1,11 +1,12 @@
-"""Adapts the model of any MMEngine config without touching its model dict."""
+"""Adapting the model of any MMEngine config without changes to its model dict."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from mmengine.dist import master_only
+from mmengine.dist import is_main_process, master_only
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
@@ -13,8 +14,10 @@ from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint import save_adapter
 from iconformer_mm.datasets.checks import check_dataset
-from iconformer_mm.tuning import get_injection, inject
+from iconformer_mm.files import write_json
+from iconformer_mm.tuning import get_injection, inject, summarize
 from iconformer_mm.tuning.injection import Injection, unwrap
+from iconformer_mm.tuning.summary import SUMMARY_FILE
 
 from ..runner import CheckedRunner, check_loop
 from .adapter_checkpoint_hook import averaged_model, diverged_in
@@ -25,38 +28,38 @@ from .weights_hook import WeightsHook
 class PEFTHook(WeightsHook):
     """Injects a PEFT method into the runner's model, in training, validation and test.
 
-    It acts first of all hooks and before weights are initialised, loaded or
-    resumed. In training it rebuilds, from the runner's config, what was built
-    for the old parameters: the distributed wrapper, the optimizer wrapper
-    (over trainable parameters only) and the schedulers. It logs the summary,
-    and writes what was trained to ``adapter.safetensors`` in the work
-    directory when training ends: with ``EMAHook`` the averaged weights, which
-    validation measured. A diverged run, with NaN or infinite values in them,
-    leaves the file that is there, and a warning.
+    It acts before all other hooks, and before weights are initialised, loaded or
+    resumed. In training it rebuilds from the runner's config what was built for the
+    old parameters: the distributed wrapper, the optimizer wrapper (over trainable
+    parameters only) and the schedulers. It logs the summary. When training begins,
+    it writes the summary to ``peft_summary.json`` in the work directory. When
+    training ends, it writes the trained tensors to ``adapter.safetensors`` there.
+    With ``EMAHook`` these are the averaged weights, which validation measured. A
+    diverged run has NaN or infinite values in them. It logs a warning and does not
+    overwrite an existing file.
 
-    It also does what :class:`WeightsHook` does: no tensor is trained or tested that is
-    in none of the files and should be. Output norms that the weights lack, as those of ImageNet lack a detector's,
-    are trained with the adapters.
+    It also does what :class:`WeightsHook` does: it raises an error if a tensor is in none of the files but
+    should be. Output norms that the weights lack are trained with the adapters. For example, ImageNet weights
+    lack the output norms of a detector.
 
     Args:
-        method: Name or config of the PEFT method. Defaults to
-            ``dict(type='icon')``.
-        save_adapter: Whether to write the adapter file after training; ``'raw'`` for one of the
-            weights themselves where validation measured their average. Defaults to True.
-        frozen_dtype: ``'bfloat16'`` holds the frozen matrices in half the memory, see
-            :func:`iconformer_mm.inject`. Defaults to None, as they are.
+        method: Name or config of the PEFT method. Defaults to ``'icon'``.
+        save_adapter: Whether to write the adapter file after training. ``'raw'`` writes the
+            weights themselves if validation measured their average. Defaults to True.
+        frozen_dtype: ``'bfloat16'`` stores the frozen matrices in half the memory, see
+            :func:`iconformer_mm.inject`. Defaults to None, their own dtype.
         with_cp: Whether adapted blocks are recomputed in the backward pass (gradient
-            checkpointing). Defaults to False, which leaves it to the backbone.
+            checkpointing). Defaults to False, the backbone's own setting.
         blocks: The blocks to adapt, see :func:`iconformer_mm.inject`. Defaults to ``'all'``.
-        unfreeze: Patterns of the backbone's own parameters that are trained, too. Defaults to none.
-        freeze: Patterns of parameters beside the backbone that are not trained. Defaults to none.
+        unfreeze: Patterns of the backbone's own parameters to train as well. Defaults to none.
+        freeze: Patterns of parameters outside the backbone that are not trained. Defaults to none.
         backbones: Paths of the backbones in a model that has several. Defaults to None, the only one.
-        families: Blocks that are to be known beside those that are, see :func:`iconformer_mm.inject`, e.g.
+        families: Families of further blocks, see :func:`iconformer_mm.inject`, e.g.
             ``[dict(like='mmdet Swin', block='my_project.swin.SwinBlock')]``. Defaults to none.
 
     Raises:
-        ValueError: The model is adapted already or does not have what was selected, the runner has no config to
-            rebuild its parts from, or is a FlexibleRunner; or an option is unknown.
+        ValueError: The model is already adapted or lacks what was selected, an option is unknown, the runner has no
+            config to rebuild its parts from, or it is a FlexibleRunner.
         WeightsError: A tensor is not accounted for, or a checkpoint is of another method.
         DataError: The data does not fit the model.
 
@@ -92,15 +95,15 @@ class PEFTHook(WeightsHook):
         self._injection: Injection | None = None
 
     def before_run(self, runner: Runner) -> None:
-        """Adapt the model, and rebuild what knew its old parameters."""
+        """Adapt the model, and rebuild the parts that hold its old parameters."""
         if self._injection is not None and get_injection(runner.model) is self._injection:
-            return  # train(), val() and test() of one runner each come here
+            return  # train(), val() and test() of one runner each call this method
         if hasattr(runner, 'strategy'):
             raise ValueError(
-                'PEFTHook works with mmengine.Runner; with FlexibleRunner use a backbone that is born adapted, such as '
-                'ICoNSwinTransformer'
+                'PEFTHook works with mmengine.Runner. With FlexibleRunner, use a backbone with built-in adapters, such '
+                'as ICoNSwinTransformer'
             )
-        if not isinstance(runner, CheckedRunner):  # which has looked at its data already
+        if not isinstance(runner, CheckedRunner):  # a CheckedRunner has checked its data already
             self._check_data(runner)
         wrapped = is_model_wrapper(runner.model)
         model = runner.model.module if wrapped else runner.model
@@ -124,6 +127,12 @@ class PEFTHook(WeightsHook):
             self.rebuild_optimization(runner)
         super().before_run(runner)
 
+    def before_train(self, runner: Runner) -> None:
+        """Check the weights, and write the summary, which includes output norms that turned out to be new."""
+        super().before_train(runner)
+        if is_main_process():
+            write_json(Path(runner.work_dir) / SUMMARY_FILE, asdict(summarize(unwrap(runner.model))))
+
     @staticmethod
     def _check_data(runner: Runner) -> None:
         for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
@@ -139,7 +148,7 @@ class PEFTHook(WeightsHook):
             path = Path(runner.work_dir) / 'adapter.safetensors'
             fault = diverged_in(runner)
             if fault is not None:
-                runner.logger.warning(f'{path} is not written: the training diverged, and {fault}')
+                runner.logger.warning(f'{path} is not written because the training diverged: {fault}')
                 return
             averaged = None if self.save_adapter == 'raw' else averaged_model(runner)
             model = unwrap(runner.model) if averaged is None else averaged

@@ -1,4 +1,4 @@
-"""After weights are loaded, every tensor of a runner's model is accounted for."""
+"""Accounting of every tensor of a runner's model after weights are loaded."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from .adapter_checkpoint_hook import AdapterCheckpointHook
 
 @HOOKS.register_module()
 class WeightsHook(Hook):
-    """Checks that what is trained, validated or tested is what the files hold.
+    """Checks that the tensors to train, validate or test come from the files.
 
-    Before anything is loaded, the PEFT method of a checkpoint is compared with the model's. After loading,
-    each tensor is loaded, or new and trained, or an error. In tests, and on resuming, all have to be in the
-    checkpoint. Before training, all that are frozen have to be loaded. Only a model that is given no
-    weights at all is trained with a warning.
+    Before anything is loaded, it compares the PEFT method of a checkpoint with the model's. After loading,
+    each tensor is loaded, or new and trained, or an error. In tests and on resuming, every tensor must be in the
+    checkpoint. Before training, every frozen tensor must be loaded. The only exception is a model without any
+    weights: it is trained with a warning.
 
-    ``load_from`` takes adapter files, too, with the checks of :func:`iconformer_mm.load_adapter`:
-    training goes on from what they hold.
+    ``load_from`` also accepts adapter files, with the checks of :func:`iconformer_mm.load_adapter`.
+    Training continues from their tensors.
 
-    :class:`PEFTHook` does all this itself. The command-line tools register this hook where there is none.
+    :class:`PEFTHook` does all of this as well. The command-line tools register this hook if there is no PEFTHook.
 
     Raises:
         WeightsError: A tensor is not accounted for, or the methods differ.
@@ -59,14 +59,14 @@ class WeightsHook(Hook):
         self._checked = False
 
     def before_run(self, runner: Runner) -> None:
-        """Begin to record what is loaded."""
+        """Start to record what is loaded."""
         if self._record is None and not self._checked:
             self._record = LoadRecord(unwrap(runner.model))
 
     # Loading
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare the checkpoint's PEFT method with the model's, before it is loaded."""
+        """Compare the checkpoint's PEFT method with the model's before it is loaded."""
         model, injection, source = unwrap(runner.model), get_injection(runner.model), str(runner._load_from)
         whole = runner._resume or not _is_training(runner)
         if self._record is not None and whole:
@@ -77,7 +77,7 @@ class WeightsHook(Hook):
             return
         if NOTE in checkpoint and not any(isinstance(hook, AdapterCheckpointHook) for hook in runner.hooks):
             raise WeightsError(
-                f'{source} holds what was trained, and not the base. To load it, set '
+                f'{source} holds only the trained tensors, not the base. To load it, set '
                 "default_hooks.checkpoint.type='AdapterCheckpointHook'"
             )
         trained = (recorded_training(checkpoint) or {}).get('trained') or ()
@@ -88,17 +88,17 @@ class WeightsHook(Hook):
             check_averages(checkpoint, source, any(isinstance(hook, EMAHook) for hook in runner.hooks))
 
     def _take_adapter_file(self, runner: Runner, checkpoint: dict, source: str) -> None:
-        """Fill the model, and hand MMEngine what it then has."""
+        """Load an adapter file into the model, and give MMEngine the resulting state."""
         if runner._resume:
             raise WeightsError(
-                f'{source} is an adapter file: it has no optimizer, and no position in the training, to resume from. '
-                'Give it as `load_from` without resuming to train on from it, or resume from a checkpoint'
+                f'{source} is an adapter file: it has no optimizer state and no training position to resume from. To '
+                'train on from it, set it as `load_from` without resuming, or resume from a checkpoint'
             )
         model = unwrap(runner.model)
         if get_injection(model) is None:
             raise WeightsError(
-                f'{source} is an adapter file, but the model is not adapted. Name its method: --peft, or a PEFTHook in '
-                'the config'
+                f'{source} is an adapter file, but the model is not adapted. Name its method with --peft, or with a '
+                'PEFTHook in the config'
             )
         content, tensors = checkpoint.pop('adapter_file'), checkpoint['state_dict']
         initialise_base(model, content)
@@ -113,7 +113,7 @@ class WeightsHook(Hook):
     # Accounting
 
     def before_train(self, runner: Runner) -> None:
-        """Check that all that is frozen was loaded, and on resuming the rest, too."""
+        """Check that every frozen tensor was loaded, and on resuming every other tensor, too."""
         self._rebuild_for_norms(runner)
         record, self._record, self._checked = self._record, None, True
         if record is None:
@@ -131,16 +131,16 @@ class WeightsHook(Hook):
             return
         raise WeightsError(
             f'weights were loaded, but {len(missing)} frozen tensors of the backbone were in none of the files, such '
-            f'as {some(missing)}; they would stay random. Name the weights of the backbone: init_cfg with '
-            "type='Pretrained', or load_from"
+            f'as {some(missing)}; they would stay random. Name the weights of the backbone in init_cfg with '
+            "type='Pretrained', or in load_from"
         )
 
     def before_val(self, runner: Runner) -> None:
-        """Check that all was loaded, in a validation without training."""
+        """Check that every tensor was loaded, in a validation without training."""
         self._require_all(runner)
 
     def before_test(self, runner: Runner) -> None:
-        """Check that all was loaded."""
+        """Check that every tensor was loaded."""
         self._require_all(runner)
 
     def _require_all(self, runner: Runner) -> None:
@@ -149,17 +149,17 @@ class WeightsHook(Hook):
         self._checked = True
         given = runner.cfg.get('model') is None or getattr(self._record.model, 'is_init', False)
         if not self._record.begun and given:
-            return  # whoever built the model has loaded it
+            return  # the model was loaded when it was built
         if not self._record.begun:
             raise WeightsError(
-                'there are no weights: the model would be tested as it was initialised. Give a checkpoint (load_from)'
+                'there are no weights: the model would be tested with its initial values. Set a checkpoint (load_from)'
             )
         require_all(self._record, str(runner._load_from))
 
     # Saving
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Write down how the model was adapted."""
+        """Record how the model was adapted."""
         injection = get_injection(runner.model)
         if injection is not None:
             checkpoint['meta'][NOTE] = describe_training(injection)
@@ -167,7 +167,7 @@ class WeightsHook(Hook):
     # Optimization
 
     def _rebuild_for_norms(self, runner: Runner) -> None:
-        """Have the optimizer train the output norms that turned out to be new, and no others."""
+        """Rebuild the optimizer if it lacks output norms that turned out to be new."""
         injection = get_injection(runner.model)
         if injection is None or not isinstance(runner.optim_wrapper, OptimWrapper):
             return
@@ -188,7 +188,10 @@ class WeightsHook(Hook):
             )
 
     def rebuild_optimization(self, runner: Runner) -> None:
-        """Build optimizer and schedulers again, over the trainable parameters.
+        """Rebuild optimizer and schedulers over the trainable parameters.
+
+        Args:
+            runner: The runner.
 
         Raises:
             ValueError: The runner has no config to build them from.
@@ -196,8 +199,8 @@ class WeightsHook(Hook):
         optim_wrapper = copy.deepcopy(runner.cfg.get('optim_wrapper'))
         if not isinstance(optim_wrapper, dict) or 'optimizer' not in optim_wrapper:
             raise ValueError(
-                'PEFTHook cannot rebuild the optimizer: the runner was given a built one, or several, and no '
-                '`optim_wrapper` config. Call iconformer_mm.inject(model) before making the optimizer instead.'
+                'PEFTHook cannot rebuild the optimizer: the runner has a built optimizer, or several, and no '
+                '`optim_wrapper` config. Call iconformer_mm.inject(model) before you create the optimizer instead.'
             )
         constructor = optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
         if not is_type(dict(type=constructor), 'PEFTOptimWrapperConstructor'):
@@ -212,5 +215,5 @@ class WeightsHook(Hook):
 
 
 def _is_training(runner: Runner) -> bool:
-    """Whether a run trains; MMEngine builds the loop when it does."""
+    """Whether a run trains. MMEngine builds the train loop only then."""
     return isinstance(runner._train_loop, BaseLoop)

@@ -1,17 +1,20 @@
-"""Ways to compute the dynamic convolution and the gradient of its kernels.
+"""Backends of the dynamic convolution and of its gradients.
 
-A backend is a module with three functions over token sequences, (B, P + H * W, C) with P
-prefix tokens that have no place in the map:
+A backend is a module with three functions. They take token sequences (B, P + H * W, C) with P
+prefix tokens, which are not part of the map:
 
-- ``correlate(tokens, kernels, height, width)``: the filtered tokens; prefix tokens pass.
-- ``kernel_gradient(grad, tokens, size, height, width)``: the gradient of the
-  kernels, (B, C, K, K), for the gradient of what ``correlate`` returned.
-- ``gradients(grad, tokens, kernels, height, width)``: that of the tokens, which is ``correlate``
-  with flipped kernels, and that of the kernels; in one pass, or :func:`apart`.
+- ``correlate(tokens, kernels, height, width)`` returns the filtered tokens. Prefix tokens pass
+  through unchanged.
+- ``kernel_gradient(grad, tokens, size, height, width)`` returns the gradient of the kernels,
+  (B, C, K, K). ``grad`` is the gradient of the output of ``correlate``.
+- ``gradients(grad, tokens, kernels, height, width)`` returns the gradients of the tokens and of
+  the kernels. The former is ``correlate`` with flipped kernels. A backend computes both in one
+  pass, or uses :func:`apart`.
 
-A backend for one kind of device has ``check_device(tensor)``, too, which raises a RuntimeError elsewhere.
+A backend for one device type also has ``check_device(tensor)``, which raises a RuntimeError for other devices.
 
-FilterNorm has backends of its own, ``numba_norm`` and ``triton_norm``: modules with ``normalise`` and ``gradients``.
+FilterNorm has separate backends, ``numba_norm`` and ``triton_norm``. They are modules with ``normalise`` and
+``gradients``.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ NAMES = ('reference', 'grouped', 'looped', 'numba', 'triton')
 def apart(
     correlate: Callable[..., Tensor], kernel_gradient: Callable[..., Tensor]
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A backend's ``gradients``, made of its two other functions."""
+    """Build a backend's ``gradients`` from its two other functions."""
 
     def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         grad_tokens = correlate(grad, kernels.flip((2, 3)), height, width)
@@ -39,7 +42,7 @@ def apart(
 
 
 def check_device(backend: ModuleType, tensor: Tensor) -> None:
-    """Raise a RuntimeError unless a backend computes where a tensor is."""
+    """Raise a RuntimeError unless a backend supports the device of a tensor."""
     check = getattr(backend, 'check_device', None)
     if check is not None:
         check(tensor)
@@ -47,7 +50,7 @@ def check_device(backend: ModuleType, tensor: Tensor) -> None:
 
 @cache
 def find(name: str) -> ModuleType | None:
-    """The backend of a name; None if the package that it needs cannot be imported."""
+    """Return the backend with a name, or None if the package that it needs cannot be imported."""
     try:
         return importlib.import_module(f'{__name__}.{name}_backend')
     except ImportError as error:

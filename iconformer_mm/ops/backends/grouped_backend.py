@@ -1,6 +1,6 @@
-"""One grouped convolution over the B * C maps of a batch, by the library of the device.
+"""One grouped convolution over the B * C maps of a batch, by the device's library.
 
-Maps are padded by us: libraries leave out a padding of theirs, and with it what zero times infinity is.
+We pad the maps explicitly. Libraries skip their own padding, and would miss that zero times infinity is NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .reference_backend import as_maps, behind_prefix, with_padding
 
 
 def without_half(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Computes float16 on a CPU in float32: the CPU's convolutions of torch 2.1 have no float16."""
+    """Compute float16 on a CPU in float32. In torch 2.1, convolutions on the CPU do not support float16."""
 
     @wraps(function)
     def call(first: Tensor, second: Tensor, *settings: Any) -> Tensor:
@@ -30,13 +30,13 @@ def without_half(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _as_channels(maps: Tensor) -> Tensor:
-    """(B, H, W, C) as channels of one map, (1, B * C, H, W)."""
+    """Reshape (B, H, W, C) to the channels of one map, (1, B * C, H, W)."""
     return maps.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(0)
 
 
 @without_half
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
-    """The filtered tokens; see the package."""
+    """Return the filtered tokens; see the package docstring."""
     (batch, _, channels), size = tokens.shape, kernels.shape[-1]
     maps = _as_channels(with_padding(as_maps(tokens, height, width), size))
     weight = kernels.reshape(batch * channels, 1, size, size)
@@ -45,7 +45,7 @@ def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tenso
 
 
 def weight_gradient(grad: Tensor, maps: Tensor, size: int) -> Tensor:
-    """The gradient of the weight of a depth-wise convolution, (G, 1, K, K), from maps with their padding."""
+    """Return the gradient of a depth-wise convolution's weight, (G, 1, K, K), from padded maps."""
     groups = maps.shape[1]
     weight = maps.new_empty(groups, 1, size, size)
     settings = dict(bias_sizes=None, stride=[1, 1], padding=[0, 0], dilation=[1, 1], transposed=False)
@@ -56,7 +56,7 @@ def weight_gradient(grad: Tensor, maps: Tensor, size: int) -> Tensor:
 
 @without_half
 def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int) -> Tensor:
-    """The gradient of the kernels; see the package."""
+    """Return the gradient of the kernels; see the package docstring."""
     batch, _, channels = tokens.shape
     grad = _as_channels(as_maps(grad, height, width))
     maps = _as_channels(with_padding(as_maps(tokens, height, width), size))

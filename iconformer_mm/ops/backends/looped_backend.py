@@ -1,4 +1,4 @@
-"""One depth-wise convolution a sample: nothing is transposed, which pays for large maps on a CPU."""
+"""One depth-wise convolution per sample. It transposes nothing, which is faster for large maps on a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .reference_backend import as_maps, behind_prefix, with_padding
 
 @without_half
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
-    """The filtered tokens; see the package."""
+    """Return the filtered tokens; see the package docstring."""
     channels, size = kernels.shape[1], kernels.shape[-1]
     maps = with_padding(as_maps(tokens, height, width), size).permute(0, 3, 1, 2)
     out = [F.conv2d(one, weight, groups=channels) for one, weight in zip(maps.split(1), kernels.unsqueeze(2))]
@@ -22,7 +22,7 @@ def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tenso
 
 @without_half
 def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int) -> Tensor:
-    """The gradient of the kernels; see the package."""
+    """Return the gradient of the kernels; see the package docstring."""
     grads = as_maps(grad, height, width).permute(0, 3, 1, 2).split(1)
     maps = with_padding(as_maps(tokens, height, width), size).permute(0, 3, 1, 2).split(1)
     return torch.stack([weight_gradient(*pair, size).squeeze(1) for pair in zip(grads, maps)])

@@ -1,13 +1,13 @@
-"""The dynamic convolution as compiled CPU code, by Numba: no compiler on the user's machine is needed.
+"""The dynamic convolution as CPU code compiled by Numba, which needs no C compiler.
 
-Maps are walked in memory order, channels innermost, so that they fill vector registers, and
-their number is a constant of the code. For 3 x 3 kernels two neighbouring outputs are made at
-once: they share the nine taps and half of their inputs, and loads are what limits it. One thread
-does a run of rows; the threads are ours, since those of Numba neither survive a fork nor
-follow ``torch.set_num_threads``.
+The loops run in memory order with channels innermost, so that channels fill vector registers. The
+number of channels is a compile-time constant. For 3 x 3 kernels the code computes two neighbouring
+outputs at once. They share the nine taps and half of their inputs, and loads are the bottleneck.
+Each thread processes a range of rows. The threads are our own: Numba's do not survive a fork and
+do not follow ``torch.set_num_threads``.
 
-The padding is not read, which is right for finite numbers only: zero times infinity is NaN. So where a
-kernel, or the sum that is the gradient of one, is not finite, the reference computes instead.
+The code does not read the padding. This is correct only for finite numbers, since zero times infinity
+is NaN. If a kernel or its gradient is not finite, the reference backend computes the result instead.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from . import apart, reference_backend
 
 
 def jitted(function: Callable) -> Callable:
-    """Compile at the first call, and keep the code on disk where that can be written to."""
-    # Sums may be reordered; infinities and NaN must still pass, as loss scaling looks for them.
+    """Compile a function on its first call, and cache the code on disk if the disk is writable."""
+    # Sums may be reordered. Infinities and NaN must survive, because loss scaling looks for them.
     options = dict(nogil=True, fastmath={'contract', 'nsz', 'reassoc'}, error_model='numpy')
     try:
         return njit(cache=True, **options)(function)
@@ -37,7 +37,7 @@ def jitted(function: Callable) -> Callable:
 
 @jitted
 def _sum_of_zeros(values: np.ndarray) -> float:
-    """Zero times each of (B, K * K, C), summed: NaN unless all are finite."""
+    """Sum zero times each value of (B, K * K, C). The result is NaN unless all values are finite."""
     batch, count, channels = values.shape
     zero = values.dtype.type(0)
     total = zero
@@ -49,16 +49,17 @@ def _sum_of_zeros(values: np.ndarray) -> float:
 
 
 def _by_definition(function: Callable[..., Tensor], first: Tensor, second: Tensor, *settings: int) -> Tensor:
-    """A function of the reference in the precision of this backend."""
+    """Call a function of the reference backend in the precision of this backend."""
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     return function(first.to(dtype), second.to(dtype), *settings).to(first.dtype)
 
 
 @cache
 def _functions(size: int, channels: int) -> tuple[Callable, Callable, Callable]:
-    """The functions for K and C, the last for K = 3 only; they do rows first to last of all maps, one after another.
+    """Return the compiled functions for K and C. The last one supports K = 3 only.
 
-    Maps are (B, L), each from column ``start`` on; kernels and their gradient are (B, K * K, C).
+    They process the half-open range of rows from ``first`` to ``last``, counted over all maps. Maps are
+    (B, L), each from column ``start`` on. Kernels and their gradients are (B, K * K, C).
     """
     half = size // 2
 
@@ -76,13 +77,13 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable, Callable]:
             below = x[b, here + length : here + 2 * length] if h < height - 1 else zeros
             k = kernels[b]
             y = out[b, here : here + length]
-            for index in range(width - 2 * pairs):  # the columns of no pair: the first, and the last or two
+            for index in range(width - 2 * pairs):  # the unpaired columns: the first, and the last one or two
                 w = index + 2 * pairs if index else 0
                 s = w * channels
                 target = y[s : s + channels]
                 target[:] = 0
                 for j in range(max(0, 1 - w), min(3, width + 1 - w)):
-                    # Slices, whose indices are known not to count from the end: vectors need that.
+                    # Slices let the compiler rule out negative indices, so that it can vectorise.
                     near = slice(s + (j - 1) * channels, s + j * channels)
                     a, m, z = above[near], middle[near], below[near]
                     for c in range(channels):
@@ -122,7 +123,7 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable, Callable]:
                     for w in range(max(0, half - j), min(width, width + half - j)):
                         s = w * channels
                         near = s + (j - half) * channels
-                        # Slices, whose indices are known not to count from the end: vectors need that.
+                        # Slices let the compiler rule out negative indices, so that it can vectorise.
                         target, seen = y[s : s + channels], source[near : near + channels]
                         for c in range(channels):
                             target[c] += tap[c] * seen[c]
@@ -140,7 +141,7 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable, Callable]:
         first: int,
         last: int,
     ) -> None:
-        """Both gradients, whose taps see the same; ``kernels`` and ``sums`` are flipped."""
+        """Compute both gradients from the same loads. ``kernels`` and ``sums`` are flipped."""
         length, pairs = width * channels, max(0, (width - 2) // 2)
         zeros = np.zeros(length, x.dtype)
         part = np.zeros((9, channels), x.dtype)
@@ -153,8 +154,8 @@ def _functions(size: int, channels: int) -> tuple[Callable, Callable, Callable]:
             k = kernels[b]
             y = out[b, here : here + length]
             v = x[b, here : here + length]
-            part[:] = 0  # a row is summed by itself first, which keeps rounding small on large maps
-            for index in range(width - 2 * pairs):  # the columns of no pair: the first, and the last or two
+            part[:] = 0  # summing each row separately keeps rounding errors small on large maps
+            for index in range(width - 2 * pairs):  # the unpaired columns: the first, and the last one or two
                 w = index + 2 * pairs if index else 0
                 s = w * channels
                 target, values = y[s : s + channels], v[s : s + channels]
@@ -226,19 +227,19 @@ _pool_size = 0
 
 
 def _forget_pool() -> None:
-    """A forked process has the pool, but not its threads."""
+    """Drop the pool in a forked process, which inherits the pool without its threads."""
     global _pool, _pool_size
     _pool, _pool_size = None, 0
 
 
-if hasattr(os, 'register_at_fork'):  # not on Windows, which does not fork
+if hasattr(os, 'register_at_fork'):  # Windows has no fork
     os.register_at_fork(after_in_child=_forget_pool)
 
 
 def _in_parallel(function: Callable[[int, int], None], rows: int, work: int) -> None:
-    """Call ``function(first, last)`` for parts of all rows, a part a thread; ``work`` is the number of values."""
+    """Call ``function(first, last)`` for ranges of rows, one range per thread; ``work`` is the number of values."""
     global _pool, _pool_size
-    # A thread is worth its start from some ten thousand values on.
+    # A thread pays off above some ten thousand values.
     parts = max(1, min(torch.get_num_threads(), rows, work // 2**15))
     if parts == 1:
         function(0, rows)
@@ -258,33 +259,34 @@ def check_device(tensor: Tensor) -> None:
         raise RuntimeError(f"backend 'numba' needs tensors on the CPU, got them on {tensor.device}")
 
 
-# Views are NumPy's below: those of torch take longer than the arithmetic of a small map.
+# The code below uses NumPy views. Views by torch take longer than the arithmetic of a small map.
 
 
 def to_array(tensor: Tensor, copy: bool = False) -> np.ndarray:
-    """A tensor as an array, in a precision that NumPy knows.
+    """Convert a tensor to an array in float32 or float64.
 
-    What may be a parameter is to be copied: memory that NumPy has seen cannot be resized, as FSDP does with parameters.
+    Pass ``copy=True`` for tensors that may be parameters. FSDP resizes the memory of parameters, and memory
+    exported to NumPy cannot be resized.
     """
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return tensor.to(dtype, copy=copy).numpy()
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
-    """(B, N, C) as an array (B, N * C)."""
+    """Convert (B, N, C) to an array (B, N * C)."""
     return np.ascontiguousarray(to_array(tensor)).reshape(len(tensor), -1)
 
 
 def _taps(kernels: Tensor, step: int = 1) -> np.ndarray:
-    """Kernels (B, C, K, K) as an array (B, K * K, C), with step -1 flipped."""
+    """Convert kernels (B, C, K, K) to an array (B, K * K, C). Step -1 flips them."""
     batch, channels, size, _ = kernels.shape
     taps = to_array(kernels, copy=True)[:, :, ::step, ::step].transpose(0, 2, 3, 1)
     return np.ascontiguousarray(taps).reshape(batch, size * size, channels)
 
 
 def _like(tokens: Tensor, x: np.ndarray, start: int) -> tuple[Tensor, np.ndarray]:
-    """A tensor for what tokens become, and as an array (B, N * C); its prefix tokens are those of ``x``."""
-    # torch aligns memory to cache lines, NumPy does not.
+    """Return an output tensor and a view of it as an array (B, N * C). Its prefix tokens are copied from ``x``."""
+    # torch aligns memory to cache lines. NumPy does not.
     out = torch.empty(tokens.shape, dtype=torch.float64 if x.dtype == np.float64 else torch.float32)
     y = out.numpy().reshape(x.shape)
     y[:, :start] = x[:, :start]
@@ -292,19 +294,19 @@ def _like(tokens: Tensor, x: np.ndarray, start: int) -> tuple[Tensor, np.ndarray
 
 
 def _total(parts: dict[int, np.ndarray]) -> np.ndarray:
-    """The sum of the threads' parts (B, K * K, C), the same whichever thread was first."""
+    """Sum the threads' parts (B, K * K, C) in a fixed order, so that the result is deterministic."""
     ordered = [parts[first] for first in sorted(parts)]
     return sum(ordered[1:], ordered[0])
 
 
 def _kernels(total: np.ndarray, size: int, step: int, dtype: torch.dtype) -> Tensor:
-    """(B, K * K, C) as kernels, with step -1 flipped."""
+    """Convert (B, K * K, C) to kernels (B, C, K, K). Step -1 flips them."""
     kernels = np.ascontiguousarray(total[:, ::step]).reshape(len(total), size, size, -1)
     return torch.from_numpy(kernels.transpose(0, 3, 1, 2)).to(dtype)
 
 
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
-    """The filtered tokens; see the package."""
+    """Return the filtered tokens; see the package docstring."""
     batch, num_tokens, channels = tokens.shape
     taps = _taps(kernels)
     if _sum_of_zeros(taps) != 0:
@@ -322,7 +324,7 @@ def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tenso
 
 
 def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int) -> Tensor:
-    """The gradient of the kernels, (B, C, K, K); see the package."""
+    """Return the gradient of the kernels, (B, C, K, K); see the package docstring."""
     batch, num_tokens, channels = tokens.shape
     g, x = _flat(grad), _flat(tokens)
     start = (num_tokens - height * width) * channels
@@ -344,7 +346,7 @@ _gradients_apart = apart(correlate, kernel_gradient)
 
 
 def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The gradients of tokens and kernels; see the package."""
+    """Return the gradients of tokens and kernels; see the package docstring."""
     size = kernels.shape[-1]
     if size != 3:
         return _gradients_apart(grad, tokens, kernels, height, width)

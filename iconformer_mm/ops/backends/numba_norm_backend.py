@@ -1,6 +1,7 @@
-"""FilterNorm as compiled CPU code, by Numba: some numbers a kernel, for which an operator of torch takes far longer.
+"""FilterNorm as CPU code compiled by Numba.
 
-Kernels come out with their channels innermost, as the dynamic convolution wants them.
+A kernel has only a few numbers, so the overhead of torch's operators would dominate. The normalised kernels
+have their channels innermost in memory, as the dynamic convolution expects.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .numba_backend import jitted, to_array
 
 @jitted
 def _normalise(raw: np.ndarray, gamma: np.ndarray, beta: np.ndarray, eps: float, out: np.ndarray) -> None:
-    """Raw is (B, C, K * K), gamma and beta are (C, K * K), out is (B, K * K, C)."""
+    """Normalise ``raw`` (B, C, K * K) with ``gamma`` and ``beta`` (C, K * K) into ``out`` (B, K * K, C)."""
     batch, channels, count = raw.shape
     size = math.sqrt(count)
     for b in range(batch):
@@ -40,7 +41,7 @@ def _gradients(
     grad_gamma: np.ndarray,
     grad_beta: np.ndarray,
 ) -> None:
-    """Grad is (B, K * K, C); those of gamma and beta, (C, K * K), are added to."""
+    """Compute the gradients from ``grad`` (B, K * K, C); ``grad_gamma`` and ``grad_beta`` (C, K * K) accumulate."""
     batch, channels, count = raw.shape
     size = math.sqrt(count)
     for b in range(batch):
@@ -54,7 +55,7 @@ def _gradients(
                 total += inner
             norm = math.sqrt(squares)
             scale = size / (norm + size * eps)
-            # Through the norm, whose gradient at zero is zero.
+            # The gradient through the norm; it is zero at zero.
             through = product * scale * scale / (size * norm) if norm > 0 else 0.0
             for t in range(count):
                 centred, g = raw[b, c, t] - mean, grad[b, t, c]
@@ -64,12 +65,12 @@ def _gradients(
 
 
 def _flat(tensor: Tensor, *shape: int) -> np.ndarray:
-    """(..., K, K) as an array of a shape, (..., K * K)."""
+    """Copy (..., K, K) into an array with the given shape, (..., K * K)."""
     return np.ascontiguousarray(to_array(tensor, copy=True)).reshape(shape)
 
 
 def normalise(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """The normalised kernels, (B, C, K, K)."""
+    """Return the normalised kernels, (B, C, K, K)."""
     batch, channels, size, _ = raw.shape
     count = size * size
     values = _flat(raw, batch, channels, count)
@@ -79,7 +80,7 @@ def normalise(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
 
 
 def gradients(grad: Tensor, raw: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the raw kernels, (B, C, K, K), and of gamma and beta, (C, K, K)."""
+    """Return the gradients of the raw kernels, (B, C, K, K), and of gamma and beta, (C, K, K)."""
     batch, channels, size, _ = raw.shape
     count = size * size
     values, factors = _flat(raw, batch, channels, count), _flat(gamma, channels, count)

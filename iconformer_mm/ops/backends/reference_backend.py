@@ -1,7 +1,8 @@
-"""The definition, in shifted products: any shape, any dtype, any exporter of graphs, any transform of torch.func.
+"""The definition of the dynamic convolution, as a sum of shifted products.
 
-The padding is zeros like any other, so that a NaN or an infinity in a tap marks what sees only padding through it, too.
-Shapes are changed by view and reshape: batched gradients do not know flatten and unflatten.
+It supports every shape and dtype, graph exporters and the transforms of torch.func. The padding consists of
+ordinary zeros. So a tap that is NaN or infinite also makes outputs NaN where it multiplies only padding. Shapes are
+changed with view and reshape, because batched gradients do not support flatten and unflatten.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from . import apart
 
 
 def as_maps(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The patch tokens of (B, P + H * W, C) as maps, (B, H, W, C)."""
+    """Return the patch tokens of (B, P + H * W, C) as maps, (B, H, W, C)."""
     batch, count, channels = tokens.shape
     prefix = count - height * width
     return (tokens[:, prefix:] if prefix else tokens).view(batch, height, width, channels)
 
 
 def behind_prefix(tokens: Tensor, maps: Tensor) -> Tensor:
-    """Maps (B, H, W, C) as tokens, behind the prefix tokens of ``tokens``."""
+    """Return maps (B, H, W, C) as tokens, after the prefix tokens of ``tokens``."""
     batch, height, width, channels = maps.shape
     prefix = tokens.shape[1] - height * width
     patches = maps.reshape(batch, height * width, channels)
@@ -29,20 +30,20 @@ def behind_prefix(tokens: Tensor, maps: Tensor) -> Tensor:
 
 
 def with_padding(maps: Tensor, size: int) -> Tensor:
-    """Maps (B, H, W, C) with the K // 2 zeros around that kernels see."""
+    """Pad maps (B, H, W, C) with K // 2 zeros on every side."""
     half = size // 2
     return F.pad(maps, (0, 0, half, half, half, half)) if half else maps
 
 
 def _neighbours(maps: Tensor, size: int) -> list[Tensor]:
-    """What each tap of a kernel sees, row by row."""
+    """Return the shifted map that each tap of a kernel multiplies, in row-major order."""
     height, width = maps.shape[1:3]
     padded = with_padding(maps, size)
     return [padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
 
 
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
-    """Sum of the K * K shifted maps, each times its tap."""
+    """Sum the K * K shifted maps, each times its tap."""
     maps = as_maps(tokens, height, width)
     batch, channels, size, _ = kernels.shape
     taps = kernels.reshape(batch, channels, size * size).unbind(2)
@@ -53,7 +54,7 @@ def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tenso
 
 
 def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int) -> Tensor:
-    """Sum over the map of the gradient times each of the K * K shifted maps."""
+    """Multiply the gradient by each of the K * K shifted maps, and sum over the map."""
     grad, maps = as_maps(grad, height, width), as_maps(tokens, height, width)
     taps = [(grad * neighbour).sum(dim=(1, 2)) for neighbour in _neighbours(maps, size)]
     return torch.stack(taps, dim=2).reshape(maps.shape[0], maps.shape[3], size, size)

@@ -1,13 +1,15 @@
-"""The dynamic convolution for CUDA, by Triton: maps as they lie in memory, sums in float32.
+"""The dynamic convolution for CUDA, written in Triton.
 
-A program takes a tile of patch tokens and a block of channels. The gradients of tokens and kernels look at
-the same values, so one kernel makes both in one pass. The kernel for 3 x 3 walks down the rows of its
-tile and reads a row three times, once a column of taps, from the caches but for the first time; that for other
-sizes reads what every tap sees.
+It reads maps in their memory layout and sums in float32, or in float64 for float64 tensors.
 
-The padding is zeros, so a tap that is not finite marks all that the reference's marks. The sums for the gradient of
-the kernels leave out parts of the padding. Of maps or gradients that are not finite they are not finite either, but at
-the border of a map other taps than the reference's may be marked.
+A program processes a tile of patch tokens and a block of channels. The gradients of tokens and kernels read the
+same values, so one kernel computes both in one pass. The kernel for 3 x 3 walks down the rows of its tile. It reads
+a row three times, once per column of taps; the last two reads hit the cache. The kernel for other sizes reads the
+map once per tap.
+
+The padding is zeros. So a tap that is not finite affects the same outputs as in the reference backend. The sums for
+the gradient of the kernels skip parts of the padding. If maps or gradients are not finite, the sums are not finite
+either. At the border of a map, other taps may be affected than in the reference backend.
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-_CHANNELS = 64  # of a program
-_TILE = 8, 8  # rows and columns of a program
-# For 3 x 3, as was fastest on an H200: without and with sums for the gradient of the kernels.
+_CHANNELS = 64  # per program
+_TILE = 8, 8  # rows and columns per program
+# For 3 x 3, the fastest on an H200: without and with the sums for the gradient of the kernels.
 _COLUMNS = 16, 4
 _WARPS = 4, 1
 _PROGRAMS = 200, 400
 _MIN_ROWS, _MAX_ROWS = 2, 16
-MAX_GRID = 65_535  # programs along the second and the third axis of a grid, by CUDA's rules
+MAX_GRID = 65_535  # CUDA's limit on programs along the second and the third axis of a grid
 
-# Triton takes annotations of a kernel's arguments for its own types, so these have none that mypy would know.
-# The size of maps changes from step to step in detection: no code for each.
+# Triton interprets annotations of kernel arguments as its own types, so the kernels have none for mypy.
+# In detection the size of maps changes from step to step. do_not_specialize avoids a compilation for each size.
 
 
 @triton.jit(do_not_specialize=['num_tokens', 'height', 'width'])
@@ -57,11 +59,11 @@ def _convolve(  # type: ignore[no-untyped-def]
     correlating: tl.constexpr,
     flipped: tl.constexpr,
 ):
-    """One tile of one sample.
+    """Process one tile of one sample.
 
-    ``filtering`` writes values (B, N, C) filtered with kernels, which have strides, to ``out``, ``correlating``
-    sums of what a tap sees times others (B, N, C) to ``parts`` (B, tiles, K * K, C); ``flipped`` has
-    kernels and sums in the opposite order.
+    ``filtering`` filters ``values`` (B, N, C) with the strided ``kernels`` and writes the result to ``out``.
+    ``correlating`` multiplies what each tap sees by ``others`` (B, N, C) and writes the sums to ``parts``
+    (B, tiles, K * K, C). ``flipped`` reverses the order of the taps in kernels and sums.
     """
     b = tl.program_id(2).to(tl.int64)
     tile, tiles = tl.program_id(0), tl.num_programs(0)
@@ -84,7 +86,7 @@ def _convolve(  # type: ignore[no-untyped-def]
     total = tl.zeros((rows * columns, block), dtype)
     if correlating:
         other = tl.load(others + sample + here, is_token[:, None] & is_channel, 0.0).to(dtype)
-    for i in range(size):  # only the inner loop is unrolled: with both, large kernels compile for minutes
+    for i in range(size):  # unroll only the inner loop; with both unrolled, large kernels compile for minutes
         for j in tl.static_range(size):
             up, left = i - size // 2, j - size // 2
             # Zero beyond the border.
@@ -104,28 +106,28 @@ def _convolve(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _copy_prefix(source, target, prefix, channels, is_channel):  # type: ignore[no-untyped-def]
-    """The prefix tokens of one sample, which pass."""
+    """Copy the prefix tokens of one sample, which pass through unchanged."""
     for token in range(prefix):
         tl.store(target + token * channels, tl.load(source + token * channels, is_channel), is_channel)
 
 
 @triton.jit
 def _tap(kernels, tap: tl.constexpr, of_tap, flipped: tl.constexpr, is_channel, dtype):  # type: ignore[no-untyped-def]
-    """One tap of 3 x 3 kernels, (1, channels)."""
+    """Load one tap of 3 x 3 kernels, (1, channels)."""
     index: tl.constexpr = 8 - tap if flipped else tap
     return tl.load(kernels + index * of_tap, is_channel, 0.0).to(dtype)[None, :]
 
 
 @triton.jit
 def _store_sum(parts, tap: tl.constexpr, sums, channels, flipped: tl.constexpr, is_channel):  # type: ignore[no-untyped-def]
-    """The sums of one tap, over all columns."""
+    """Store the sums of one tap over all columns."""
     index: tl.constexpr = 8 - tap if flipped else tap
     tl.store(parts + index * channels, tl.sum(sums, axis=0), is_channel)
 
 
 @triton.jit
 def _load_row(row, is_row, left, middle, right, channels):  # type: ignore[no-untyped-def]
-    """What the three columns of taps see of one row: zero beyond the border."""
+    """Load the values of one row for the three columns of taps, zero beyond the border."""
     return (
         tl.load(row - channels, left & is_row, 0.0),
         tl.load(row, middle & is_row, 0.0),
@@ -155,7 +157,7 @@ def _convolve_3x3(  # type: ignore[no-untyped-def]
     correlating: tl.constexpr,
     flipped: tl.constexpr,
 ):
-    """As :func:`_convolve`, row by row: a row that is read adds to the three rows of outputs that see it."""
+    """Do what :func:`_convolve` does, row by row. Each input row contributes to three output rows."""
     b = tl.program_id(2).to(tl.int64)
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     across = tl.cdiv(width, columns)
@@ -184,7 +186,7 @@ def _convolve_3x3(  # type: ignore[no-untyped-def]
         k6 = _tap(kernel, 6, of_tap, flipped, is_channel, dtype)
         k7 = _tap(kernel, 7, of_tap, flipped, is_channel, dtype)
         k8 = _tap(kernel, 8, of_tap, flipped, is_channel, dtype)
-        above = tl.zeros((columns, block), dtype)  # what the rows above and here have got so far
+        above = tl.zeros((columns, block), dtype)  # partial sums of the row above and of this row
         here = tl.zeros((columns, block), dtype)
     if correlating:
         s0 = tl.zeros((columns, block), dtype)
@@ -196,7 +198,7 @@ def _convolve_3x3(  # type: ignore[no-untyped-def]
         s6 = tl.zeros((columns, block), dtype)
         s7 = tl.zeros((columns, block), dtype)
         s8 = tl.zeros((columns, block), dtype)
-        # Each with zeros of its own: Triton loses a variable that moves to one which started as the same value.
+        # Separate zeros: Triton loses a variable that is assigned to another one with the same initial value.
         other_above = tl.zeros((columns, block), dtype)
         other_here = tl.zeros((columns, block), dtype)
         other_next = tl.load(others + start + first * width * channels + place, middle, 0.0)
@@ -205,7 +207,7 @@ def _convolve_3x3(  # type: ignore[no-untyped-def]
     next0, next1, next2 = _load_row(row, is_row, left, middle, right, channels)
     for h in range(first - 1, last + 1):
         x0, x1, x2 = next0.to(dtype), next1.to(dtype), next2.to(dtype)
-        # The next row is on its way while this one is worked on.
+        # Prefetch the next row while this one is processed.
         row = values + start + (h + 1) * width * channels + place
         is_row = h + 1 < tl.minimum(last + 1, height)
         next0, next1, next2 = _load_row(row, is_row, left, middle, right, channels)
@@ -246,23 +248,23 @@ def _convolve_3x3(  # type: ignore[no-untyped-def]
 
 
 def check_device(tensor: Tensor) -> None:
-    """Raise a RuntimeError unless a tensor is on a CUDA device, or kernels are interpreted."""
+    """Raise a RuntimeError unless a tensor is on a CUDA device or Triton runs in interpreter mode."""
     if not tensor.is_cuda and not knobs.runtime.interpret:
         raise RuntimeError(f"backend 'triton' needs tensors on a CUDA device, got them on {tensor.device}")
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
-    """Where kernels over a tensor are launched.
+    """Return the context in which to launch kernels on a tensor.
 
     Raises:
-        RuntimeError: It is not on a CUDA device.
+        RuntimeError: The tensor is not on a CUDA device.
     """
     check_device(tensor)
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def in_batches(count: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """Tensors (B, ...), some of which may be None, in parts of so many samples, which one grid has room for."""
+    """Split tensors (B, ...) into parts of at most ``count`` samples, which fit one grid. Tensors may be None."""
     batch = next(len(tensor) for tensor in tensors if tensor is not None)
     if batch <= count:
         yield tensors
@@ -272,7 +274,10 @@ def in_batches(count: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | N
 
 
 def _rows(height: int, programs: int, wanted: int) -> int:
-    """Rows of a tile: as many as leave enough programs to fill the device; ``programs`` is their number a row."""
+    """Choose the rows per tile: as many as leave enough programs to fill the device.
+
+    ``programs`` is the number of programs per row of tiles.
+    """
     rows = _MIN_ROWS
     while rows < _MAX_ROWS and programs * triton.cdiv(height, 2 * rows) >= wanted:
         rows *= 2
@@ -282,12 +287,12 @@ def _rows(height: int, programs: int, wanted: int) -> int:
 def _launch(
     values: Tensor, kernels: Tensor | None, others: Tensor | None, size: int, height: int, width: int, flipped: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The filtered values, if there are kernels, and the sums with others, (B, C, K, K), if there are others."""
+    """Return the filtered values if kernels are given, and the sums, (B, C, K, K), if others are given."""
     batch, num_tokens, channels = values.shape
     if num_tokens * channels >= 2**31:
         raise RuntimeError(
-            f"backend 'triton' reaches 2^31 values of a sample, got {num_tokens} tokens of {channels}; "
-            "take backend 'grouped'"
+            f"backend 'triton' supports fewer than 2^31 values per sample, got {num_tokens} tokens of {channels} "
+            "channels; use backend 'grouped'"
         )
     if channels > _CHANNELS * MAX_GRID:
         return _launch_by_channels(values, kernels, others, size, height, width, flipped)
@@ -308,7 +313,7 @@ def _launch(
         strides = kernels.stride()
     if others is not None:
         others = others.contiguous()
-        # No atomic additions: the same sum in every run.
+        # Without atomic additions, every run gives the same sum.
         dtype = torch.promote_types(values.dtype, torch.float32)
         parts = values.new_empty((batch, tiles, size * size, channels), dtype=dtype)
     with device_of(values):
@@ -338,7 +343,7 @@ def _launch(
 def _launch_by_channels(
     values: Tensor, kernels: Tensor | None, others: Tensor | None, *settings: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As :func:`_launch`, for more channels than one grid has room for: they have nothing to do with one another."""
+    """Do what :func:`_launch` does for more channels than one grid can hold. Channels are independent."""
     step = _CHANNELS * MAX_GRID
     results = []
     for first in range(0, values.shape[2], step):
@@ -352,21 +357,21 @@ def _launch_by_channels(
 
 
 def correlate(tokens: Tensor, kernels: Tensor, height: int, width: int) -> Tensor:
-    """The filtered tokens; see the package."""
+    """Return the filtered tokens; see the package docstring."""
     out, _ = _launch(tokens, kernels, None, kernels.shape[-1], height, width, flipped=False)
     assert out is not None
     return out
 
 
 def kernel_gradient(grad: Tensor, tokens: Tensor, size: int, height: int, width: int) -> Tensor:
-    """The gradient of the kernels; see the package."""
+    """Return the gradient of the kernels; see the package docstring."""
     _, sums = _launch(tokens, None, grad, size, height, width, flipped=False)
     assert sums is not None
     return sums
 
 
 def gradients(grad: Tensor, tokens: Tensor, kernels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The gradients of tokens and kernels; see the package."""
+    """Return the gradients of tokens and kernels; see the package docstring."""
     out, sums = _launch(grad, kernels, tokens, kernels.shape[-1], height, width, flipped=True)
     assert out is not None and sums is not None
     return out, sums

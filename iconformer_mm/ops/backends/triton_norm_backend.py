@@ -1,6 +1,6 @@
-"""FilterNorm for CUDA, by Triton: one launch forward and one backward, in place of some forty.
+"""FilterNorm for CUDA, written in Triton: one launch forward and one backward instead of about forty.
 
-Kernels come out with their channels innermost, as the dynamic convolution wants them.
+The normalised kernels have their channels innermost in memory, as the dynamic convolution expects.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from .triton_backend import MAX_GRID, device_of, in_batches
 
-_SAMPLES = 32  # at a time
+_SAMPLES = 32  # per step
 
-# Triton takes annotations of a kernel's arguments for its own types, so these have none that mypy would know.
+# Triton interprets annotations of kernel arguments as its own types, so the kernels have none for mypy.
 
 
 @triton.jit
 def _statistics(  # type: ignore[no-untyped-def]
     raw, b, t, c, batch, channels, eps, size: tl.constexpr, dtype: tl.constexpr
 ):
-    """Of kernels of one channel, (samples, taps): the taps less their mean, their norm, and what scales them."""
+    """Compute statistics of one channel's kernels, (samples, taps): mask, centred taps, their norm and their scale."""
     inside = (b < batch)[:, None] & (t < size * size)[None, :]
     taps = tl.load(raw + (b.to(tl.int64) * channels + c)[:, None] * size * size + t[None, :], inside, 0.0).to(dtype)
     mean = tl.sum(taps, axis=1) / (size * size)
@@ -34,7 +34,7 @@ def _statistics(  # type: ignore[no-untyped-def]
 def _normalise(  # type: ignore[no-untyped-def]
     raw, gamma, beta, out, batch, channels, eps, size: tl.constexpr, samples: tl.constexpr, taps: tl.constexpr
 ):
-    """Raw is (B, C, K * K), gamma and beta are (C, K * K), out is (B, K * K, C)."""
+    """Normalise ``raw`` (B, C, K * K) with ``gamma`` and ``beta`` (C, K * K) into ``out`` (B, K * K, C)."""
     c = tl.program_id(0)
     b = tl.program_id(1) * samples + tl.arange(0, samples)
     t = tl.arange(0, taps)
@@ -65,7 +65,7 @@ def _differentiate(  # type: ignore[no-untyped-def]
     samples: tl.constexpr,
     taps: tl.constexpr,
 ):
-    """All samples of one channel; grad has strides."""
+    """Compute the gradients of one channel over all samples. ``grad`` is strided."""
     c = tl.program_id(0)
     t = tl.arange(0, taps)
     dtype: tl.constexpr = tl.float64 if raw.dtype.element_ty == tl.float64 else tl.float32
@@ -77,7 +77,7 @@ def _differentiate(  # type: ignore[no-untyped-def]
         place = b.to(tl.int64)[:, None] * of_sample + c * of_channel + t[None, :] * of_tap
         g = tl.load(grad + place, inside, 0.0).to(dtype)
         inner = g * factor[None, :]
-        # Through the norm, whose gradient at zero is zero.
+        # The gradient through the norm; it is zero at zero.
         product = tl.sum(inner * centred, axis=1)
         through = product * scale * scale / (size * tl.where(norm > 0, norm, 1))
         mean = tl.sum(inner, axis=1) / (size * size)
@@ -98,7 +98,7 @@ def _tile(raw: Tensor) -> dict[str, int]:
 
 
 def normalise(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """The normalised kernels, (B, C, K, K)."""
+    """Return the normalised kernels, (B, C, K, K)."""
     batch, channels, size, _ = raw.shape
     raw, gamma, beta = raw.contiguous(), gamma.contiguous(), beta.contiguous()
     out = raw.new_empty((batch, size * size, channels))
@@ -114,7 +114,7 @@ def normalise(raw: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
 
 
 def gradients(grad: Tensor, raw: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the raw kernels, (B, C, K, K), and of gamma and beta, (C, K, K)."""
+    """Return the gradients of the raw kernels, (B, C, K, K), and of gamma and beta, (C, K, K)."""
     batch, channels = raw.shape[:2]
     raw, gamma, grad = raw.contiguous(), gamma.contiguous(), grad.flatten(2)
     results = torch.empty_like(raw), torch.empty_like(gamma), torch.empty_like(gamma)

@@ -1,4 +1,4 @@
-"""The joint between one module of a host and what PEFT methods put there."""
+"""The connection between one module of a host and the adapters that act there."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _counting = threading.Lock()
 
 
 class Switch:
-    """Says which adapter of a model is active. All joints of a model share one.
+    """Selects the active adapter of a model. All joints of a model share one switch.
 
     Attributes:
-        active: The adapter's name, None without one.
+        active: Name of the active adapter, or None.
     """
 
     def __init__(self) -> None:
         self.active: str | None = None
         self._off = PerThread()
-        # Of all threads. Compilers guard on it, which they do not on a thread's own value.
+        # A count over all threads. Compilers guard on it; they do not guard on a thread-local value.
         self._times_off = 0
 
     @property
     def current(self) -> str | None:
-        """The adapter that runs in this thread: the active one, or None within :meth:`off`."""
+        """Name of the adapter that runs in this thread: the active one, or None within :meth:`off`."""
         return None if self._times_off and self._off.value else self.active
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within it no adapter runs in this thread. It may be nested."""
+        """Disable all adapters in this thread within the context. Contexts may be nested."""
         self._off.value = (self._off.value or 0) + 1
         with _counting:
             self._times_off += 1
@@ -56,19 +56,19 @@ class Switch:
 
 
 class Joint(Replacement):
-    """Stands in for the ``forward`` of one module, for all adapters that act there.
+    """Replaces the ``forward`` of one module for all adapters that act there.
 
-    It takes gradient checkpointing over from the module. A block is then recomputed as it
-    ran: with the adapter and the token grid of that very call, whatever came in between.
+    It takes over gradient checkpointing from the module. So a block is recomputed exactly as
+    it ran, with the adapter and the token grid of the original call.
 
     Args:
         module: The module.
-        switch: Says which adapter is active.
+        switch: Selects the active adapter.
 
     Attributes:
-        attachments: What acts at the module, by the name of the adapter.
-        with_cp: Whether the module is recomputed in the backward pass by our option.
-        host_with_cp: Whether it is by the host's.
+        attachments: The module's attachments, by the name of the adapter.
+        with_cp: Whether our option asks for gradient checkpointing of the module.
+        host_with_cp: Whether the host asks for it.
     """
 
     def __init__(self, module: nn.Module, switch: Switch) -> None:
@@ -83,26 +83,26 @@ class Joint(Replacement):
         self.replace()
 
     def restore(self) -> None:
-        """Give the module its ``forward`` and its gradient checkpointing back."""
+        """Give the module back its ``forward`` and its gradient checkpointing."""
         super().restore()
         if self._took_over:
             self.module.with_cp = True
 
     def run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Call a function, by gradient checkpointing where that is asked for."""
+        """Call a function, with gradient checkpointing if it is enabled."""
         if (self.with_cp or self.host_with_cp) and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         return function(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward, with the active adapter.
+        """Run the module with the active adapter.
 
         Raises:
             RuntimeError: The module's own gradient checkpointing was switched on after the injection.
         """
         if getattr(self.module, 'with_cp', False):
             raise RuntimeError(
-                f'with_cp of a {type(self.module).__name__} was set after the injection, and its own gradient '
+                f'with_cp of a {type(self.module).__name__} was set after the injection. Its own gradient '
                 'checkpointing would recompute it without adapters; set it before, or inject with with_cp=True'
             )
         name = self.switch.current
@@ -114,13 +114,14 @@ class Joint(Replacement):
 
 
 class Tap(Replacement):
-    """Stands in for the ``forward`` of a submodule of a block.
+    """Replaces the ``forward`` of a submodule of a block.
 
-    It does what the frame of the block's call says, and else what the submodule does.
+    It runs the handler that the frame of the block's call has for the submodule. Without a
+    handler it runs the submodule.
 
     Args:
         module: The submodule.
-        name: Its name in the backbone, by which a frame knows it.
+        name: Name of the submodule in the backbone. Frames use it to find the handler.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -130,33 +131,33 @@ class Tap(Replacement):
         self.replace()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The submodule's forward, as the block's call has it."""
+        """Run the submodule, with the handler of the block's call."""
         frame = current_frame()
         handler = None if frame is None else frame.handlers.get(self.name)
-        if handler is None:
+        if frame is None or handler is None:
             return self.host_forward(*args, **kwargs)
+        frame.called.add(self.name)
         args, kwargs = self.input_first(args, kwargs)
         return handler(self.host_forward, frame, *args, **kwargs)
 
 
 class Attachment:
-    """Puts one named adapter's modules into a module of the host, and runs it with them.
+    """Puts the modules of one named adapter into a module of the host, and runs it with them.
 
-    The host's module keeps its class, its parameters and their names. An attachment is made
-    apart from the host; an :class:`~iconformer_mm.tuning.injection.Injection` installs it.
-    Its forward pass writes nothing: what travels, travels in the frame of the call.
+    The host's module keeps its class, its parameters and their names. An attachment is created
+    independently of the host. An :class:`~iconformer_mm.tuning.injection.Injection` installs it.
+    Its forward pass does not write to any module. The frame of the call carries all values.
 
     Args:
         name: Name of the module in the backbone.
         module: The module.
-        kind: What kind of module it is, for people.
-        adapters: What it is given, by the name it gets in the module; the
-            names contain ``'adapter'``.
+        kind: Kind of the module, for display.
+        adapters: Adapter modules, by their names in the host's module. The names contain ``'adapter'``.
 
     Attributes:
-        handlers: What happens at submodules, see :class:`~iconformer_mm.tuning.calls.Frame`.
-        joint: The module's joint, once it is installed.
-        suffix: Follows the names in the module, so that several adapters have a place there.
+        handlers: Handlers of submodules, see :class:`~iconformer_mm.tuning.calls.Frame`.
+        joint: The module's joint, once the attachment is installed.
+        suffix: Suffix of the names in the module. It keeps several adapters apart.
     """
 
     def __init__(self, name: str, module: nn.Module, kind: str, adapters: dict[str, nn.Module]) -> None:
@@ -169,54 +170,55 @@ class Attachment:
         self.suffix = ''
 
     def register(self, suffix: str, dtype: torch.dtype | None = None) -> None:
-        """Put the adapters into the module, on its device and in its dtype, unless another is given."""
+        """Add the adapters to the module, on its device and in its dtype unless ``dtype`` is given."""
         self.suffix = suffix
         device, dtype = device_of(self.module), dtype or dtype_of(self.module)
         for key, adapter in self.adapters.items():
             setattr(self.module, key + suffix, adapter.to(device=device, dtype=dtype))
 
     def unregister(self) -> None:
-        """Take the adapters out of the module."""
+        """Remove the adapters from the module."""
         for key in self.adapters:
             delattr(self.module, key + self.suffix)
 
     def part(self, key: str) -> Any:
-        """An adapter by its name; asked of the module, where FSDP may have wrapped it."""
+        """Return an adapter by name. It is read from the module, where FSDP may have wrapped it."""
         return getattr(self.module, key + self.suffix)
 
     def path(self, submodule: str) -> str:
-        """Name of a submodule in the backbone."""
+        """Return the name of a submodule in the backbone."""
         return f'{self.name}.{submodule}'.strip('.')
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward with the adapters; the input is the first argument."""
+        """Run the module with the adapters. The input is the first argument."""
         raise NotImplementedError
 
 
 class WeightMergingAttachment:
-    """Mixin of attachments whose adapters can be merged into weights of the base."""
+    """Mixin for attachments whose adapters can be merged into weights of the base."""
 
     def merged_weights(self) -> dict[str, tuple[nn.Parameter, Tensor]]:
-        """For each weight its parameter, and the value that it would get."""
+        """Return the parameter and the merged value of each weight."""
         raise NotImplementedError
 
 
 class BlockAttachment(Attachment):
-    """An attachment to a Transformer block, whose token grid it knows.
+    """An attachment to a Transformer block. It knows the block's token grid.
 
     Args:
         site: The block.
-        adapters: What the block is given, by name.
-        tracker: The host's tracker, for families that need one. None, too, where no adapter asks for the grid.
+        adapters: Adapter modules, by their names in the block.
+        tracker: The host's tracker, for families that need one. Defaults to None, also for adapters that do not
+            need the grid.
     """
 
     def __init__(self, site: Site, adapters: dict[str, nn.Module], tracker: GridTracker | None = None) -> None:
         super().__init__(site.name, site.block, site.family.name, adapters)
-        # Without the host, so that a block can be pickled without it.
+        # Drop the host, so that a block can be pickled without it.
         self.site = replace(site, host=None, patch_embed=None)
         self.family = site.family
         self.tracker = tracker
 
     def grid(self, args: tuple, kwargs: dict) -> TokenGrid:
-        """The grid of the tokens that the block is called with."""
+        """Return the grid of the tokens in a call of the block."""
         return grid_of_call(self.site, args, kwargs, self.tracker)

@@ -25,13 +25,13 @@ _NAMES = {FFN: 'adapter', ATTENTION: 'adapter_attention'}
 
 @dataclass
 class _Passage:
-    """What happens at a submodule during a block's call.
+    """The handler of a submodule during a block's call.
 
     Attributes:
-        before: Called in turn with the frame and the input, each gives the input to take instead.
-        after: Called in turn with the frame and the output, each gives the output to return instead.
-        splits: Whether a residual stream that the submodule would add (``identity``) is added
-            after ``after``, which then sees the branch alone. The sum is the same to the last bit.
+        before: Functions of the frame and the input, called in order. Each returns the new input.
+        after: Functions of the frame and the output, called in order. Each returns the new output.
+        splits: Whether to add the residual (``identity``) after the functions in ``after``, instead of in
+            the submodule. They then see the branch alone. The sum is bit-identical. Defaults to False.
     """
 
     before: tuple[Callable[[Frame, Tensor], Tensor], ...]
@@ -39,7 +39,7 @@ class _Passage:
     splits: bool = False
 
     def __call__(self, host_forward: Callable, frame: Frame, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The submodule's forward, listened to."""
+        """Run the submodule between the functions."""
         for function in self.before:
             x = function(frame, x)
         identity = kwargs.get('identity') if self.splits else None
@@ -54,20 +54,20 @@ class _Passage:
 class BranchAttachment(BlockAttachment):
     """Adds an adapter's output to a branch of a block: attention, FFN, or both.
 
-    With ``x' = x + branch(LN(x))`` an adapter A makes it ``x' + A(input)``. Parallel to the
-    branch the input is ``'normed'``, ``LN(x)``, or ``'residual'``, ``x``. After the branch it is
-    ``'output'``, ``branch(LN(x))``, or ``'sum'``, ``x'``. In post-norm blocks (SwinV2) the branch
-    reads ``x`` itself, and the norm that follows belongs to the branch.
+    With ``x' = x + branch(LN(x))``, an adapter A changes ``x'`` to ``x' + A(input)``. Parallel to
+    the branch, the input is ``'normed'``, ``LN(x)``, or ``'residual'``, ``x``. After the branch, it
+    is ``'output'``, ``branch(LN(x))``, or ``'sum'``, ``x'``. In post-norm blocks (SwinV2) the branch
+    reads ``x`` itself, and the norm after it belongs to the branch.
 
-    The FFN's sum is the last thing a block computes. So the output of an adapter at the FFN is
-    added to what the block returns. That of attention cannot be, since the FFN sees it, too. It is
-    added to the branch's own output, where a submodule of the block returns that. Else it is
-    added where the FFN's norm reads x', and once more to what the block returns.
+    The FFN's sum is the last operation of a block. So the output of an adapter at the FFN is
+    added to the block's output. The output of an adapter at attention must be added earlier, since
+    the FFN reads it. If a submodule of the block returns the branch's output, it is added there.
+    Otherwise it is added where the FFN's norm reads x', and again to the block's output.
 
     Args:
         site: The block.
         adapters: Adapters by branch, ``'attention'`` or ``'ffn'``.
-        input: What they read.
+        input: What the adapters read: ``'normed'``, ``'residual'``, ``'output'`` or ``'sum'``.
         tracker: The host's tracker, for families that need one.
     """
 
@@ -78,16 +78,16 @@ class BranchAttachment(BlockAttachment):
         self.at_ffn = FFN in adapters
         family = site.family
         at_attention = ATTENTION in adapters
-        # What is made of x' has to wait for it, unless nothing reads it before it has changed.
+        # An adapter that reads x' has to wait for it, unless nothing reads x' before it changes.
         joins_at_output = family.attention_out is not None and (input != 'sum' or not family.direct)
         self._joins_shared = at_attention and family.shared_out is not None and not family.direct
         self.joins_later = at_attention and not joins_at_output and not self._joins_shared
-        # DeiT III uses one norm twice, first before attention and then before the FFN.
+        # DeiT III uses one norm twice, before attention and before the FFN.
         self._one_norm = family.norm is not None and family.norm == family.attention_norm
         self._has_late_grid = site.reshapes and isinstance(site.grid, FromShape)
         before: dict[str, list[Callable[[Frame, Tensor], Tensor]]] = {}
         after: dict[str, list[Callable[[Frame, Tensor], Tensor]]] = {}
-        if self.at_ffn or self.joins_later:  # in post-norm blocks the FFN reads x' itself
+        if self.at_ffn or self.joins_later:  # in post-norm blocks the FFN reads x' directly
             before.setdefault(family.norm or family.ffn, []).append(self._between_branches)
         if self.at_ffn and input == 'normed':
             before.setdefault(family.ffn, []).append(self._see_ffn_input)
@@ -111,14 +111,14 @@ class BranchAttachment(BlockAttachment):
         }
 
     def _tokens(self, frame: Frame, x: Tensor, place: str | None) -> Tensor:
-        """Tokens (B, N, d) of what a submodule reads or returns."""
+        """Convert a submodule's input or output to tokens (B, N, d)."""
         first = x.dim() == 4 and place in self.family.channels_first
         if self._has_late_grid and self.needs_grid:
             frame.grid = TokenGrid(*(x.shape[2:4] if first else x.shape[1:3]))
         return x.flatten(2).transpose(1, 2) if first else x.flatten(1, -2)
 
     def _delta(self, key: str, frame: Frame, tokens: Tensor) -> Tensor:
-        """What an adapter makes of tokens (B, N, d)."""
+        """Apply an adapter to tokens (B, N, d)."""
         grid, order = frame.grid, self.family.order
         if order is None or grid is None:
             return self.part(key)(tokens, grid)
@@ -127,7 +127,7 @@ class BranchAttachment(BlockAttachment):
         return self.part(key)(tokens[:, places.argsort()], TokenGrid(*size))[:, places]
 
     def _like(self, tokens: Tensor, x: Tensor, place: str | None) -> Tensor:
-        """Tokens (B, N, d) in the shape of what a submodule reads or returns."""
+        """Convert tokens (B, N, d) to the shape of a submodule's input or output."""
         if x.dim() == 4 and place in self.family.channels_first:
             return tokens.transpose(1, 2).reshape(x.shape)
         return tokens.reshape(x.shape)
@@ -153,23 +153,23 @@ class BranchAttachment(BlockAttachment):
         return out
 
     def _see_shared_output(self, frame: Frame, out: Tensor) -> Tensor:
-        """Sees the output of the branch that runs, attention first, the FFN last."""
+        """Store the output of the current branch. Attention runs first, the FFN last."""
         is_first = 'attention output' not in frame.values
         key = 'attention output' if is_first else 'ffn output'
         frame.values[key] = self._tokens(frame, out, self.family.shared_out)
         return self._join_attention(frame, out) if is_first and self._joins_shared else out
 
     def _skip(self, frame: Frame) -> Tensor:
-        """What attention is added to."""
+        """Return the tokens to which the output of attention is added."""
         return frame.values['skip'] if 'skip' in frame.values else frame.values['block input']
 
     def _parallel_input(self, frame: Frame) -> Tensor:
-        """What an adapter parallel to attention reads."""
+        """Return the input of an adapter parallel to attention."""
         x = self._skip(frame)
         return frame.values.get('attention input', x) if self.input == 'normed' else x
 
     def _join_attention(self, frame: Frame, out: Tensor) -> Tensor:
-        """Adds to the output of attention what its adapter says."""
+        """Add the adapter's output to the output of attention."""
         place = self.family.attention_out or self.family.shared_out
         if self.input == 'output':
             tokens = self._tokens(frame, out, place)
@@ -180,7 +180,7 @@ class BranchAttachment(BlockAttachment):
         return out + self._like(self._delta('adapter_attention', frame, tokens), out, place)
 
     def _between_branches(self, frame: Frame, x: Tensor) -> Tensor:
-        """Sees x' on its way to the FFN; adds to it what the adapter of attention says, unless that was done before."""
+        """Store x' before the FFN. Add the output of attention's adapter first, unless it was added before."""
         values, place = frame.values, self.family.norm or self.family.ffn
         if self._one_norm and 'attention reads' not in values:
             values['attention reads'] = x
@@ -191,7 +191,7 @@ class BranchAttachment(BlockAttachment):
                 tokens = self._tokens(frame, x, place)
             elif self.input == 'output':
                 tokens = values.get('attention output')
-                if tokens is None:  # a family that does not name it
+                if tokens is None:  # the family does not name the output
                     tokens = self._tokens(frame, x, place) - self._skip(frame)
             else:
                 tokens = self._parallel_input(frame)
@@ -201,7 +201,7 @@ class BranchAttachment(BlockAttachment):
         return x
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward, with the adapters' outputs added."""
+        """Run the block, and add the adapters' outputs."""
         grid = None
         if self.needs_grid:
             grid = self.grid(args, kwargs)
@@ -211,8 +211,8 @@ class BranchAttachment(BlockAttachment):
         outputs = self.joint.run(self._run_block, grid, *args, **kwargs)
         out = outputs[self.family.stream] if isinstance(outputs, tuple) else outputs
         if out.requires_grad and not is_compiling():
-            # A stage hands on its maps with channels first; their gradient comes back so, and without
-            # this every block before has its gradients so, whose sums and copies take twice as long.
+            # A stage outputs channels-first maps, so their gradient is channels-first in memory. Without this
+            # hook, the gradients of all earlier blocks are so, too. Their sums and copies take twice as long.
             out.register_hook(Tensor.contiguous)
         return outputs
 
@@ -235,7 +235,7 @@ class BranchAttachment(BlockAttachment):
                 tokens = self._tokens(frame, out, '')
             else:
                 tokens = values.get('ffn output')
-                if tokens is None:  # a family that does not name it
+                if tokens is None:  # the family does not name the output
                     tokens = self._tokens(frame, out, '') - residual
             out = out + self._like(self._delta('adapter', frame, tokens), out, '')
         return (*outputs[:stream], out, *outputs[stream + 1 :]) if isinstance(outputs, tuple) else out

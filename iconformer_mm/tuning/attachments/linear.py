@@ -1,4 +1,4 @@
-"""Paths of low rank beside the linear layers of a block."""
+"""Low-rank paths parallel to the linear layers of a block."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from .weights import merged_weights
 
 
 class LowRankAttachment(WeightMergingAttachment, BlockAttachment):
-    """Runs the linear layers of a block with a path of low rank beside them.
+    """Runs the linear layers of a block with parallel low-rank paths.
 
-    A layer that the block calls keeps its weight, whatever its precision, and the path is added to
-    its output. Some blocks read a layer's weight instead (``F.linear(x, self.qkv.weight, ...)``, as
-    BEiT, EVA-02 and Swin V2 do, and ``nn.MultiheadAttention``). They run as a view with the
-    sum of the weight and the product of the path, which is the same map.
+    If the block calls a layer, the layer keeps its weight in any precision. The output of the path
+    is added to its output. Some blocks read a layer's weight instead
+    (``F.linear(x, self.qkv.weight, ...)``): BEiT, EVA-02, Swin V2 and ``nn.MultiheadAttention``. They
+    run as a view whose weight is the sum of the weight and the product of the path. This is the
+    same linear map.
 
     Args:
         site: The block.
-        adapter: The paths.
+        adapter: The low-rank paths.
 
     Raises:
-        ValueError: The paths have dropout, and the block reads a weight.
+        ValueError: The paths have dropout, but the block reads a weight instead of calling the layer.
     """
 
     def __init__(self, site: Site, adapter: LoRAAdapter) -> None:
@@ -43,7 +44,7 @@ class LowRankAttachment(WeightMergingAttachment, BlockAttachment):
         if self._made and adapter.dropout.p > 0:
             raise ValueError(
                 f'{site.family.name} blocks ({site.family.block}) read the weight {self._made[0]} instead of calling '
-                'its layer, so there is no place for dropout on the input of the path; set dropout=0'
+                'its layer, so dropout cannot be applied to the input of the path; set dropout=0'
             )
         self.handlers = {
             self.path(name.rpartition('.')[0]): partial(self._add_path, name, site.block.get_submodule(_owner(name)))
@@ -53,11 +54,11 @@ class LowRankAttachment(WeightMergingAttachment, BlockAttachment):
     def _add_path(
         self, name: str, layer: nn.Module, host_forward: Callable, frame: Frame, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """A layer's output with that of its path."""
+        """Run a layer, and add the output of its path."""
         return self.part('adapter').add_path(name, layer, x, host_forward(x, *args, **kwargs))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward with the paths."""
+        """Run the block with the paths."""
         return self.joint.run(self._run_block, *args, **kwargs)
 
     def _run_block(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +70,7 @@ class LowRankAttachment(WeightMergingAttachment, BlockAttachment):
 
     @torch.no_grad()
     def merged_weights(self) -> dict[str, tuple[nn.Parameter, Tensor]]:
-        """For each weight its parameter, and the value that it would get."""
+        """Return the parameter and the merged value of each weight."""
         return merged_weights(self.module, self.adapters['adapter'], self.weight_names)
 
 
@@ -78,7 +79,7 @@ def _owner(weight: str) -> str:
 
 
 def _is_called(block: nn.Module, weight: str) -> bool:
-    """Whether a weight is that of a layer which computes a linear map, and which its block calls."""
+    """Whether a weight belongs to a linear layer that the block calls."""
     layer = block.get_submodule(_owner(weight))
     if isinstance(layer, nn.Conv2d):
         is_linear = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1
@@ -88,9 +89,10 @@ def _is_called(block: nn.Module, weight: str) -> bool:
 
 
 def _is_read(block: nn.Module, layer: str) -> bool:
-    """Whether a method of the block, or of a module in it, reads the weight of a layer of this name.
+    """Whether a method of the block, or of a module in it, reads the weight of a layer with this name.
 
-    It does if it uses both names. ``nn.MultiheadAttention`` reads that of its output projection.
+    A method that uses both names counts as reading. ``nn.MultiheadAttention`` reads the weight of its output
+    projection.
     """
     return any(
         {layer, 'weight'} <= set(code.co_names)
@@ -100,7 +102,7 @@ def _is_read(block: nn.Module, layer: str) -> bool:
 
 
 def _methods(cls: type) -> Iterator[CodeType]:
-    """The code of a class's methods that may take part in a forward pass."""
+    """Yield the code of a class's methods that may run in a forward pass."""
     for base in cls.__mro__:
         if base in (nn.Module, object):
             break

@@ -16,20 +16,24 @@ from .base import BlockAttachment
 
 
 class PromptStream:
-    """Carries the prompt tokens of a forward pass from block to block, past what lies between.
+    """Carries the prompt tokens of a forward pass from block to block, past the modules in between.
 
-    Each thread has tokens of its own.
+    Each thread has its own tokens.
     """
 
     def __init__(self) -> None:
         self._tokens = PerThread()
 
     def put(self, tokens: Tensor) -> None:
-        """Leave the tokens (B, n, d) for the next block."""
+        """Store the tokens (B, n, d) for the next block."""
         self._tokens.value = tokens
 
     def take(self) -> Tensor:
-        """The tokens that the last block left."""
+        """Return and clear the tokens that the previous block stored.
+
+        Raises:
+            RuntimeError: No block stored tokens in this thread.
+        """
         tokens, self._tokens.value = self._tokens.value, None
         if tokens is None:
             raise RuntimeError(
@@ -39,15 +43,15 @@ class PromptStream:
 
 
 class PromptAttachment(BlockAttachment):
-    """Runs a block on a sequence with prompt tokens, and takes them out again.
+    """Runs a block on a sequence with prompt tokens, and removes them afterwards.
 
-    The host never sees them, so its outputs keep their form.
+    The host never sees the prompt tokens, so its outputs keep their shape.
 
     Args:
         site: The block.
-        source: Makes the tokens to put in, or holds those of the block before.
-        target: Takes the tokens after the block; None to drop them.
-        tracker: The host's tracker.
+        source: Adapter that provides the tokens, or stream that holds the tokens of the previous block.
+        target: Stream that receives the tokens after the block, or None to drop them.
+        tracker: The host's tracker, for families that need one.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class PromptAttachment(BlockAttachment):
         self.target = target
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The block's forward among prompt tokens."""
+        """Run the block with prompt tokens."""
         prefix = self.grid((x, *args), kwargs).num_prefix_tokens
         prompts = self.part('adapter')(len(x)) if self.source is None else self.source.take()
         out, prompts = self.joint.run(self._run_block, prefix, x, prompts, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Modules that run with weights made from their own."""
+"""Modules that run with weights computed from their own."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .base import Attachment, WeightMergingAttachment
 
 
 class WeightAttachment(WeightMergingAttachment, Attachment):
-    """Runs a module with weights made from its own, which stay as they are (ours).
+    """Runs a module with weights computed from its own, and leaves its own unchanged (ours).
 
-    So methods that tune some of the host's parameters keep what holds for
-    adapters: the base is not changed, the trained tensors can be saved, switched
-    and removed, and the result can be merged into the base. What runs is a view of
-    the module for one call, see :func:`~iconformer_mm.tuning.replacement.with_parameters`.
+    So methods that tune some of the host's parameters behave like adapters. The base does
+    not change. The trained tensors can be saved, switched and removed. The result can be
+    merged into the base. Each call runs a view of the module, see
+    :func:`~iconformer_mm.tuning.replacement.with_parameters`.
 
     Args:
         name: Name of the module in the backbone.
         module: The module, a block or a leaf.
-        kind: What kind of module it is, for people.
-        adapter: Makes the weights, by their names in the module.
+        kind: Kind of the module, for display.
+        adapter: Computes the weights, by their names in the module.
     """
 
     def __init__(self, name: str, module: nn.Module, kind: str, adapter: WeightAdapter) -> None:
@@ -33,7 +33,7 @@ class WeightAttachment(WeightMergingAttachment, Attachment):
         self.weight_names = adapter.names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward with the other weights."""
+        """Run the module with the computed weights."""
         return self.joint.run(self._run, *args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,12 +43,12 @@ class WeightAttachment(WeightMergingAttachment, Attachment):
 
     @torch.no_grad()
     def merged_weights(self) -> dict[str, tuple[nn.Parameter, Tensor]]:
-        """For each weight its parameter, and the value that it would get."""
+        """Return the parameter and the merged value of each weight."""
         return merged_weights(self.module, self.adapters['adapter'], self.weight_names)
 
 
 def merged_weights(module: nn.Module, adapter: Any, names: tuple[str, ...]) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """Parameters of a module by name, each with what a weight adapter makes of it."""
+    """Return parameters of a module by name, each with the value that a weight adapter computes for it."""
     weights = {name: module.get_parameter(name) for name in names}
     made = adapter({name: weight.detach() for name, weight in weights.items()})
     return {name: (weight, made[name]) for name, weight in weights.items()}

@@ -1,4 +1,4 @@
-"""Methods that put adapters parallel to attention and FFN, or after them."""
+"""Methods that place adapters parallel to attention and FFN, or after them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ class AdapterMethod(PEFTMethod):
 
     Args:
         input: What an adapter reads. Parallel to the branch: ``'normed'`` for
-            ``LN(x)``, which the branch reads, or ``'residual'`` for ``x``; in post-norm
-            blocks (SwinV2) both are ``x``. After the branch: ``'output'`` for what it
-            returns, or ``'sum'`` for that plus ``x``.
-        sites: The branches that get an adapter: ``'ffn'``, ``'attention'``.
+            ``LN(x)``, which the branch reads, or ``'residual'`` for ``x``. In post-norm
+            blocks (SwinV2) both are ``x``. After the branch: ``'output'`` for the branch's
+            output, or ``'sum'`` for the output plus ``x``. None (default) selects the
+            method's default.
+        sites: The branches that get an adapter: ``'ffn'``, ``'attention'``. None
+            (default) selects the method's default.
         **adapter_options: Arguments of the adapter.
 
     Raises:
@@ -50,16 +52,16 @@ class AdapterMethod(PEFTMethod):
 
     @classmethod
     def option_defaults(cls) -> dict[str, Any]:
-        """The options the method takes, with their defaults."""
+        """Return the method's options with their defaults."""
         return dict(input=cls.default_input, sites=list(cls.default_sites), **cls._adapter_defaults())
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that make this method again, defaults included."""
+        """The options to rebuild this method, defaults included."""
         return dict(input=self.input, sites=self.sites, **{**self._adapter_defaults(), **self.adapter_options})
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
-        """Make the adapters of every block."""
+        """Create the adapters of every block."""
         attachments: list[Attachment] = []
         for site in sites:
             branches = [branch for branch in self.sites if self._fits(site, branch)]
@@ -70,14 +72,17 @@ class AdapterMethod(PEFTMethod):
         if sites and not attachments:
             block = sites[0]
             raise ValueError(
-                f'{block.family.name} blocks have no {" or ".join(self.sites)} that an adapter of method '
-                f"'{self.name}' can stand at; they have {', '.join(block.branches)}, so set "
+                f'{block.family.name} blocks have no {" or ".join(self.sites)} that supports an adapter of method '
+                f"'{self.name}'; they have {', '.join(block.branches)}, so set "
                 f'sites={list(block.branches)}'
             )
         return attachments
 
     def _fits(self, site: Site, branch: str) -> bool:
-        """Whether an adapter can stand at a branch; it cannot parallel to attention that changes the tokens' number."""
+        """Whether a block supports an adapter at a branch.
+
+        An adapter cannot be parallel to attention that changes the number of tokens.
+        """
         parallel = branch == ATTENTION and self.input in ('normed', 'residual')
         return branch in site.branches and not (parallel and site.reshapes)
 
@@ -86,7 +91,7 @@ class AdapterMethod(PEFTMethod):
 class ICoNMethod(AdapterMethod):
     """iConFormer (arXiv 2409.02838): an :class:`ICoNAdapter` parallel to the attention of every block.
 
-    The placement and the default ``input='normed'`` are ours; docs/comparison.md has the evidence for them.
+    The placement and the default ``input='normed'`` are ours. See docs/comparison.md for the evidence.
     """
 
     adapter_class = adapters.ICoNAdapter
@@ -96,7 +101,7 @@ class ICoNMethod(AdapterMethod):
 
 @PEFT_METHODS.register_module(name='icon-static')
 class StaticICoNMethod(ICoNMethod):
-    """iCoN with learned kernels, the same for all inputs: what input conditioning is measured against (ours)."""
+    """iCoN with learned kernels that are the same for all inputs: the baseline for input conditioning (ours)."""
 
     @classmethod
     def _adapter_defaults(cls) -> dict[str, Any]:
@@ -123,7 +128,7 @@ class AdaptFormerMethod(AdapterMethod):
 class HoulsbyMethod(AdapterMethod):
     """Adapters (Houlsby et al., ICML 2019): after attention and FFN, before the residual sum.
 
-    The paper trains the layer norms, too; here they stay frozen.
+    The paper also trains the layer norms. Here they stay frozen.
     """
 
     adapter_class = adapters.HoulsbyAdapter

@@ -1,4 +1,4 @@
-"""What a PEFT method is, and how one is made from its name."""
+"""The base class of PEFT methods, and how to build one from its name."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class PEFTMethod:
     """A recipe that :func:`iconformer_mm.inject` carries out.
 
     Attributes:
-        name: The name it was asked for by.
-        freezes: Whether the backbone's own parameters are frozen.
-        adapts: Whether modules get adapters.
-        needs_blocks: Whether it cannot do without known Transformer blocks.
+        name: The registered name of the method.
+        freezes: Whether the backbone's own parameters are frozen. Defaults to True.
+        adapts: Whether modules get adapters. Defaults to True.
+        needs_blocks: Whether the method requires known Transformer blocks. Defaults to True.
     """
 
     name: str
@@ -38,30 +38,30 @@ class PEFTMethod:
 
     @classmethod
     def option_defaults(cls) -> dict[str, Any]:
-        """The options the method takes, with their defaults."""
+        """Return the method's options with their defaults."""
         return defaults_of(cls.__init__)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that make this method again, defaults included."""
+        """The options to rebuild this method, defaults included."""
         return {name: getattr(self, name) for name in self.option_defaults()}
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config that makes this method again, for :func:`build_method`."""
+        """The config to rebuild this method with :func:`build_method`."""
         return dict(type=self.name, **self.options)
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
-        """Make what is to be attached to a backbone.
+        """Create the attachments for a backbone.
 
         Args:
             backbone: The backbone.
             sites: Its blocks.
-            tracker_of: Gives the tracker of a block's host. It raises a ValueError where the host
-                has none, so it is asked only if the grid is needed.
+            tracker_of: Returns the tracker of a block's host. It raises a ValueError if the host
+                has none, so call it only if the adapter needs the grid.
 
         Returns:
-            Attachments, not yet installed; no two of one module.
+            The attachments, not yet installed, at most one per module.
 
         Raises:
             ValueError: The method is not defined for this backbone.
@@ -70,14 +70,14 @@ class PEFTMethod:
 
 
 def defaults_of(function: Callable) -> dict[str, Any]:
-    """The arguments of a function that have defaults, with these."""
+    """Return the arguments of a function that have defaults, with the defaults."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 @PEFT_METHODS.register_module(name='full')
 class FullFineTuning(PEFTMethod):
-    """Full fine-tuning: nothing is frozen, nothing added."""
+    """Full fine-tuning: nothing is frozen and nothing is added."""
 
     freezes = False
     adapts = False
@@ -85,17 +85,17 @@ class FullFineTuning(PEFTMethod):
 
 @PEFT_METHODS.register_module(name='frozen')
 class FrozenBackbone(PEFTMethod):
-    """Linear probing: the backbone is frozen, only neck and head are trained."""
+    """Linear probing: the backbone is frozen, and only neck and head are trained."""
 
     adapts = False
 
 
 def build_method(method: str | dict, **options: Any) -> PEFTMethod:
-    """Make a method from its name or config, with one clear error for each mistake.
+    """Build a method from its name or config.
 
     Args:
         method: A name (``'icon'``) or a config (``dict(type='icon', ...)``).
-        **options: Options of the method, over those of the config.
+        **options: Options of the method. They override those of the config.
 
     Raises:
         ValueError: The method or an option is unknown.
@@ -108,7 +108,7 @@ def build_method(method: str | dict, **options: Any) -> PEFTMethod:
         if name is None:
             raise ValueError(f"a PEFT method's config needs a type, e.g. dict(type='icon'); got {options}")
     known = PEFT_METHODS.module_dict
-    if isinstance(name, type):  # as pure-Python configs have it
+    if isinstance(name, type):  # as in pure-Python configs
         name = next((each for each, cls in known.items() if cls is name), name.__name__)
     if name not in known:
         raise ValueError(f"unknown PEFT method '{name}'{_hint(name, known)}; known: {', '.join(sorted(known))}")

@@ -1,4 +1,4 @@
-"""Methods that put tokens into the sequence."""
+"""Methods that add tokens to the sequence."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class VPTMethod(PEFTMethod):
     """Visual prompt tuning (Jia et al., ECCV 2022) of plain ViTs.
 
     Args:
-        num_tokens: Prompt tokens a block; the paper chooses among 1 to 200 for
-            each task. Defaults to 10.
-        deep: Whether every block gets tokens of its own (VPT-deep) rather than
-            the first block's travelling through all (VPT-shallow). Defaults to True.
+        num_tokens: Prompt tokens per block. The paper tunes it per task, from 1 to 200.
+            Defaults to 10.
+        deep: Whether every block gets its own tokens (VPT-deep). If False, the tokens of
+            the first block pass through all blocks (VPT-shallow). Defaults to True.
         dropout: Dropout probability of the tokens. Defaults to 0.
 
     Raises:
-        ValueError: An option is out of its range, or a block's attention is tied to the place of its tokens.
+        ValueError: An option is out of its range, or a block's attention depends on the positions of its tokens.
     """
 
     def __init__(self, num_tokens: int = 10, deep: bool = True, dropout: float = 0.0) -> None:
@@ -37,7 +37,7 @@ class VPTMethod(PEFTMethod):
         self.dropout = dropout
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
-        """Make the tokens of every block, or of the first."""
+        """Create the tokens of every block, or of the first block only."""
         stream = PromptStream()
         attachments: list[Attachment] = []
         for site in sites:
@@ -54,14 +54,14 @@ class VPTMethod(PEFTMethod):
             )
         if site.host is None or site.patch_embed is None:
             raise ValueError(
-                f'{site.name} has no `patch_embed` around it, whose size the first prompt tokens depend on'
+                f'{site.name} is not in a module with a `patch_embed`, whose size is needed to initialise prompt tokens'
             )
         layers = (nn.Conv2d, nn.Linear)
         layer = next((m for m in site.patch_embed.modules() if isinstance(m, layers)), None)
         if layer is None or site.patch_embed is site.host:
             raise ValueError(
-                f'{type(site.host).__name__} has no patch embedding by a convolution or a linear layer around its '
-                'blocks, so the size of a patch, which prompts are initialised by, is unknown'
+                f'{type(site.host).__name__} has no patch embedding with a convolution or a linear layer, so the size '
+                'of a patch is unknown. It is needed to initialise prompt tokens'
             )
         patch_dims = layer.weight[0].numel()
         return PromptAdapter(site.embed_dims, patch_dims, self.num_tokens, self.dropout)

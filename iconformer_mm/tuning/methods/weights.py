@@ -1,4 +1,4 @@
-"""Methods that tune weights of the backbone, which stay what they are beneath."""
+"""Methods that tune weights of the backbone without changing the base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .base import PEFTMethod, TrackerOf
 
 _LINEAR = (nn.Linear, _ConvNd)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _NormBase)
-_NORM_NAMES = re.compile(r'(rms|layer)_?norm(2d)?$', re.IGNORECASE)  # of classes that libraries write themselves
+_NORM_NAMES = re.compile(r'(rms|layer)_?norm(2d)?$', re.IGNORECASE)  # names of the libraries' own norm classes
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Layer:
 
     Attributes:
         weight: Name of its weight.
-        bias: Name of its bias, None without one.
+        bias: Name of its bias, or None if it has none.
         outputs: Number of its outputs.
         is_norm: Whether it is a normalisation.
     """
@@ -42,11 +42,11 @@ class Layer:
 
 
 def find_layers(module: nn.Module, idle: Sequence[str] = ()) -> list[Layer]:
-    """Linear, convolution and normalisation layers of a module, itself included.
+    """List the linear, convolution and normalisation layers of a module, including itself.
 
     Args:
         module: The module.
-        idle: Submodules to leave out.
+        idle: Submodules to leave out. Defaults to none.
     """
     layers = []
     layer: Any
@@ -64,24 +64,24 @@ def find_layers(module: nn.Module, idle: Sequence[str] = ()) -> list[Layer]:
 
 
 class WeightMethod(PEFTMethod):
-    """Runs modules with weights made from their own; can be merged into them."""
+    """Runs modules with weights computed from their own. The result can be merged into them."""
 
     needs_blocks = False
 
     def make_adapter(self, module: nn.Module, idle: Sequence[str]) -> WeightAdapter | None:
-        """Make the adapter of a module.
+        """Create the adapter of a module.
 
         Args:
-            module: A block, or a leaf outside of the blocks.
-            idle: Its submodules that never run.
+            module: A block, or a leaf module outside the blocks.
+            idle: Names of its submodules that never run.
 
         Returns:
-            The adapter, None if there is nothing in the module to adapt.
+            The adapter, or None if the module has nothing to adapt.
         """
         raise NotImplementedError
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
-        """Adapt every block as one, and outside of the blocks every leaf."""
+        """Adapt every block as a whole, and every leaf module outside the blocks."""
         families = {site.name: site.family for site in sites}
         within = tuple(f'{name}.' for name in families)
         attachments: list[Attachment] = []
@@ -106,7 +106,7 @@ def _deltas(module: nn.Module, names: Iterable[str]) -> DeltaAdapter | None:
 class BitFitMethod(WeightMethod):
     """BitFit (Ben Zaken et al., ACL 2022): the biases of all layers.
 
-    Tables of relative position biases are no biases of a layer and stay frozen.
+    Tables of relative position biases are not biases of a layer, so they stay frozen.
     """
 
     def make_adapter(self, module: nn.Module, idle: Sequence[str]) -> WeightAdapter | None:
@@ -129,14 +129,14 @@ class NormMethod(WeightMethod):
 class SSFMethod(WeightMethod):
     """SSF (Lian et al., NeurIPS 2022): the output of every layer is scaled and shifted.
 
-    A layer without a bias is scaled only, so that it can be merged.
+    A layer without a bias is only scaled, so that it can be merged.
 
     Args:
-        std: Standard deviation of the noise that scales and shifts start with; 0
-            to start at the pre-trained model. Defaults to 0.02, as in the paper's code.
+        std: Standard deviation of the initial noise of scales and shifts. With 0, training
+            starts at the pre-trained model. Defaults to 0.02, as in the paper's code.
 
     Raises:
-        ValueError: It is not a finite number of at least 0.
+        ValueError: ``std`` is not a finite number of at least 0.
     """
 
     def __init__(self, std: float = 0.02) -> None:
@@ -154,10 +154,10 @@ class PartialMethod(PEFTMethod):
     """Partial fine-tuning: all weights of the last blocks (as in Jia et al., ECCV 2022).
 
     Args:
-        num_blocks: How many blocks. Defaults to 1.
+        num_blocks: Number of blocks to tune. Defaults to 1.
 
     Raises:
-        ValueError: It is not a positive integer, or more than there are.
+        ValueError: ``num_blocks`` is not a positive integer, or exceeds the number of blocks.
     """
 
     def __init__(self, num_blocks: int = 1) -> None:
@@ -170,14 +170,14 @@ class PartialMethod(PEFTMethod):
             raise ValueError(f'num_blocks is {self.num_blocks}, but {type(backbone).__name__} has {len(sites)} blocks')
         attachments: list[Attachment] = []
         for site in sites[-self.num_blocks :]:
-            # Hosts keep what they made of attention_biases, so that in evaluation they do not see others.
+            # In evaluation, hosts cache values computed from attention_biases, so they would not see new ones.
             names = [
                 n
                 for n, _ in host_parameters(site.block)
                 if n.partition('.')[0] not in site.family.idle and not n.endswith('attention_biases')
             ]
             adapter = _deltas(site.block, names)
-            assert adapter is not None  # no block is without weights
+            assert adapter is not None  # every block has weights
             attachments.append(WeightAttachment(site.name, site.block, site.family.name, adapter))
         return attachments
 
@@ -190,11 +190,11 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
 
     Args:
         site: The block.
-        roles: Which: ``'q'``, ``'k'``, ``'v'`` of attention, its output projection ``'o'``, the
-            first and the last layer of the FFN ``'fc1'`` and ``'fc2'``.
+        roles: Roles of the maps: ``'q'``, ``'k'``, ``'v'`` and output projection ``'o'`` of
+            attention, first layer ``'fc1'`` and last layer ``'fc2'`` of the FFN.
 
     Raises:
-        ValueError: The block has no such map.
+        ValueError: The block has no map with a role.
     """
     weights = {name: p for name, p in host_parameters(site.block) if p.dim() > 1}
     found: dict[str, Target] = {}
@@ -212,12 +212,12 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
 
 
 def _branch(role: str) -> str:
-    """The branch that a map is in."""
+    """Return the branch of a map."""
     return 'ffn' if role in ('fc1', 'fc2') else 'attention'
 
 
 def _roles(site: Site, name: str, weight: nn.Parameter, found: dict[str, Target]) -> dict[str, tuple[int, int]]:
-    """What a weight of a block is, by its name: the roles of its rows."""
+    """Return the roles of a weight's rows, by the name of the weight."""
     rows = weight.shape[0]
     if site.family.ffn and name.startswith(f'{site.family.ffn}.'):
         if 'ffn' not in site.branches or weight.shape[1] <= 1:  # a depth-wise convolution
@@ -238,7 +238,7 @@ def _roles(site: Site, name: str, weight: nn.Parameter, found: dict[str, Target]
 
 
 class LowRankMethod(PEFTMethod):
-    """Paths of low rank beside linear maps of every block; can be merged into them."""
+    """Low-rank paths parallel to linear maps of every block. They can be merged into the maps."""
 
     adapter_class: type[LoRAAdapter]
 
@@ -256,7 +256,7 @@ class LowRankMethod(PEFTMethod):
         self.rank_stabilized = rank_stabilized
 
     def make_attachments(self, backbone: nn.Module, sites: list[Site], tracker_of: TrackerOf) -> list[Attachment]:
-        """Adapt the maps of every block, in blocks without attention or without an FFN those that are there."""
+        """Adapt the maps of every block. Blocks without attention or FFN get the maps that they have."""
         attachments: list[Attachment] = []
         for site in sites:
             roles = [role for role in self.targets if _branch(role) in site.branches]
@@ -268,27 +268,27 @@ class LowRankMethod(PEFTMethod):
             block = sites[0]
             there = ['fc1', 'fc2'] if 'ffn' in block.branches else ['q', 'k', 'v', 'o']
             raise ValueError(
-                f'{block.family.name} blocks have no linear map {", ".join(self.targets)}, since they have '
-                f'{", ".join(block.branches)} only; set targets={there}'
+                f'{block.family.name} blocks have no linear map {", ".join(self.targets)}, since they have only '
+                f'{", ".join(block.branches)}; set targets={there}'
             )
         return attachments
 
 
 @PEFT_METHODS.register_module(name='lora')
 class LoRAMethod(LowRankMethod):
-    """LoRA (Hu et al., ICLR 2022); defaults as the paper has them for RoBERTa.
+    """LoRA (Hu et al., ICLR 2022). The defaults are the paper's for RoBERTa.
 
     Args:
         rank: Rank of the paths. Defaults to 8.
-        alpha: Over the rank, the factor of the paths. Defaults to 8.
-        targets: Which maps: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
+        alpha: Factor of the paths before division by the rank. Defaults to 8.
+        targets: Maps to adapt: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
             (FFN). Defaults to q and v.
         dropout: Dropout probability of the input of the paths. Defaults to 0.
         rank_stabilized: Whether alpha is divided by the square root of the rank (rsLoRA,
             Kalajdzievski, 2023). Defaults to False.
 
     Raises:
-        ValueError: An option is out of its range, or a map is not there.
+        ValueError: An option is out of its range, or a block lacks one of the maps.
     """
 
     adapter_class = LoRAAdapter
@@ -306,18 +306,18 @@ class LoRAMethod(LowRankMethod):
 
 @PEFT_METHODS.register_module(name='dora')
 class DoRAMethod(LowRankMethod):
-    """DoRA (Liu et al., ICML 2024); defaults as the paper has them for LLaMA, dropout aside.
+    """DoRA (Liu et al., ICML 2024). Except for dropout, the defaults are the paper's for LLaMA.
 
     Args:
         rank: Rank of the paths. Defaults to 16.
-        alpha: Over the rank, the factor of the paths. Defaults to 32.
-        targets: Which maps: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
-            (FFN). Defaults to all but o.
+        alpha: Factor of the paths before division by the rank. Defaults to 32.
+        targets: Maps to adapt: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
+            (FFN). Defaults to all except o.
         dropout: Dropout probability of the input of the paths. Defaults to 0.
         rank_stabilized: Whether alpha is divided by the square root of the rank. Defaults to False.
 
     Raises:
-        ValueError: An option is out of its range, or a map is not there.
+        ValueError: An option is out of its range, or a block lacks one of the maps.
     """
 
     adapter_class = DoRAAdapter

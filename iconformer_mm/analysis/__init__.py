@@ -1,0 +1,1 @@
+"""Analysis of configs, models and adapters: costs, mistakes, kernels, saliency, learning rates."""

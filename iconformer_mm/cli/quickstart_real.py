@@ -1,0 +1,145 @@
+"""Adapt a real DINOv2-S to a few images of each class by four methods, compare them, and draw predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml  # type: ignore[import-untyped]
+from PIL import Image
+
+from iconformer_mm.checkpoint.real_base import SOURCE, cache_folder, fetch_base
+from iconformer_mm.comparison.spec import ROOT
+from iconformer_mm.datasets.few_shot import split_folder, write_fashion_mnist
+from iconformer_mm.engine import add_peft, load_config
+from iconformer_mm.figures import new_figure, save_figure
+from iconformer_mm.files import expanded, written_whole
+from iconformer_mm.inference import AdapterInferencer
+
+from . import compare, report
+from .errors import user_errors
+from .parser import Parser
+
+CONFIG = ROOT / 'configs' / 'quickstart' / 'real' / 'dinov2-small_linear_images.py'
+DEBIAN = Path('/usr/share/datasets/fashion-mnist')
+# Adapters in the last four blocks: the other eight need no gradients.
+BLOCKS = [8, 9, 10, 11]
+
+
+def make_images(data: str | None, target: Path, shots: int) -> tuple[list[str], str]:
+    """Write the training and test images, one folder per class.
+
+    Args:
+        data: The user's folder of images, one sub-folder per class. None for Fashion-MNIST.
+        target: Where ``train/CLASS`` and ``test/CLASS`` are written.
+        shots: Training images per class.
+
+    Returns:
+        The names of the classes, and what the images are.
+
+    Raises:
+        DataError: The folder does not fit.
+        ValueError: Fashion-MNIST cannot be had.
+    """
+    if data is not None:
+        return split_folder(Path(data), target, shots), data
+    source = DEBIAN if DEBIAN.is_dir() else cache_folder() / 'FashionMNIST' / 'raw'
+    if not source.is_dir():
+        from torchvision.datasets import FashionMNIST
+
+        try:
+            FashionMNIST(str(cache_folder()), download=True)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(
+                f'Fashion-MNIST cannot be downloaded ({error}). Give your own images as --data FOLDER, or put the '
+                f'four idx.gz files into {source}. Debian has them in the package dataset-fashion-mnist'
+            ) from None
+    return write_fashion_mnist(source, target, shots), 'Fashion-MNIST'
+
+
+def settings_of(base: Path, data: Path, classes: Sequence[str]) -> dict[str, Any]:
+    """The settings that every run has beyond the config's."""
+    return {
+        'model.backbone.init_cfg.checkpoint': str(base),
+        'model.head.num_classes': len(classes),
+        **{f'{part}_dataloader.dataset.data_root': str(data) for part in ('train', 'val', 'test')},
+    }
+
+
+def write_comparison(path: Path, title: str, base: Path, options: dict[str, Any], seeds: int) -> None:
+    """Write the comparison as a YAML file that :mod:`iconformer_mm.cli.compare` reads."""
+    blocks = {'default_hooks.peft.blocks': BLOCKS}
+    content = dict(
+        title=title,
+        seeds=list(range(seeds)),
+        search_seed=100,
+        tasks=dict(
+            images=dict(
+                config=str(CONFIG),
+                base=str(base),
+                metric='accuracy/top1',
+                title='accuracy (%)',
+                learning_rates=[1e-3],
+                options=options,
+            )
+        ),
+        methods=dict(
+            frozen=dict(title='linear probing', method=dict(type='frozen')),
+            adaptformer=dict(title='AdaptFormer', method=dict(type='adaptformer'), options=blocks),
+            icon=dict(title='iCoN', method=dict(type='icon'), options=blocks),
+            full=dict(title='full fine-tuning', method=dict(type='full'), learning_rates=dict(images=[5e-5])),
+        ),
+    )
+    with written_whole(path) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding='utf-8')
+
+
+def draw_predictions(adapter: Path, options: dict[str, Any], classes: Sequence[str], path: Path) -> None:
+    """Draw 24 test images with their predicted classes, wrong ones in red."""
+    cfg = load_config(str(CONFIG))
+    add_peft(cfg, 'icon')
+    cfg.merge_from_dict({**options, 'default_hooks.peft.blocks': BLOCKS})
+    inferencer = AdapterInferencer(cfg, adapter=adapter, device='cpu')
+    images = sorted(Path(options['test_dataloader.dataset.data_root'], 'test').glob('*/*'))
+    chosen = [images[i] for i in np.linspace(0, len(images) - 1, min(24, len(images))).round().astype(int)]
+    labels = [classes[int(result.pred_label)] for result in inferencer([str(image) for image in chosen])]
+    columns = 8
+    rows = -(-len(chosen) // columns)
+    figure = new_figure(1.5 * columns, 1.8 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis('off')
+    for axes, image, label in zip(grid, chosen, labels):
+        axes.imshow(np.asarray(Image.open(image).convert('RGB')))
+        right = label == image.parent.name
+        axes.set_title(label if right else f'{label}\nnot {image.parent.name}', fontsize=8, color='k' if right else 'r')
+    figure.tight_layout()
+    save_figure(figure, path, dpi=120)
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = Parser(description=__doc__)
+    parser.add_argument('--data', type=expanded, help='folder of images, one sub-folder per class (Fashion-MNIST)')
+    parser.add_argument('--shots', type=int, default=20, help='training images per class (20)')
+    parser.add_argument('--seeds', type=int, default=1, help='runs of each method (1)')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one core each (2)')
+    parser.add_argument('--out', type=expanded, default='work_dirs/quickstart_real', help='folder for all results')
+    args = parser.parse_args(argv)
+    for name in ('shots', 'seeds', 'jobs'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
+    out = Path(args.out).resolve()
+    base = fetch_base('mmpretrain')
+    print(f'base: {SOURCE}')
+    classes, what = make_images(args.data, out / 'data', args.shots)
+    options = settings_of(base, out / 'data', classes)
+    title = f'DINOv2-S adapted to {what}, {args.shots} images per class'
+    write_comparison(out / 'comparison.yaml', title, base, options, args.seeds)
+    compare.main([str(out / 'comparison.yaml'), '--out', str(out), '--jobs', str(args.jobs)])
+    draw_predictions(out / 'runs' / 'images' / 'icon' / 'seed0.safetensors', options, classes, out / 'predictions.png')
+    report.main([str(out), '--out', str(out / 'report.html')])
+    print(f'wrote predictions.png and report.html to {out}')

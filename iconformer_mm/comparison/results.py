@@ -1,0 +1,128 @@
+"""Which runs of a comparison are finished, and what they gave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from .spec import Comparison, ComparisonError, Method, Run, Task
+
+# Where the files of the runs are: what this release writes, and what version 0.1 wrote.
+FOLDERS = ('runs', 'cells')
+
+
+def result_files(folder: Path) -> dict[str, Path]:
+    """The files of the finished runs of a comparison, by the names of the runs.
+
+    Args:
+        folder: Folder of the comparison.
+    """
+    found: dict[str, Path] = {}
+    for part in FOLDERS:
+        for path in sorted((folder / part).glob('*/*/*.json')):
+            found.setdefault(path.relative_to(folder / part).with_suffix('').as_posix(), path)
+    return dict(sorted(found.items()))
+
+
+class Results:
+    """The finished runs of a comparison: those with a file of the same settings.
+
+    Args:
+        comparison: The comparison.
+        folder: Folder of the comparison. The files are ``runs/<task>/<method>/<run>.json`` in it.
+
+    Attributes:
+        finished: What the files hold, by the runs' names.
+        stale: Of runs whose file has other settings, the names of these.
+
+    Raises:
+        ComparisonError: A file is damaged.
+    """
+
+    def __init__(self, comparison: Comparison, folder: Path) -> None:
+        self.comparison = comparison
+        self.folder = folder
+        self.finished: dict[str, dict] = {}
+        self.stale: dict[str, list[str]] = {}
+        self.refresh()
+
+    def file(self, run: Run) -> Path:
+        """Where a run's result is written."""
+        return self.folder / FOLDERS[0] / f'{run.name}.json'
+
+    def work_dir(self, run: Run) -> Path:
+        """Where a run works; the folder is removed when it is finished."""
+        return self.folder / FOLDERS[0] / run.name
+
+    def _find(self, run: Run) -> Path | None:
+        """The file of a run; None if there is none."""
+        places = (self.folder / part / f'{run.name}.json' for part in FOLDERS)
+        return next((place for place in places if place.is_file()), None)
+
+    def refresh(self) -> None:
+        """Look for files of runs that are not known to be finished."""
+        for pair in self.comparison.pairs(self.comparison.tasks, self.comparison.methods):
+            # The runs come one by one: with a search complete, its seeds follow.
+            for run in self.known(*pair):
+                path = self._find(run)
+                if run.name not in self.finished and path is not None:
+                    self._read(run, path)
+
+    def _read(self, run: Run, path: Path) -> None:
+        try:
+            content = json.loads(path.read_text(encoding='utf-8'))
+            found = content['settings']
+        except (ValueError, KeyError, TypeError):
+            raise ComparisonError(f'{path} is damaged; remove it, and it is run again') from None
+        settings = json.loads(json.dumps(run.settings))
+        if found == settings:
+            self.finished[run.name] = content
+            self.stale.pop(run.name, None)
+        else:
+            self.stale[run.name] = [key for key in settings if found.get(key) != settings[key]]
+
+    def known(self, task: Task, method: Method) -> Iterator[Run]:
+        """The search of a method on a task and, if that is finished and found a rate, the runs at it."""
+        searches = self.comparison.searches(task, method)
+        yield from searches
+        if self.searched(task, method):
+            best = self.best_rate(task, method)
+            if best is not None:
+                yield from self.comparison.runs(task, method, best)
+
+    def searched(self, task: Task, method: Method) -> bool:
+        """Whether all learning rates were tried."""
+        return all(run.name in self.finished for run in self.comparison.searches(task, method))
+
+    def best_rate(self, task: Task, method: Method) -> float | None:
+        """The best learning rate of a finished search, of equal ones the smallest; None if all diverged."""
+        rates = self.comparison.rates(task, method)
+        if len(rates) == 1:
+            return rates[0]
+        scores = {run.learning_rate: self.finished[run.name]['score'] for run in self.comparison.searches(task, method)}
+        best = min(scores, key=lambda rate: (task.key(scores[rate]), rate))
+        return None if scores[best] is None else best
+
+    def of_seeds(self, task: Task, method: Method) -> list[dict]:
+        """What the finished runs of a method on a task gave, one a seed, without the search."""
+        runs = self.known(task, method)
+        return [self.finished[run.name] for run in runs if not run.search and run.name in self.finished]
+
+    def pictures_of(self, task: Task, method: Method) -> Path | None:
+        """What a method's first run predicted on :attr:`Task.pictures`; None if there is no such file."""
+        rate = self.best_rate(task, method) if self.searched(task, method) else None
+        if rate is None or not task.pictures or task.name not in method.tasks:
+            return None
+        path = self.file(self.comparison.runs(task, method, rate)[0]).with_suffix('.npz')
+        return path if path.is_file() else None
+
+    def ready(self, tasks: Collection[str], methods: Collection[str]) -> list[Run]:
+        """The unfinished runs that could be run now, in order."""
+        pairs = self.comparison.pairs(tasks, methods)
+        return [run for pair in pairs for run in self.known(*pair) if run.name not in self.finished]
+
+    def left(self, tasks: Collection[str], methods: Collection[str]) -> int:
+        """How many runs are unfinished, with those that wait for a search."""
+        waiting = sum(not self.searched(*pair) for pair in self.comparison.pairs(tasks, methods))
+        return len(self.ready(tasks, methods)) + waiting * len(self.comparison.seeds)

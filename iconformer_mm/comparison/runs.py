@@ -1,0 +1,137 @@
+"""The runs of a comparison, side by side, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import iconformer_mm
+
+from .results import Results
+from .spec import ROOT, Run
+
+COLUMNS = (
+    TextColumn('{task.description}'),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TextColumn('left'),
+    TimeRemainingColumn(),
+)
+
+
+class Scheduler:
+    """Runs runs side by side until none is left, or no more time.
+
+    Args:
+        results: What is finished.
+        tasks: Names of the tasks to run.
+        methods: Names of the methods to run.
+        jobs: How many at a time, one core each.
+        minutes: After so many no run is begun; None for no limit.
+        console: Where progress is shown.
+    """
+
+    def __init__(
+        self,
+        results: Results,
+        tasks: Collection[str],
+        methods: Collection[str],
+        jobs: int,
+        minutes: float | None,
+        console: Console,
+    ) -> None:
+        self.results = results
+        self.selection = (tasks, methods)
+        self.jobs = jobs
+        self.minutes = minutes
+        self.console = console
+        self.begun: set[str] = set()
+        self.failed: list[str] = []
+        self.running: dict[Any, tuple[Run, BaseProcess]] = {}  # by sentinel
+        self.context = get_context('forkserver')
+
+    def run(self) -> None:
+        """Run the runs.
+
+        Raises:
+            SystemExit: The user interrupted; runs that go on are ended.
+        """
+        start_fork_server_environment()
+        self.context.set_forkserver_preload(['iconformer_mm.comparison.single_run'])
+        start = time.monotonic()
+        # The whole time counts for what remains: runs take from seconds to minutes.
+        with Progress(*COLUMNS, console=self.console, speed_estimate_period=1e6) as progress:
+            bar = progress.add_task('runs', total=self.results.left(*self.selection))
+            try:
+                while True:
+                    if self.minutes is None or time.monotonic() - start < 60 * self.minutes:
+                        self._start_runs()
+                    if not self.running:
+                        break
+                    for sentinel in wait(list(self.running)):
+                        self._end_run(*self.running.pop(sentinel))
+                        done = len(self.begun) - len(self.running)
+                        total = done - len(self.failed) + self.results.left(*self.selection)
+                        progress.update(bar, completed=done, total=total)
+            except KeyboardInterrupt:
+                raise SystemExit('interrupted; what is finished is kept, and the same command goes on') from None
+            finally:
+                for _, process in self.running.values():
+                    process.terminate()
+                    process.join()
+
+    def _start_runs(self) -> None:
+        ready = [run for run in self.results.ready(*self.selection) if run.name not in self.begun]
+        for run in ready[: self.jobs - len(self.running)]:
+            self.begun.add(run.name)
+            first = run.seed == self.results.comparison.seeds[0] and not run.search
+            pictures = run.task.pictures if first else ()
+            files = (self.results.work_dir(run), self.results.file(run))
+            job = (run.settings, ROOT / run.task.base, *files, first, pictures)
+            process = self.context.Process(target=run_in_child, args=job)
+            process.start()
+            self.running[process.sentinel] = (run, process)
+
+    def _end_run(self, run: Run, process: BaseProcess) -> None:
+        process.join()
+        self.results.refresh()
+        if process.exitcode == 0 and run.name in self.results.finished:
+            self.console.print(f'{run.name}: {describe(run, self.results.finished[run.name])}')
+            return
+        self.failed.append(run.name)
+        log_file = self.results.work_dir(run) / 'output.log'
+        tail = log_file.read_text(errors='replace').splitlines()[-15:] if log_file.is_file() else []
+        message = f'{run.name} failed with exit code {process.exitcode}; the end of {log_file}:'
+        self.console.print('\n'.join([message, *tail]), style='red', markup=False, highlight=False)
+
+
+def start_fork_server_environment() -> None:
+    """What the fork server inherits: one thread a run, and this package."""
+    os.environ['OMP_NUM_THREADS'] = '1'
+    paths = [str(Path(iconformer_mm.__file__).parents[1]), os.environ.get('PYTHONPATH')]
+    os.environ['PYTHONPATH'] = os.pathsep.join(path for path in paths if path)
+
+
+def run_in_child(*job: Any) -> None:
+    """Run a run; its module, which imports all libraries, is for the child only."""
+    from .single_run import train_and_validate
+
+    train_and_validate(*job)
+
+
+def describe(run: Run, content: dict) -> str:
+    """One line on a finished run."""
+    if content['score'] is None:
+        return 'diverged'
+    task = run.task
+    return f'{task.title} {task.factor * content["score"]:.{task.digits}f}, {content["train_seconds"]:.0f} s'

@@ -1,0 +1,287 @@
+"""A comparison of methods: its YAML file, and the runs it asks for."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from iconformer_mm.compat import config_folder
+
+ROOT = config_folder('iconformer_mm').parent  # the checkout; of an installed package its .mim
+
+
+class ComparisonError(ValueError):
+    """A mistake in the YAML file, or a damaged result."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every method is tried on.
+
+    Attributes:
+        name: Its key in the YAML file.
+        config: Config file, from the repository's root; its PEFTHook is replaced by the method's.
+        base: File of the pre-trained weights, which frozen weights are compared with.
+        metric: Name of the score in mmengine's log.
+        title: Title of the score in tables and plots.
+        learning_rates: The rates that are searched, for every method that has none of its own;
+            a single one is taken as it is.
+        factor: What the score is multiplied by for tables and plots.
+        digits: Digits after the point.
+        higher_is_better: Whether a higher score is the better one.
+        options: Settings that override the config's, in every run.
+        search_options: Further ones in the search, such as other validation data.
+        pictures: Images of the test data, by index, of which the predictions are drawn.
+    """
+
+    name: str
+    config: str
+    base: str
+    metric: str
+    title: str
+    learning_rates: tuple[float, ...]
+    factor: float = 1.0
+    digits: int = 1
+    higher_is_better: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    search_options: dict[str, Any] = field(default_factory=dict)
+    pictures: tuple[int, ...] = ()
+
+    def key(self, score: float | None) -> float:
+        """Sorts scores, the best first; that of a diverged run, None, comes last."""
+        if score is None:
+            return math.inf
+        return -score if self.higher_is_better else score
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of the compared methods.
+
+    Attributes:
+        name: Its key in the YAML file.
+        title: Its name in tables and plots.
+        method: Config of the PEFT method.
+        tasks: Names of the tasks it is defined on.
+        learning_rates: By task, rates in place of those of the task.
+        options: Settings that override the config's and the task's.
+    """
+
+    name: str
+    title: str
+    method: dict[str, Any]
+    tasks: tuple[str, ...] = ()
+    learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a comparison: in the search of the learning rate, or one of the seeds."""
+
+    task: Task
+    method: Method
+    learning_rate: float
+    seed: int
+    search: bool
+
+    @property
+    def name(self) -> str:
+        """``task/method/search_lr0.001`` or ``task/method/seed0``."""
+        return f'{self.task.name}/{self.method.name}/' + (
+            f'search_lr{self.learning_rate:g}' if self.search else f'seed{self.seed}'
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that determines the result."""
+        options = {**self.task.options, **self.method.options, **(self.task.search_options if self.search else {})}
+        return dict(
+            config=self.task.config,
+            method=self.method.method,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            metric=self.task.metric,
+            options=options,
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods x tasks x seeds.
+
+    Attributes:
+        title: Title of the tables.
+        seeds: Seeds of the runs that are compared.
+        search_seed: Seed of the search, none of ``seeds``.
+        tasks: The tasks by name.
+        methods: The methods by name.
+    """
+
+    title: str
+    seeds: tuple[int, ...]
+    search_seed: int
+    tasks: dict[str, Task]
+    methods: dict[str, Method]
+
+    def pairs(self, tasks: Collection[str], methods: Collection[str]) -> list[tuple[Task, Method]]:
+        """The named tasks with each of the named methods that is defined there, task by task."""
+        return [
+            (task, method)
+            for task in self.tasks.values()
+            for method in self.methods.values()
+            if task.name in tasks and method.name in methods and task.name in method.tasks
+        ]
+
+    def rates(self, task: Task, method: Method) -> tuple[float, ...]:
+        """The learning rates that are searched for a method on a task; a single one is taken as it is."""
+        return method.learning_rates.get(task.name, task.learning_rates)
+
+    def searches(self, task: Task, method: Method) -> list[Run]:
+        """The search of a method's learning rate on a task; none of a single rate."""
+        rates = self.rates(task, method)
+        if len(rates) == 1:
+            return []
+        return [Run(task, method, rate, self.search_seed, search=True) for rate in rates]
+
+    def runs(self, task: Task, method: Method, learning_rate: float) -> list[Run]:
+        """The compared runs of a method on a task, at the rate that the search found."""
+        return [Run(task, method, learning_rate, seed, search=False) for seed in self.seeds]
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, which YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    'tag:yaml.org,2002:float', re.compile(r'^[-+]?\d+(\.\d*)?[eE][-+]?\d+$'), list('-+0123456789')
+)
+
+
+def load_comparison(path: Path) -> Comparison:
+    """Read a comparison's YAML file.
+
+    Args:
+        path: The file. The paths in it are relative to its folder.
+
+    Raises:
+        ComparisonError: The file is missing or no YAML, a key is unknown or missing, or a
+            value is not what it should be.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding='utf-8'), _Loader)
+    except OSError as error:
+        raise ComparisonError(f'cannot read the comparison {path}: {error.strerror}') from None
+    except yaml.YAMLError as error:
+        raise ComparisonError(f'{path} is no YAML: {error}') from None
+    try:
+        return _comparison(content, path.parent)
+    except ComparisonError as error:
+        raise ComparisonError(f'{path}: {error}') from None
+
+
+def _comparison(content: Any, folder: Path) -> Comparison:
+    content = _check_keys('the file', content, Comparison)
+    tasks = {name: _task(name, value, folder) for name, value in _dictionary('tasks', content['tasks']).items()}
+    methods = {name: _method(name, value, tasks) for name, value in _dictionary('methods', content['methods']).items()}
+    titles = [method.title for method in methods.values()]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise ComparisonError(f"two methods have the title '{title}'; give each its own")
+    seeds = _list('seeds', content['seeds'], int)
+    search_seed = _value('search_seed', content['search_seed'], int)
+    if search_seed in seeds:
+        raise ComparisonError(f'search_seed {search_seed} is one of the seeds; the search needs a seed of its own')
+    return Comparison(str(content['title']), seeds, search_seed, tasks, methods)
+
+
+def _task(name: str, content: Any, folder: Path) -> Task:
+    where = f'tasks.{name}'
+    content = _check_keys(where, content, Task)
+    for key in ('config', 'base'):
+        content[key] = _file(f'{where}.{key}', content[key], folder)
+    content['learning_rates'] = _list(f'{where}.learning_rates', content['learning_rates'], float)
+    for key, kind in (('metric', str), ('title', str), ('factor', float), ('digits', int), ('higher_is_better', bool)):
+        if key in content:
+            content[key] = _value(f'{where}.{key}', content[key], kind)
+    if 'pictures' in content:
+        content['pictures'] = _list(f'{where}.pictures', content['pictures'], int)
+    for key in ('options', 'search_options'):
+        content[key] = _dictionary(f'{where}.{key}', content.get(key, {}))
+    return Task(name, **content)
+
+
+def _method(name: str, content: Any, tasks: Collection[str]) -> Method:
+    where = f'methods.{name}'
+    content = _check_keys(where, content, Method)
+    method = _dictionary(f'{where}.method', content['method'])
+    if 'type' not in method:
+        raise ComparisonError(f'{where}.method needs a type, such as {{type: icon, bottleneck: 16}}; it is {method}')
+    content['tasks'] = _list(f'{where}.tasks', content.get('tasks', list(tasks)), str)
+    for task in content['tasks']:
+        if task not in tasks:
+            raise ComparisonError(f"{where}.tasks: unknown task '{task}'{_hint(task, tasks)}")
+    rates = _dictionary(f'{where}.learning_rates', content.get('learning_rates', {}))
+    for task in rates:
+        if task not in tasks:
+            raise ComparisonError(f"{where}.learning_rates: unknown task '{task}'{_hint(task, tasks)}")
+    content['learning_rates'] = {t: _list(f'{where}.learning_rates.{t}', rates[t], float) for t in rates}
+    content['options'] = _dictionary(f'{where}.options', content.get('options', {}))
+    return Method(name, **content)
+
+
+def _check_keys(where: str, content: Any, form: type) -> dict[str, Any]:
+    """A copy of a dictionary whose keys are the fields of a dataclass, but for the name."""
+    content = _dictionary(where, content)
+    known = [f.name for f in fields(form) if f.name != 'name']
+    for key in content:
+        if key not in known:
+            raise ComparisonError(f"unknown key '{key}' in {where}{_hint(key, known)}")
+    for f in fields(form):
+        if f.name in known and f.name not in content and f.default is MISSING and f.default_factory is MISSING:
+            raise ComparisonError(f"{where} lacks the key '{f.name}'")
+    return dict(content)
+
+
+def _dictionary(where: str, value: Any) -> dict:
+    if not isinstance(value, dict):
+        raise ComparisonError(f'{where} must be a dictionary, it is {value!r}')
+    return value
+
+
+def _list(where: str, value: Any, kind: type) -> tuple:
+    """A list without doubles, of one type."""
+    if not isinstance(value, list) or not value:
+        raise ComparisonError(f'{where} must be a list with at least one entry, it is {value!r}')
+    values = tuple(_value(where, item, kind) for item in value)
+    if len(set(values)) < len(values):
+        raise ComparisonError(f'{where} has an entry twice: {value}')
+    return values
+
+
+def _value(where: str, value: Any, kind: type) -> Any:
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise ComparisonError(f'{where} must be {kind.__name__}, it is {value!r}')
+    return kind(value)
+
+
+def _file(where: str, value: Any, folder: Path) -> str:
+    """A file's path from the repository's root, where it lies within."""
+    path = Path(os.path.abspath(folder / _value(where, value, str)))
+    if not path.is_file():
+        raise ComparisonError(f'{where}: there is no file {path} (paths are relative to the YAML file)')
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def _hint(word: str, words: Collection[str]) -> str:
+    near = difflib.get_close_matches(str(word), list(words), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else f'; known: {", ".join(words)}'

@@ -1,0 +1,117 @@
+"""A few images of each class out of a larger set, as a folder of folders."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from iconformer_mm.datasets.checks import DataError
+
+SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+FASHION_MNIST = (
+    'T-shirt',
+    'trouser',
+    'pullover',
+    'dress',
+    'coat',
+    'sandal',
+    'shirt',
+    'sneaker',
+    'bag',
+    'ankle boot',
+)
+
+
+def split_folder(source: Path, target: Path, shots: int = 20, most: int = 100, seed: int = 0) -> list[str]:
+    """Split a folder of images, with one folder a class, into ``train`` and ``test``.
+
+    Args:
+        source: The images.
+        target: Where ``train/CLASS`` and ``test/CLASS`` are made, with copies of them.
+        shots: Training images a class. Defaults to 20.
+        most: Test images a class, at most. Defaults to 100.
+        seed: Of the choice. Defaults to 0.
+
+    Returns:
+        Names of the classes.
+
+    Raises:
+        DataError: There is no such folder, there are less than two classes, or a class has not one image more than
+            ``shots``.
+    """
+    if not source.is_dir():
+        raise DataError(f'the folder {source} does not exist')
+    classes = sorted(p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith('.'))
+    if len(classes) < 2:
+        raise DataError(f'{source} has {len(classes)} folders; it needs one for each class, two at least')
+    found = {name: _images(source / name) for name in classes}
+    few = [f'{name} ({len(images)})' for name, images in found.items() if len(images) <= shots]
+    if few:
+        raise DataError(
+            f'{source}: every class needs more than {shots} images ({shots} to train, the rest to test); too few in '
+            f'{", ".join(few[:5])}'
+        )
+    shutil.rmtree(target, ignore_errors=True)
+    for name, images in found.items():
+        random.Random(f'{seed} {name}').shuffle(images)
+        for split, chosen in (('train', images[:shots]), ('test', images[shots : shots + most])):
+            folder = target / split / name
+            folder.mkdir(parents=True)
+            for path in chosen:
+                shutil.copy(path, folder / path.name)
+    return classes
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
+def write_fashion_mnist(source: Path, target: Path, shots: int = 20, most: int = 100) -> list[str]:
+    """Write a few images of Fashion-MNIST (Xiao et al., 2017; MIT licence) as a folder of folders.
+
+    Args:
+        source: Folder with the four ``idx.gz`` files as they are published.
+        target: Where ``train/CLASS`` and ``test/CLASS`` are made.
+        shots: Training images a class: the first of the training set. Defaults to 20.
+        most: Test images a class: the first of the test set. Defaults to 100.
+
+    Returns:
+        Names of the classes.
+
+    Raises:
+        DataError: A file is missing, or damaged.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    for split, name, number in (('train', 'train', shots), ('test', 't10k', most)):
+        images = _read_idx(source / f'{name}-images-idx3-ubyte.gz', (28, 28))
+        labels = _read_idx(source / f'{name}-labels-idx1-ubyte.gz', ())
+        if len(images) != len(labels):
+            raise DataError(f'{source}: {len(images)} images and {len(labels)} labels of {name}')
+        for label, title in enumerate(FASHION_MNIST):
+            folder = target / split / title
+            folder.mkdir(parents=True)
+            for index in np.flatnonzero(labels == label)[:number]:
+                Image.fromarray(images[index]).save(folder / f'{index:05}.png')
+    return sorted(FASHION_MNIST)
+
+
+def _read_idx(path: Path, shape: Sequence[int]) -> np.ndarray:
+    """Bytes of an idx file: four bytes of kind, the sizes as four bytes each, then the values."""
+    try:
+        with gzip.open(path) as file:
+            data = file.read()
+    except FileNotFoundError:
+        raise DataError(f'{path} does not exist') from None
+    except (OSError, EOFError) as error:
+        raise DataError(f'{path} is damaged: {error}') from error
+    start = 4 * (2 + len(shape))
+    sizes = tuple(int(n) for n in np.frombuffer(data[4:start], '>u4'))
+    if data[:4] != bytes((0, 0, 8, 1 + len(shape))) or sizes[1:] != tuple(shape) or len(data) != start + np.prod(sizes):
+        raise DataError(f'{path} is damaged: it is no idx file of images or labels of the size that its header says')
+    return np.frombuffer(data[start:], np.uint8).reshape(sizes)

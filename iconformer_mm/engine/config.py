@@ -1,0 +1,224 @@
+"""Finding, reading and querying configs, and composing them with a PEFT method."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.device import get_device, is_cuda_available
+from mmengine.model import BaseModel, revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+
+from iconformer_mm.compat import config_folder
+from iconformer_mm.messages import one_line
+from iconformer_mm.registry import accepted, is_type
+from iconformer_mm.tuning.methods import build_method
+
+from .bfloat16_optim_wrapper import AMP_OPTIONS, APEX_OPTIONS
+
+
+def find_config(name: str) -> Path:
+    """Find a config file by path, or by ``library::path/in/its/configs``.
+
+    Args:
+        name: ``configs/x.py`` or ``mmpretrain::vision_transformer/x``. The
+            suffix ``.py`` is optional in the latter.
+
+    Raises:
+        FileNotFoundError: The file or the library does not exist.
+    """
+    library, separator, inner = name.partition('::')
+    if not separator:
+        path = Path(name)
+    else:
+        try:
+            path = config_folder(library) / inner
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"config '{name}': {error}") from None
+        if path.suffix != '.py':
+            path = path.with_name(path.name + '.py')
+    if not path.is_file():
+        raise FileNotFoundError(f"config '{name}' not found: there is no file {path}")
+    return path
+
+
+def load_config(name: str, peft: str | None = None) -> Config:
+    """Load a config by path or as ``library::path``, and compose it with a PEFT method.
+
+    Its ``work_dir`` defaults to ``work_dirs/<name of the file>``. The method's name replaces
+    ``_full_`` in that name, or is appended to it.
+
+    Args:
+        name: The config.
+        peft: Name of a PEFT method, or a file with a method such as
+            ``configs/_base_/peft/icon.py``. Defaults to None, no method.
+
+    Raises:
+        FileNotFoundError: The file, the library or a base config does not exist.
+        ValueError: The config cannot be read, the method is unknown, the method's file has no PEFTHook, or the
+            library that the config needs is not installed.
+    """
+    path = find_config(name)
+    try:
+        cfg = Config.fromfile(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"config '{name}': {one_line(error)}") from error
+    except Exception as error:  # a config is a program that can fail in any way
+        raise ValueError(f"config '{name}' cannot be read: {type(error).__name__}: {one_line(error)}") from error
+    scope = cfg.get('default_scope')
+    if scope is not None and find_spec(scope) is None:
+        raise ValueError(
+            f"config '{name}' is for {scope} (its default_scope), but the package {scope} is not installed"
+        )
+    stem = path.stem
+    if peft is not None:
+        add_peft(cfg, peft)
+        method = Path(peft).stem if peft.endswith('.py') else peft
+        stem = stem.replace('_full_', f'_{method}_') if '_full_' in stem else f'{stem}_{method}'
+    if cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', stem)
+    return cfg
+
+
+def add_peft(cfg: Config, method: str | dict) -> None:
+    """Add a PEFTHook to a config. The model's config does not change.
+
+    The hook becomes ``default_hooks.peft``, so its options can be set on the command
+    line, e.g. ``default_hooks.peft.method.bottleneck=32``. It replaces any PEFTHook in
+    the config's custom hooks.
+
+    Args:
+        cfg: The config, changed in place.
+        method: Name or config of the method, or a file with a method.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The method or one of its options is unknown, or the file does not have exactly one PEFTHook.
+    """
+    if isinstance(method, str) and method.endswith('.py'):
+        hook = _read_method(method)
+    else:
+        hook = dict(type='PEFTHook', method=dict(type=method) if isinstance(method, str) else method)
+    build_method(hook.get('method', 'icon'))
+    replaced = [id(other) for other in peft_hooks(cfg)]
+    cfg.custom_hooks = [other for other in cfg.get('custom_hooks') or [] if id(other) not in replaced]
+    cfg.merge_from_dict({'default_hooks': {'peft': hook}})
+
+
+def _read_method(path: str) -> dict:
+    """Read the PEFTHook of a method's file."""
+    found = peft_hooks(Config.fromfile(find_config(path)))
+    if len(found) != 1:
+        raise ValueError(
+            f'{path} is not a file of a PEFT method: it must have exactly one PEFTHook in `custom_hooks`, like '
+            f'configs/_base_/peft/icon.py, and has {len(found)}'
+        )
+    return found[0]
+
+
+def use_amp(cfg: Config) -> None:
+    """Set a config to train in mixed precision: float16 with loss scaling on a GPU, bfloat16 on a CPU.
+
+    Args:
+        cfg: The config, changed in place. Options of its optimizer wrapper for another precision are removed.
+
+    Raises:
+        ValueError: The config has no optimizer wrapper, or several.
+    """
+    optim_wrapper = cfg.get('optim_wrapper')
+    if not isinstance(optim_wrapper, dict) or 'optimizer' not in optim_wrapper:
+        raise ValueError('--amp: the config needs a single `optim_wrapper` with an optimizer for mixed precision')
+    kept = AMP_OPTIONS if is_cuda_available() else ()
+    for name in set(AMP_OPTIONS + APEX_OPTIONS).difference(kept):
+        optim_wrapper.pop(name, None)
+    if not kept:
+        optim_wrapper['type'] = 'BFloat16OptimWrapper'
+        return
+    optim_wrapper['type'] = 'AmpOptimWrapper'
+    scale = optim_wrapper.get('loss_scale')
+    # MMEngine does not accept integers.
+    optim_wrapper['loss_scale'] = 'dynamic' if scale is None else float(scale) if isinstance(scale, int) else scale
+
+
+def check_precision(cfg: Config) -> None:
+    """Reject mixed-precision training that needs a GPU on a machine without one.
+
+    Args:
+        cfg: The config.
+
+    Raises:
+        ValueError: MMEngine's AmpOptimWrapper cannot run on this machine.
+    """
+    if is_type(cfg.get('optim_wrapper') or {}, 'AmpOptimWrapper') and get_device() in ('cpu', 'mps'):
+        raise ValueError(
+            "the config trains in mixed precision on a GPU (optim_wrapper.type is 'AmpOptimWrapper'), but there is no "
+            'GPU: add --amp, which uses bfloat16 on a CPU, or set optim_wrapper.type=BFloat16OptimWrapper'
+        )
+
+
+def peft_hooks(cfg: Config) -> list[Any]:
+    """List the PEFTHooks among a config's custom and default hooks, as configs or as built hooks.
+
+    Args:
+        cfg: The config.
+    """
+    hooks = [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]
+    return [hook for hook in hooks if hook and is_type(hook, 'PEFTHook')]
+
+
+def method_of(cfg: Config) -> dict[str, Any] | None:
+    """Return the arguments of a config's PEFTHook for :func:`iconformer_mm.inject`, or None if it has no PEFTHook."""
+    for hook in peft_hooks(cfg):
+        if not isinstance(hook, Mapping):  # already built
+            hook = {name: getattr(hook, name) for name in accepted(type(hook))}
+        return {key: value for key, value in hook.items() if key not in ('type', 'save_adapter', 'priority')}
+    return None
+
+
+def names_weights(node: Any) -> bool:
+    """Whether a model's config names pre-trained weights.
+
+    Args:
+        node: The model's config, or a part of it.
+    """
+    if isinstance(node, Mapping):
+        inits = node.get('init_cfg') or []
+        inits = inits if isinstance(inits, (list, tuple)) else [inits]
+        # In older configs of MMSegmentation, `pretrained` is a name. For timm's models it is a flag, whose default
+        # differs between libraries; they also have `checkpoint_path`.
+        if node.get('checkpoint') and is_type(node, 'TIMMFeatures', 'ICoNTIMMFeatures'):
+            return True
+        if node.get('checkpoint_path') or node.get('pretrained', _timm_default(node.get('type'))):
+            return True
+        pretrained = any(is_type(init, 'Pretrained', 'PretrainedInit') for init in inits if init)
+        return pretrained or any(map(names_weights, node.values()))
+    return isinstance(node, (list, tuple)) and any(map(names_weights, node))
+
+
+def _timm_default(kind: Any) -> bool:
+    """Whether a backbone is one of timm's that loads pre-trained weights by default."""
+    if not str(getattr(kind, '__name__', kind)).endswith('TIMMBackbone'):
+        return False
+    built = MODELS.get(kind) if isinstance(kind, str) else kind
+    option = inspect.signature(built.__init__).parameters.get('pretrained') if built is not None else None
+    # Our classes pass their arguments on to their bases.
+    if option is None and built is not None:
+        option = next(
+            (found for base in built.__mro__ if (found := inspect.signature(base).parameters.get('pretrained'))), None
+        )
+    return option is not None and option.default is True
+
+
+def build_model(cfg: Config) -> BaseModel:
+    """Build the model of a config for one process, without its pre-trained weights."""
+    init_default_scope(cfg.default_scope)
+    model = copy.deepcopy(cfg.model)
+    if cfg.get('data_preprocessor') is not None:  # MMPretrain's configs have it outside the model
+        model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return revert_sync_batchnorm(MODELS.build(model))

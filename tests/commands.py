@@ -1,0 +1,78 @@
+"""Running a tool in a process of its own, as a user does; and what it logged."""
+
+import io
+import json
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from conftest import ROOT
+
+# Tools that start a forkserver of their own.
+STARTS_SERVERS = ('compare.py',)
+_processes = multiprocessing.get_context('forkserver')
+
+
+def call(*command, ok=True, cwd=ROOT, **environment):
+    """Run a command; return what it printed."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '2', 'PIP_NO_INDEX': '1', **environment}
+    env['PATH'] = f'{Path(sys.executable).parent}:{env["PATH"]}'
+    result = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    assert (result.returncode == 0) == ok, output[-5000:]
+    return output
+
+
+def tool(name, *arguments, **kwargs):
+    """Run a tool; return what it printed.
+
+    Its process is a copy of one that has imported the libraries, which takes most of a tool's seconds. With
+    an environment of its own, or where the tool starts such a server itself, it begins from nothing.
+    """
+    path = ROOT / 'tools' / name
+    if name in STARTS_SERVERS or kwargs.keys() - {'ok', 'cwd'}:
+        return call(sys.executable, path, *arguments, **kwargs)
+    with tempfile.TemporaryDirectory() as folder:
+        printed = Path(folder, 'printed')
+        argv = [str(path), *map(str, arguments)]
+        process = _processes.Process(target=run_script, args=(argv, str(kwargs.get('cwd', ROOT)), str(printed)))
+        process.start()
+        process.join()
+        output = printed.read_text() if printed.exists() else ''
+    assert (process.exitcode == 0) == kwargs.get('ok', True), output[-5000:]
+    return output
+
+
+def run_script(argv, cwd, printed):
+    """Run a Python file as the interpreter does, with its output in a file."""
+    out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, 'w', closefd=False), line_buffering=True)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, 'w', closefd=False), line_buffering=True)
+    os.chdir(cwd)
+    sys.argv = argv
+    sys.path[0] = str(Path(argv[0]).parent)
+    status = 0
+    try:
+        runpy.run_path(argv[0], run_name='__main__')
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if status and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(status)
+
+
+def scalars(work_dir):
+    files = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]

@@ -1,0 +1,83 @@
+import gzip
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iconformer_mm.datasets.checks import DataError
+from iconformer_mm.datasets.few_shot import FASHION_MNIST, split_folder, write_fashion_mnist
+
+
+def folder(root, **counts):
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new('RGB', (4, 4), (index, 0, 0)).save(root / name / f'{index}.png')
+        (root / name / 'notes.txt').write_text('no image')
+    return root
+
+
+def names(path):
+    return {p.name for p in path.iterdir()}
+
+
+def test_a_folder_is_split_without_overlap(tmp_path):
+    source = folder(tmp_path / 'all', cat=7, dog=5)
+    assert split_folder(source, tmp_path / 'few', shots=3, most=3) == ['cat', 'dog']
+    for name, rest in (('cat', 3), ('dog', 2)):
+        train, test = names(tmp_path / 'few' / 'train' / name), names(tmp_path / 'few' / 'test' / name)
+        assert len(train) == 3 and len(test) == rest and not train & test
+    before = names(tmp_path / 'few' / 'train' / 'cat')
+    split_folder(source, tmp_path / 'few', shots=3, most=3)
+    assert names(tmp_path / 'few' / 'train' / 'cat') == before  # the same seed
+    assert len(names(source / 'cat')) == 8  # copied, not moved
+
+
+@pytest.mark.parametrize(
+    ('counts', 'message'),
+    [
+        (dict(cat=3, dog=5), r'every class needs more than 3 images .* too few in cat \(3\)'),
+        (dict(cat=5), r'has 1 folders; it needs one for each class'),
+        (None, 'does not exist'),
+    ],
+)
+def test_what_cannot_be_split(counts, message, tmp_path):
+    source = tmp_path / 'all' if counts is None else folder(tmp_path / 'all', **counts)
+    with pytest.raises(DataError, match=message):
+        split_folder(source, tmp_path / 'few', shots=3)
+    assert not (tmp_path / 'few').exists()
+
+
+def write_idx(path, array):
+    header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, '>u4').tobytes()
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    random = np.random.RandomState(0)
+    for name in ('train', 't10k'):
+        write_idx(tmp_path / f'{name}-images-idx3-ubyte.gz', random.randint(0, 255, (60, 28, 28), np.uint8))
+        write_idx(tmp_path / f'{name}-labels-idx1-ubyte.gz', np.arange(60, dtype=np.uint8) % 10)
+    return tmp_path
+
+
+def test_fashion_mnist(fashion, tmp_path):
+    assert write_fashion_mnist(fashion, tmp_path / 'few', shots=2, most=3) == sorted(FASHION_MNIST)
+    assert len(list((tmp_path / 'few' / 'train').glob('*/*.png'))) == 20
+    assert len(list((tmp_path / 'few' / 'test').glob('*/*.png'))) == 30
+    data = gzip.decompress((fashion / 't10k-images-idx3-ubyte.gz').read_bytes())
+    third = np.frombuffer(data[16:], np.uint8).reshape(60, 28, 28)[13]  # the second of class 3, dress
+    assert np.array_equal(np.asarray(Image.open(tmp_path / 'few' / 'test' / 'dress' / '00013.png')), third)
+
+
+def test_damaged_fashion_mnist(fashion, tmp_path):
+    path = fashion / 'train-images-idx3-ubyte.gz'
+    whole = path.read_bytes()
+    for content in (whole[:-100], b'', gzip.compress(gzip.decompress(whole)[:-5])):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match='train-images-idx3-ubyte.gz is damaged'):
+            write_fashion_mnist(fashion, tmp_path / 'few')
+    path.unlink()
+    with pytest.raises(DataError, match='does not exist'):
+        write_fashion_mnist(fashion, tmp_path / 'few')
