@@ -37,7 +37,7 @@ LIBRARIES = ('mmpretrain', 'mmdet', 'mmseg')
 PLACES = ('backbone', 'image_encoder', 'vision_encoder', 'visual_encoder', 'vision_backbone', 'visual', 'encoder')
 # The first that a backbone takes says how far it is adapted.
 METHODS = ('icon', 'adaptformer', 'lora', 'bitfit')
-ATTENTION = re.compile(r'attention|attn|msa$|transformer', re.IGNORECASE)
+ATTENTION = re.compile(r'(attention|attn|msa)$|transformer', re.IGNORECASE)
 # Beyond this many parameters a backbone is not run.
 LIMIT = 60_000_000
 
