@@ -10,6 +10,7 @@ EXTRAS = {
     'plot': ('matplotlib',),
     'report': ('matplotlib', 'jinja2', 'markdown_it'),
     'analysis': ('matplotlib', 'sklearn'),
+    'onnx': ('onnx',),
     'quickstart': ('matplotlib', 'sklearn'),
 }
 

