@@ -47,6 +47,13 @@ def part_of(name):
     return name[1] if len(name) > 1 and name[1] in LEVEL else '__init__'
 
 
+def test_the_picture_of_imports():
+    """That of docs/design.md, from the top down."""
+    text = (ROOT / 'docs' / 'design.md').read_text(encoding='utf-8')
+    picture = text.partition('```text\n')[2].partition('```')[0]
+    assert [tuple(line.split()) for line in picture.splitlines()] == list(reversed(LAYERS[:-1]))
+
+
 def test_every_part_has_a_layer():
     parts = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name != '__pycache__'}
     assert parts - {'py', 'py.typed'} == set(LEVEL)
