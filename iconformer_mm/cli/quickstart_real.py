@@ -12,7 +12,7 @@ from PIL import Image
 
 from iconformer_mm.checkpoint.real_base import SOURCE, cache_folder, fetch_base
 from iconformer_mm.comparison.spec import ROOT
-from iconformer_mm.datasets.few_shot import split_folder, write_fashion_mnist
+from iconformer_mm.datasets.few_shot import find_fashion_mnist, split_folder, write_fashion_mnist
 from iconformer_mm.engine import add_peft, load_config
 from iconformer_mm.figures import new_figure, save_figure
 from iconformer_mm.files import expanded, written_whole
@@ -23,7 +23,6 @@ from .errors import user_errors
 from .parser import Parser
 
 CONFIG = ROOT / 'configs' / 'quickstart' / 'real' / 'dinov2-small_linear_images.py'
-DEBIAN = Path('/usr/share/datasets/fashion-mnist')
 # Adapters in the last four blocks: the other eight need no gradients.
 BLOCKS = [8, 9, 10, 11]
 
@@ -40,23 +39,11 @@ def make_images(data: str | None, target: Path, shots: int) -> tuple[list[str], 
         The names of the classes, and what the images are.
 
     Raises:
-        DataError: The folder does not fit.
-        ValueError: Fashion-MNIST cannot be had.
+        DataError: The folder does not fit, or Fashion-MNIST cannot be fetched.
     """
     if data is not None:
         return split_folder(Path(data), target, shots), data
-    source = DEBIAN if DEBIAN.is_dir() else cache_folder() / 'FashionMNIST' / 'raw'
-    if not source.is_dir():
-        from torchvision.datasets import FashionMNIST
-
-        try:
-            FashionMNIST(str(cache_folder()), download=True)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(
-                f'Fashion-MNIST cannot be downloaded ({error}). Give your own images as --data FOLDER, or put the '
-                f'four idx.gz files into {source}. Debian has them in the package dataset-fashion-mnist'
-            ) from None
-    return write_fashion_mnist(source, target, shots), 'Fashion-MNIST'
+    return write_fashion_mnist(find_fashion_mnist(cache_folder()), target, shots), 'Fashion-MNIST'
 
 
 def settings_of(base: Path, data: Path, classes: Sequence[str]) -> dict[str, Any]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import os
 import random
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +30,50 @@ FASHION_MNIST = (
     'bag',
     'ankle boot',
 )
+
+
+PACKAGE = 'dataset-fashion-mnist'
+PACKAGE_SHA256 = '39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0'
+PACKAGE_FOLDER = Path('usr/share/datasets/fashion-mnist')
+
+
+def find_fashion_mnist(cache: Path) -> Path:
+    """Find the four ``idx.gz`` files of Fashion-MNIST, or fetch them into a cache. Nothing is installed.
+
+    They are taken from Debian's package ``dataset-fashion-mnist`` (MIT licence, 31 MB), installed or fetched by
+    ``apt-get download``, or from the folder in the cache where torchvision keeps them.
+
+    Args:
+        cache: The cache folder.
+
+    Returns:
+        The folder of the files.
+
+    Raises:
+        DataError: They are not there and cannot be fetched, or the package is another one.
+    """
+    fetched = cache / 'fashion-mnist'
+    for folder in (Path('/', PACKAGE_FOLDER), fetched, cache / 'FashionMNIST' / 'raw'):
+        if folder.is_dir():
+            return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        try:
+            subprocess.run(['apt-get', 'download', PACKAGE], cwd=temporary, check=True, capture_output=True)
+            (package,) = Path(temporary).glob('*.deb')
+            digest = hashlib.sha256(package.read_bytes()).hexdigest()
+            if digest != PACKAGE_SHA256:
+                raise DataError(f'{package.name} has the SHA-256 {digest}, expected {PACKAGE_SHA256}; nothing is used')
+            subprocess.run(['dpkg-deb', '--extract', package.name, '.'], cwd=temporary, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f'Fashion-MNIST cannot be fetched by `apt-get download {PACKAGE}` ({error}). Give your own images as '
+                f'--data FOLDER, or put its four idx.gz files into {fetched}'
+            ) from None
+        os.replace(Path(temporary, PACKAGE_FOLDER), fetched)
+    return fetched
 
 
 def split_folder(source: Path, target: Path, shots: int = 20, most: int = 100, seed: int = 0) -> list[str]:

@@ -1,9 +1,13 @@
 import gzip
+import hashlib
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from iconformer_mm.datasets import few_shot
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.datasets.few_shot import FASHION_MNIST, split_folder, write_fashion_mnist
 
@@ -81,3 +85,32 @@ def test_damaged_fashion_mnist(fashion, tmp_path):
     path.unlink()
     with pytest.raises(DataError, match='does not exist'):
         write_fashion_mnist(fashion, tmp_path / 'few')
+
+
+def programs(folder, monkeypatch, **scripts):
+    """Put shell scripts on PATH in place of programs."""
+    folder.mkdir()
+    for name, text in scripts.items():
+        (folder / name.replace('_', '-')).write_text(f'#!/bin/sh\n{text}\n')
+        (folder / name.replace('_', '-')).chmod(0o755)
+    monkeypatch.setenv('PATH', str(folder), prepend=os.pathsep)
+
+
+def test_fetching_fashion_mnist(tmp_path, monkeypatch):
+    """By apt-get, from which another package is refused; and only once."""
+    monkeypatch.setattr(few_shot, 'PACKAGE_FOLDER', Path('usr/fashion'))
+    cache = tmp_path / 'cache'
+    extract = 'mkdir -p usr/fashion; touch usr/fashion/t10k-labels-idx1-ubyte.gz'
+    programs(tmp_path / 'bin', monkeypatch, apt_get='printf abc > a.deb', dpkg_deb=extract)
+    with pytest.raises(DataError, match=r'a.deb has the SHA-256 ba7816bf.*, expected 39e172fe.*; nothing is used'):
+        few_shot.find_fashion_mnist(cache)
+    assert not list(cache.iterdir())
+    monkeypatch.setattr(few_shot, 'PACKAGE_SHA256', hashlib.sha256(b'abc').hexdigest())
+    assert few_shot.find_fashion_mnist(cache) == cache / 'fashion-mnist'
+    assert [p.name for p in (cache / 'fashion-mnist').iterdir()] == ['t10k-labels-idx1-ubyte.gz']
+    programs(tmp_path / 'without', monkeypatch, apt_get='exit 100')
+    assert few_shot.find_fashion_mnist(cache) == cache / 'fashion-mnist'
+    with pytest.raises(
+        DataError, match='cannot be fetched by `apt-get download dataset-fashion-mnist`.* --data FOLDER'
+    ):
+        few_shot.find_fashion_mnist(tmp_path / 'other')
