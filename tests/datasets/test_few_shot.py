@@ -111,6 +111,6 @@ def test_fetching_fashion_mnist(tmp_path, monkeypatch):
     programs(tmp_path / 'without', monkeypatch, apt_get='exit 100')
     assert few_shot.find_fashion_mnist(cache) == cache / 'fashion-mnist'
     with pytest.raises(
-        DataError, match='cannot be fetched by `apt-get download dataset-fashion-mnist`.* --data FOLDER'
+        DataError, match='cannot be fetched by `apt-get download dataset-.* --data FOLDER'
     ):
         few_shot.find_fashion_mnist(tmp_path / 'other')
