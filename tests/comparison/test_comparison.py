@@ -77,8 +77,9 @@ def test_runs_are_resumed(tmp_path, capsys):
         assert float(row['mean']) == run['score'] and row['std'] == '' and row['seeds'] == '1'
         assert float(row['learning_rate']) == 3e-3
         assert int(row['trained_parameters']) == run['trained_parameters']
-    # iCoN of bottleneck 4 in 4 blocks of width 96, and the head.
-    adapters = 4 * (2 * 96 * 4 + 4 + 96 + 4 * 9 * 4 + 2 * 9 * 4)
+    # iCoN of bottleneck 4 in 4 blocks of width 96, and the head. The head reads the class token, so that the
+    # filter of the last block is not trained.
+    adapters = 4 * (2 * 96 * 4 + 4 + 96) + 3 * (4 * 9 * 4 + 2 * 9 * 4)
     assert (run['trained_backbone'], run['trained_parameters']) == (adapters, adapters + 970)
 
     content['methods']['icon']['method']['bottleneck'] = 8

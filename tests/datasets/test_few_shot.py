@@ -110,7 +110,5 @@ def test_fetching_fashion_mnist(tmp_path, monkeypatch):
     assert [p.name for p in (cache / 'fashion-mnist').iterdir()] == ['t10k-labels-idx1-ubyte.gz']
     programs(tmp_path / 'without', monkeypatch, apt_get='exit 100')
     assert few_shot.find_fashion_mnist(cache) == cache / 'fashion-mnist'
-    with pytest.raises(
-        DataError, match='cannot be fetched by `apt-get download dataset-.* --data FOLDER'
-    ):
+    with pytest.raises(DataError, match='cannot be fetched by `apt-get download dataset-.* --data FOLDER'):
         few_shot.find_fashion_mnist(tmp_path / 'other')

@@ -250,7 +250,9 @@ def test_a_full_disk_keeps_the_old_checkpoints(tmp_path, monkeypatch):
 def test_the_hook_needs_a_frozen_backbone(tmp_path):
     runner = make(tmp_path)
     runner._hooks = [hook for hook in runner._hooks if type(hook).__name__ != 'PEFTHook']
-    with pytest.raises(ValueError, match="the backbone is not adapted; use MMEngine's CheckpointHook"):
+    with pytest.raises(
+        ValueError, match="must be adapted and frozen, but it is not adapted; use MMEngine's CheckpointHook"
+    ):
         runner.train()
 
 

@@ -83,7 +83,9 @@ def test_another_method_is_one_sentence(other, kind, resume, files, tmp_path):
     hook = {'default_hooks.checkpoint': SMALL} if kind == 'small' else {}
     path = files / kind / f'epoch_1.{"safetensors" if kind == "small" else "pth"}'
     runner = make(tmp_path, method, load_from=str(path), resume=resume, **hook)
-    with pytest.raises(WeightsError, match=f'epoch_1.* was trained with another PEFT method: {difference}. Give the'):
+    with pytest.raises(
+        WeightsError, match=f'epoch_1.* was trained with another PEFT method: {difference}. Use the method and'
+    ):
         runner.train() if resume else runner.test()
 
 
@@ -138,7 +140,7 @@ def test_a_head_that_was_not_loaded_is_not_tested(method, validate, files, tmp_p
         del state['state_dict']['head.fc.weight'], state['state_dict']['head.fc.bias']
     torch.save(state, tmp_path / 'w.pth')
     runner = make(tmp_path, method, load_from=str(tmp_path / 'w.pth'), **changes)
-    what = r' \(there \(4, 32\), here \(7, 32\)\)' if validate else ', head.fc.bias'
+    what = r' \(\(4, 32\) in the file, \(7, 32\) in the model\)' if validate else ', head.fc.bias'
     with pytest.raises(WeightsError, match=f'w.pth lacks 2 of the .* such as head.fc.weight{what}'):
         runner.val() if validate else runner.test()
 

@@ -75,7 +75,10 @@ def test_images_without_any_depth_give_no_nan():
 
 @pytest.mark.parametrize(
     ('options', 'message'),
-    [(dict(max_depth=0), 'max_depth must be positive'), (dict(num_filters=()), 'num_filters must name at least one')],
+    [
+        (dict(max_depth=0), 'max_depth must be positive'),
+        (dict(num_filters=()), 'num_filters must hold one or more positive integers'),
+    ],
 )
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
