@@ -278,7 +278,7 @@ def test_files_of_another_selection_are_refused(tmp_path):
     save_adapter(model, path)
     for options, message in (
         (dict(blocks='last:1'), r"trained with blocks='last:2', but the model is adapted with blocks='last:1'"),
-        (dict(blocks='last:2', unfreeze=['cls_token']), r'unfreeze=\(\), the model is adapted with'),
+        (dict(blocks='last:2', unfreeze=['cls_token']), r'unfreeze=\(\), but the model is adapted with'),
     ):
         remove(model)
         inject(model, bottleneck=4, **options)
