@@ -159,9 +159,9 @@ print(torch.__version__, "cuda" if torch.cuda.is_available() else "cpu", sep="-"
     fi
     quietly "installing mmcv $version from $wheels" install --force-reinstall --no-deps "$wheels"/*.whl
 else
-    # Not by pip's cache, where others would find it in place of one with operators.
-    MMCV_WITH_OPS=0 quietly "installing mmcv $version without its operators" \
-        install --no-build-isolation --no-cache-dir --no-deps "$mmcv==$version"
+    # Built in isolation it does not see torch, and then holds no operators. Not by pip's cache, where others
+    # would find it in place of one with operators.
+    quietly "installing mmcv $version without its operators" install --no-cache-dir --no-deps "$mmcv==$version"
 fi
 quietly "installing iconformer_mm and the libraries it plugs into (1 to 2 minutes)" \
     install --no-build-isolation "${ours[@]}"
