@@ -32,7 +32,7 @@ REASONS = {
         'attention is windowed or depends on positions, and takes no prompt tokens',
     ),
     'e': (
-        'has no patch embedding by',
+        'size of a patch is unknown',
         'no patch embedding, whose size prompts are initialised by, is around the blocks',
     ),
     'g': ('have no grid', 'the tokens lie on no grid, or not in the order of the image'),
