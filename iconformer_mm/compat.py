@@ -103,6 +103,15 @@ is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling', None)
 is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', bool)
 
 
+def left_to_python(function: Callable) -> Callable:
+    """Keep torch 2.1's compiler out of a function and of all that it calls; it cannot follow what a thread keeps.
+
+    Later releases compile the function.
+    """
+    is_old = torch.__version__.startswith('2.1.')
+    return torch._dynamo.disable(function) if is_old else function
+
+
 # In torch.autograd.grad with is_grads_batched; the name is read here, since that takes a while.
 _BATCHED = torch._C._dispatch_key_parse('VmapMode')
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included

@@ -190,5 +190,5 @@ def _shared_legend(figure: Figure, grid: Sequence[Axes], names: Sequence[str]) -
         handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels())})
     found = [name for name in names if name in handles]
     if found:
-        look: dict[str, Any] = dict(loc='outside lower center', ncols=min(len(found), 4), frameon=False)
+        look: dict[str, Any] = dict(loc='outside lower center', ncols=min(len(found), 4, 2 * len(grid)), frameon=False)
         figure.legend([handles[name] for name in found], found, **look)

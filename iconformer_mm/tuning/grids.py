@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from iconformer_mm.adapters import TokenGrid
+from iconformer_mm.compat import left_to_python
 
 from .calls import PerThread
 from .families import Argument, FromBlock, FromPatchEmbed, FromShape, FromSquare
@@ -66,6 +67,7 @@ class PatchEmbedTap(Replacement):
         self.source = source
         self.tracker = tracker
 
+    @left_to_python
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the patch embedding, and report the grid."""
         args, kwargs = self.input_first(args, kwargs)

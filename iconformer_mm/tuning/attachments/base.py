@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iconformer_mm.adapters import TokenGrid
-from iconformer_mm.compat import device_of, dtype_of
+from iconformer_mm.compat import device_of, dtype_of, left_to_python
 
 from ..calls import PerThread, current_frame
 from ..grids import GridTracker, grid_of_call
@@ -94,6 +94,7 @@ class Joint(Replacement):
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         return function(*args, **kwargs)
 
+    @left_to_python
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with the active adapter.
 
@@ -130,6 +131,7 @@ class Tap(Replacement):
         self.users = 0
         self.replace()
 
+    @left_to_python
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the submodule, with the handler of the block's call."""
         frame = current_frame()
