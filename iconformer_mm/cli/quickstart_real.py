@@ -102,7 +102,6 @@ def draw_predictions(adapter: Path, options: dict[str, Any], classes: Sequence[s
         axes.imshow(np.asarray(Image.open(image).convert('RGB')))
         right = label == image.parent.name
         axes.set_title(label if right else f'{label}\nnot {image.parent.name}', fontsize=8, color='k' if right else 'r')
-    figure.tight_layout()
     save_figure(figure, path, dpi=120)
 
 
