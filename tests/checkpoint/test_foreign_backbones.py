@@ -384,6 +384,27 @@ def test_original_mae():
     close(build_mm(converted, num_heads=2, out_type='raw')(image())[0], expected)
 
 
+@pytest.mark.parametrize('target', ['mmpretrain', 'mmseg', 'timm'])
+def test_heads_of_published_models_that_are_not_64_wide(target):
+    """ViT-H has 16 heads of 80 channels; nothing is said of them here."""
+    model = timm_model('vit_huge_patch14_224', img_size=28, depth=1, embed_dim=1280, num_heads=16, mlp_ratio=1)
+    converted = convert_backbone(model.state_dict(), target)
+    expected = model.forward_features(image(28))
+    if target == 'timm':
+        close(build_timm(converted).forward_features(image(28)), expected)
+    elif target == 'mmpretrain':
+        close(build_mm(converted, out_type='raw')(image(28))[0], expected)
+    else:
+        features, cls = build_mm(converted, output_cls_token=True)(image(28))[0]
+        close(torch.cat([cls[:, None], features.flatten(2).transpose(1, 2)], 1), expected)
+
+
+def test_a_width_that_64_does_not_divide():
+    model = timm_model('vit_base_patch16_224', img_size=32, embed_dim=80, num_heads=2)
+    with pytest.raises(ForeignBackboneError, match='the number of heads of this ViT is unknown: .* 80 wide'):
+        convert_backbone(model.state_dict(), 'mmpretrain')
+
+
 def test_original_distilled_deit():
     model = timm_model('deit_tiny_distilled_patch16_224', img_size=64, num_classes=3)
     converted = convert_backbone(model.state_dict(), 'mmpretrain')

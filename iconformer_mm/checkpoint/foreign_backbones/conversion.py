@@ -139,5 +139,7 @@ def _notes(found: Recognised, config: dict[str, Any]) -> list[str]:
     if config['type'] == 'mmseg.VisionTransformer' and found.family == 'DINOv2':
         notes.append('layer scale is folded into the output maps of attention and FFN, since the class has none')
     if found.family not in ('SAM', 'BEiT', 'Swin', 'SwinV2'):
-        notes.append('the number of heads is in no tensor: it is taken as the width / 64, as these models have it')
+        notes.append(
+            'the number of heads is in no tensor: it is that of the published model of this width, else the width / 64'
+        )
     return notes

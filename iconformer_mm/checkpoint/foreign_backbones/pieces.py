@@ -71,11 +71,39 @@ def grid_side(number: int, family: str) -> int:
     return side
 
 
+# Published ViTs whose heads are not 64 wide: family and width, and the number of heads.
+_HEADS = {
+    ('ViT', 1280): 16,
+    ('MAE', 1280): 16,
+    ('CLIP', 1280): 16,
+    ('CLIP', 1408): 16,
+    ('CLIP', 1664): 16,
+    ('SigLIP', 1152): 16,
+    ('SigLIP', 1536): 16,
+    ('DINOv3', 4096): 32,
+}
+
+
+def num_heads(family: str, width: int) -> int:
+    """The number of heads of a plain ViT, which no tensor tells: that of the published model, else ``width / 64``.
+
+    Raises:
+        ForeignBackboneError: It is no published model, and 64 does not divide its width.
+    """
+    known = _HEADS.get((family, width))
+    if known is None and width > 64 and width % 64:
+        raise ForeignBackboneError(
+            f'the number of heads of this {family} is unknown: no tensor tells it, no published model is {width} wide, '
+            'and heads of 64 channels do not fit'
+        )
+    return known or max(width // 64, 1)
+
+
 def vit_facts(x: Pieces, prefix: int) -> dict[str, Any]:
     """Width, depth and the like of a plain ViT."""
     width, _, patch, _ = x.shape('patch.weight')
     hidden = x.shape('blocks.0.fc2.weight')[1]
-    facts = dict(width=width, patch=patch, depth=x.depth(), hidden=hidden, heads=max(width // 64, 1))
+    facts = dict(width=width, patch=patch, depth=x.depth(), hidden=hidden, heads=num_heads(x.found.family, width))
     if 'pos' in x.found.tensors:
         facts['image'] = grid_side(x.shape('pos')[1] - prefix, x.found.family) * patch
     return facts

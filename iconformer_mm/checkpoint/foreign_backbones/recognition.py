@@ -217,7 +217,7 @@ def recognise(state: Mapping[str, Tensor]) -> Recognised:
         state: Tensors by name.
 
     Raises:
-        ForeignBackboneError: It is no known backbone, or has tensors that are not known in it.
+        ForeignBackboneError: The backbone is unknown, or some of its tensors are.
     """
     tower = _below_tower(state)
     inside = {n[len(tower) :]: n for n in state if n.startswith(tower)}
