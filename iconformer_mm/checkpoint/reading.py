@@ -218,6 +218,24 @@ def state_dict_of(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
     return dict(content)
 
 
+def fetch_checkpoint(url: str) -> Path:
+    """Download a checkpoint into torch's hub folder, unless it is there. Rank 0 does, and the others wait.
+
+    Args:
+        url: An ``http`` or ``https`` URL.
+
+    Returns:
+        The file.
+    """
+    folder = Path(torch.hub.get_dir()) / 'checkpoints'
+    path = folder / Path(urlparse(url).path).name
+    if is_main_process() and not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path))
+    barrier()
+    return path
+
+
 def guard_loading(trust: bool = False, advice: str = 'read it with `trust=True`') -> None:
     """Make MMEngine read checkpoints with :func:`read_checkpoint` in this process, both local files and downloads.
 
@@ -233,13 +251,7 @@ def guard_loading(trust: bool = False, advice: str = 'read it with `trust=True`'
         return read_checkpoint(filename, trust, map_location, advice)
 
     def load_from_http(filename: str, map_location: Any = None, **_: Any) -> Any:
-        folder = Path(torch.hub.get_dir()) / 'checkpoints'
-        path = folder / Path(urlparse(filename).path).name
-        if is_main_process() and not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(filename, str(path))
-        barrier()
-        return read_checkpoint(path, trust, map_location, advice)
+        return read_checkpoint(fetch_checkpoint(filename), trust, map_location, advice)
 
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
     CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)

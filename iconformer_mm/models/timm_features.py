@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from iconformer_mm.checkpoint.foreign_backbones import looks_like
-from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
+from iconformer_mm.checkpoint.reading import fetch_checkpoint, read_checkpoint, state_dict_of
 from iconformer_mm.registry import is_type
 from iconformer_mm.tuning.accounting import is_derived, some
 from iconformer_mm.tuning.freezing import is_adapter
@@ -316,7 +315,7 @@ def _complete(name: str, kwargs: dict[str, Any], in_channels: int) -> dict[str, 
 
 def _read(path: str, prefix: str) -> dict[str, Tensor]:
     """The tensors of a file or a URL; those below a prefix, without it, where one is given."""
-    content = CheckpointLoader.load_checkpoint(path, 'cpu') if '://' in path else read_checkpoint(path)
+    content = read_checkpoint(fetch_checkpoint(path) if path.startswith(('http://', 'https://')) else path)
     state = state_dict_of(content, path)
     start = f'{prefix.rstrip(".")}.' if prefix else ''
     found = {n[len(start) :]: v for n, v in state.items() if n.startswith(start)}

@@ -1,6 +1,7 @@
 """``TIMMFeatures`` against timm's own blocks, listened to, and against timm's own loading."""
 
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from tiny_runs import build
 
 from iconformer_mm import inject, remove, summarize
 from iconformer_mm.checkpoint import DamagedFileError
+from iconformer_mm.checkpoint.reading import UntrustedFileError
 from iconformer_mm.models.timm_features import TIMMFeatures
 from iconformer_mm.tuning import get_injection
 
@@ -284,3 +286,19 @@ def test_weights_are_accounted_for_in_a_training(tmp_path):
     path.unlink()
     runner = build(tmp_path, **changes, load_from=str(tmp_path / 'epoch_2.pth'))
     assert 'accuracy/top1' in runner.test()
+
+
+def test_a_download_is_not_unpickled(tmp_path, monkeypatch):
+    """Also in a program that has not guarded MMEngine's own reader."""
+    mark = tmp_path / 'executed'
+
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (mark,)
+
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, path: torch.save(dict(x=Hostile()), path))
+    model = TIMMFeatures('vit_tiny_patch16_224', checkpoint='https://host.invalid/weights.pth')
+    with pytest.raises(UntrustedFileError, match='weights.pth holds more than tensors and plain data'):
+        model.init_weights()
+    assert not mark.exists()
