@@ -280,7 +280,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """Write a line a task and method."""
+    """Write one line per task and method."""
     with open(path, 'w', newline='', encoding='utf-8') as file:
         names = [name for name in Row.__dataclass_fields__ if name != 'scores']
         writer = csv.DictWriter(file, names, extrasaction='ignore', lineterminator='\n')
