@@ -405,6 +405,14 @@ def test_a_width_that_64_does_not_divide():
         convert_backbone(model.state_dict(), 'mmpretrain')
 
 
+@pytest.mark.parametrize('name', ['vit_base_patch16_224', 'beitv2_base_patch16_224'])
+def test_an_ffn_that_mmseg_cannot_have(name):
+    model = timm_model(name, img_size=32, embed_dim=64, num_heads=1, mlp_ratio=3.5)
+    message = 'is 224 wide, no whole multiple of 64.*convert it --to timm'
+    with pytest.raises(ForeignBackboneError, match=message):
+        convert_backbone(model.state_dict(), 'mmseg')
+
+
 def test_original_distilled_deit():
     model = timm_model('deit_tiny_distilled_patch16_224', img_size=64, num_classes=3)
     converted = convert_backbone(model.state_dict(), 'mmpretrain')

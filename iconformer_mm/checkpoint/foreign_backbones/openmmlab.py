@@ -12,6 +12,28 @@ from .pieces import Pieces, arch_of, fuse_gate, num_prefix, sam_facts, split_bia
 from .recognition import ForeignBackboneError, prefixes
 
 
+def _norms_and_ffn(x: Pieces, a: str, b: str, norms: tuple[str, str] = ('ln1', 'ln2')) -> None:
+    """The two norms and mmcv's FFN of a block, which nearly all classes share."""
+    x.both(a + 'norm1', b + norms[0])
+    x.both(a + 'norm2', b + norms[1])
+    x.both(a + 'fc1', b + 'ffn.layers.0.0')
+    x.both(a + 'fc2', b + 'ffn.layers.1')
+
+
+def _whole_ratio(x: Pieces, facts: dict[str, Any]) -> int:
+    """Width of mmseg's FFN as a multiple of the model's.
+
+    Raises:
+        ForeignBackboneError: It is no whole multiple, and the class takes no other.
+    """
+    if facts['hidden'] % facts['width']:
+        raise ForeignBackboneError(
+            f'the FFN of this {x.found.family} is {facts["hidden"]} wide, no whole multiple of {facts["width"]}, and '
+            "mmseg's class takes no other; convert it --to timm"
+        )
+    return facts['hidden'] // facts['width']
+
+
 def mmpretrain_vit(x: Pieces) -> dict[str, Any]:
     """``mmpretrain.VisionTransformer`` and its distilled variant."""
     if x.has('reg'):
@@ -54,19 +76,18 @@ def mmpretrain_vit(x: Pieces) -> dict[str, Any]:
         config['layer_cfgs'] = layer
     for i in range(facts['depth']):
         a, b = f'blocks.{i}.', f'layers.{i}.'
-        x.both(a + 'norm1', b + 'ln1')
-        x.both(a + 'norm2', b + 'ln2')
         x.both(a + 'qkv', b + 'attn.qkv')
         x.both(a + 'proj', b + 'attn.proj')
         if x.has(a + 'gamma_1'):
             x.move(a + 'gamma_1', b + 'attn.gamma1.weight')
             x.move(a + 'gamma_2', b + 'ffn.gamma2.weight')
         if gated:
+            x.both(a + 'norm1', b + 'ln1')
+            x.both(a + 'norm2', b + 'ln2')
             fuse_gate(x, a, b + 'ffn.w12')
             x.both(a + 'fc2', b + 'ffn.w3')
         else:
-            x.both(a + 'fc1', b + 'ffn.layers.0.0')
-            x.both(a + 'fc2', b + 'ffn.layers.1')
+            _norms_and_ffn(x, a, b)
     x.both('norm', 'ln1')
     return config
 
@@ -91,24 +112,20 @@ def mmseg_vit(x: Pieces) -> dict[str, Any]:
         embed_dims=facts['width'],
         num_layers=facts['depth'],
         num_heads=facts['heads'],
-        mlp_ratio=facts['hidden'] / facts['width'],
+        mlp_ratio=_whole_ratio(x, facts),
         norm_cfg=dict(type='LN', eps=1e-6),
         interpolate_mode='bicubic',
         final_norm=True,
     )
-    config['mlp_ratio'] = int(config['mlp_ratio']) if config['mlp_ratio'].is_integer() else config['mlp_ratio']
     x.move('cls', 'cls_token')
     x.move('pos', 'pos_embed')
     x.both('patch', 'patch_embed.projection')
     for i in range(facts['depth']):
         a, b = f'blocks.{i}.', f'layers.{i}.'
-        x.both(a + 'norm1', b + 'ln1')
-        x.both(a + 'norm2', b + 'ln2')
+        _norms_and_ffn(x, a, b)
         x.move(a + 'qkv.weight', b + 'attn.attn.in_proj_weight')
         x.move(a + 'qkv.bias', b + 'attn.attn.in_proj_bias')
         x.both(a + 'proj', b + 'attn.attn.out_proj')
-        x.both(a + 'fc1', b + 'ffn.layers.0.0')
-        x.both(a + 'fc2', b + 'ffn.layers.1')
         for gamma, layer in (('gamma_1', 'attn.attn.out_proj'), ('gamma_2', 'ffn.layers.1')):
             if x.has(a + gamma):
                 scale = x.take(a + gamma)
@@ -162,12 +179,11 @@ def mm_beit(library: str) -> Callable[[Pieces], dict[str, Any]]:
                 embed_dims=arch['embed_dims'],
                 num_layers=arch['num_layers'],
                 num_heads=heads,
-                mlp_ratio=facts['hidden'] / facts['width'],
+                mlp_ratio=_whole_ratio(x, facts),
                 qv_bias=True,
                 init_values=0.1,
                 norm_cfg=dict(type='LN', eps=1e-6),
             )
-            config['mlp_ratio'] = int(config['mlp_ratio'])
             if x.has('norm.weight'):
                 config['final_norm'] = True
                 x.both('norm', 'ln1')
@@ -175,15 +191,12 @@ def mm_beit(library: str) -> Callable[[Pieces], dict[str, Any]]:
         x.both('patch', 'patch_embed.projection')
         for i in range(facts['depth']):
             a, b = f'blocks.{i}.', f'layers.{i}.'
-            x.both(a + 'norm1', b + 'ln1')
-            x.both(a + 'norm2', b + 'ln2')
+            _norms_and_ffn(x, a, b)
             x.move(a + 'gamma_1', b + 'gamma_1')
             x.move(a + 'gamma_2', b + 'gamma_2')
             x.move(a + 'table', b + 'attn.relative_position_bias_table')
             split_bias(x, a, b + 'attn.')
             x.both(a + 'proj', b + 'attn.proj')
-            x.both(a + 'fc1', b + 'ffn.layers.0.0')
-            x.both(a + 'fc2', b + 'ffn.layers.1')
         return config
 
     return write
@@ -204,14 +217,11 @@ def mmpretrain_sam(x: Pieces) -> dict[str, Any]:
     x.both('patch', 'patch_embed.projection')
     for i in range(facts['depth']):
         a, b = f'blocks.{i}.', f'layers.{i}.'
-        x.both(a + 'norm1', b + 'ln1')
-        x.both(a + 'norm2', b + 'ln2')
+        _norms_and_ffn(x, a, b)
         x.both(a + 'qkv', b + 'attn.qkv')
         x.both(a + 'proj', b + 'attn.proj')
         x.move(a + 'rel_pos_h', b + 'attn.rel_pos_h')
         x.move(a + 'rel_pos_w', b + 'attn.rel_pos_w')
-        x.both(a + 'fc1', b + 'ffn.layers.0.0')
-        x.both(a + 'fc2', b + 'ffn.layers.1')
     for i in range(4) if facts['out'] else ():
         x.both(f'neck.{i}', f'channel_reduction.{i}')
     return config
@@ -260,8 +270,7 @@ def mm_swin(library: str) -> Callable[[Pieces], dict[str, Any]]:
         x.both('patch_norm', 'patch_embed.norm')
         for p in prefixes(x.found.tensors):
             b = p + 'attn.w_msa.'
-            x.both(p + 'norm1', p + 'norm1')
-            x.both(p + 'norm2', p + 'norm2')
+            _norms_and_ffn(x, p, p, ('norm1', 'norm2'))
             if second:
                 split_bias(x, p, b)
                 x.move(p + 'logit_scale', b + 'logit_scale')
@@ -271,8 +280,6 @@ def mm_swin(library: str) -> Callable[[Pieces], dict[str, Any]]:
                 x.both(p + 'qkv', b + 'qkv')
                 x.move(p + 'table', b + 'relative_position_bias_table')
             x.both(p + 'proj', b + 'proj')
-            x.both(p + 'fc1', p + 'ffn.layers.0.0')
-            x.both(p + 'fc2', p + 'ffn.layers.1')
         for stage in range(last):
             a = f'stages.{stage}.merge.'
             # In the second version of mmpretrain the merge opens the next stage; its norm follows the reduction.
