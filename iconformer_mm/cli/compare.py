@@ -75,7 +75,7 @@ def render_scenes(comparison: Comparison, tasks: Collection[str]) -> None:
     """Render what tasks on scenes train and test on, and what the search validates on."""
     for name in tasks:
         task = comparison.tasks[name]
-        if 'swin-scenes' in Path(task.config).name:
+        if '-scenes_' in Path(task.config).name:
             options = json.dumps([task.options, task.search_options])
             # The configs' own scenes, unless the options name others.
             folders = {'data/scenes/target', *re.findall(r'data/scenes\w*/\w+', options)}

@@ -1,0 +1,70 @@
+"""Adapt a real DINOv2-S with three dense heads to the target scenes: score and seconds of each method.
+
+    python benchmarks/dinov2_scenes.py [--jobs 2] [--out work_dirs/dinov2_scenes]
+
+The base is fetched as `iconformer fetch-real` does it. A run that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from iconformer_mm.checkpoint.real_base import fetch_base
+from iconformer_mm.cli import compare
+from iconformer_mm.cli.errors import user_errors
+from iconformer_mm.cli.parser import Parser
+from iconformer_mm.comparison.spec import ROOT
+from iconformer_mm.files import expanded, written_whole
+
+CONFIGS = ROOT / 'configs' / 'scenes' / 'real'
+TASKS: dict[str, dict[str, Any]] = {
+    'semantic': dict(config='upernet', metric='mIoU', title='UPerNet, semantic mIoU (%)'),
+    'instance': dict(config='mask-rcnn', metric='coco/segm_mAP', title='Mask R-CNN, mask AP (%)', factor=100),
+    'depth': dict(config='dpt', metric='rmse', title='DPT, depth RMSE (m)', digits=3, higher_is_better=False),
+}
+
+
+def comparison(base: Path) -> dict[str, Any]:
+    """The comparison as :mod:`iconformer_mm.cli.compare` reads it."""
+    tasks = {
+        name: dict(
+            task,
+            config=str(CONFIGS / f'{task["config"]}_dinov2-scenes_target.py'),
+            base=str(base),
+            learning_rates=[1e-3],
+            options={'model.backbone.init_cfg.checkpoint': str(base)},
+            pictures=[3, 8],
+        )
+        for name, task in TASKS.items()
+    }
+    return dict(
+        title='DINOv2-S adapted to the target scenes',
+        seeds=[0],
+        search_seed=100,
+        tasks=tasks,
+        methods=dict(
+            frozen=dict(title='frozen backbone', method=dict(type='frozen')),
+            icon=dict(title='iCoN', method=dict(type='icon')),
+            full=dict(title='full fine-tuning', method=dict(type='full')),
+        ),
+    )
+
+
+@user_errors
+def main() -> None:
+    """Run the comparison."""
+    parser = Parser(description=__doc__)
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one core each (2)')
+    parser.add_argument('--out', type=expanded, default='work_dirs/dinov2_scenes', help='folder for all results')
+    args = parser.parse_args()
+    out = Path(args.out).resolve()
+    with written_whole(out / 'comparison.yaml') as temporary:
+        temporary.write_text(yaml.safe_dump(comparison(fetch_base('timm')), sort_keys=False), encoding='utf-8')
+    compare.main([str(out / 'comparison.yaml'), '--out', str(out), '--jobs', str(args.jobs)])
+
+
+if __name__ == '__main__':
+    main()
