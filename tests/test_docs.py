@@ -19,12 +19,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-sys.path[:0] = [str(ROOT / 'tests' / 'tuning'), str(ROOT / 'tools')]
+sys.path.insert(0, str(ROOT / 'tools'))
 from families import stir  # noqa: E402
 from mmengine.registry import HOOKS, MODELS, init_default_scope  # noqa: E402
 from rich.console import Console  # noqa: E402
 from run_page import FILE, read_blocks  # noqa: E402
-from test_switching import classifier  # noqa: E402
+from small_classifiers import classifier  # noqa: E402
 from tool_parsers import parser_of_command, parser_of_tool  # noqa: E402
 
 from iconformer_mm import active_adapter, inject, list_adapters, save_adapter  # noqa: E402

@@ -6,7 +6,8 @@ from pathlib import Path
 import cv2
 from conftest import ROOT
 from run_page import link_checkout, read_blocks, run_bash, run_python
-from test_scene_configs import WRITERS, scenes
+
+from iconformer_mm.datasets.scenes import WRITERS, scenes
 
 PAGE = ROOT / 'docs' / 'first_hour.md'
 SHORT = (

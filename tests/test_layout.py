@@ -116,3 +116,14 @@ def test_tests_have_names_of_their_own():
 def test_folders_of_tests_are_parts_of_the_package():
     folders = {path.name for path in (ROOT / 'tests').iterdir() if path.is_dir() and any(path.glob('test_*.py'))}
     assert folders <= {*LEVEL, 'tools', 'real'}
+
+
+def test_no_test_module_imports_another():
+    """What several share is in a module that is no test."""
+    modules = {path.stem: path for path in (ROOT / 'tests').rglob('test_*.py')}
+    for path in modules.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module not in modules, f'{path.name} imports {node.module}'
+            elif isinstance(node, ast.Import):
+                assert not {alias.name for alias in node.names} & set(modules), path.name

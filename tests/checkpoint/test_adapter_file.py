@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, VIT, flatten, image, stir
+from families import FAMILIES, flatten, image, stir
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
+from small_classifiers import classifier, logits, trained
 
 from iconformer_mm import (
     active_adapter,
@@ -34,36 +35,6 @@ from iconformer_mm.checkpoint import (
 )
 
 
-def classifier(num_classes=10, seed=0):
-    from mmpretrain.models import build_classifier
-
-    torch.manual_seed(seed)
-    return build_classifier(
-        dict(
-            type='ImageClassifier',
-            backbone=dict(type='VisionTransformer', arch=VIT, img_size=64),
-            neck=dict(type='ClsBatchNormNeck', input_features=32),
-            head=dict(type='LinearClsHead', num_classes=num_classes, in_channels=32),
-        )
-    )
-
-
-def trained(**options):
-    """A model as after training: adapters, head and the neck's statistics have moved."""
-    model = classifier()
-    inject(model, **options)
-    stir(model)
-    with torch.no_grad():
-        model.head.fc.weight.add_(1)
-        model.neck.bn.running_mean.add_(1)
-    return model
-
-
-def logits(model):
-    model.eval()
-    return model.head(model.extract_feat(image((64, 64)))).detach()
-
-
 def test_round_trip(tmp_path):
     source = trained(bottleneck=8, kernel_size=5)
     save_adapter(source, tmp_path / 'a.safetensors', metadata=dict(task='digits'))
@@ -79,9 +50,8 @@ def test_round_trip_in_another_process(tmp_path):
     source = trained()
     save_adapter(source, tmp_path / 'a.safetensors')
     code = (
-        f'import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r}); '
-        f'sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r}); '
-        'from test_adapter_file import classifier, load_adapter, logits; '
+        f'import sys, torch; sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r}); '
+        'from iconformer_mm import load_adapter; from small_classifiers import classifier, logits; '
         f'm = classifier(); load_adapter(m, {str(tmp_path / "a.safetensors")!r}); '
         f'torch.save(logits(m), {str(tmp_path / "logits.pt")!r})'
     )

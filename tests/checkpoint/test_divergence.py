@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from test_adapter_file import trained
+from small_classifiers import trained
 
 from iconformer_mm import save_adapter
 from iconformer_mm.checkpoint import adapter_file

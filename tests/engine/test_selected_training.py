@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from test_adapter_checkpoint_hook import Interrupted, equal, make, state
+from interrupted_runs import Interrupted, equal, make, state
 from tiny_runs import build
 
 from iconformer_mm import inject, remove

@@ -1,16 +1,12 @@
 """Runs are read from work directories, whole, resumed and damaged ones."""
 
 import json
-import sys
 from dataclasses import asdict
 
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / 'tests' / 'tuning'))
-from test_switching import classifier  # noqa: E402
+from small_classifiers import classifier  # noqa: E402
 
 from iconformer_mm import inject, save_adapter, summarize  # noqa: E402
 from iconformer_mm.files import write_json  # noqa: E402

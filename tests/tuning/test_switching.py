@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, VIT, flatten, image, stir
+from families import FAMILIES, image, stir
 from mmengine.model import MMDistributedDataParallel
+from small_classifiers import classifier, logits, same
 
 from iconformer_mm import (
     active_adapter,
@@ -24,31 +25,7 @@ from iconformer_mm.checkpoint import AdapterFileError
 from iconformer_mm.checkpoint.adapter_file import read_adapter
 from iconformer_mm.tuning import get_injection
 
-
-def classifier(num_classes=10):
-    from mmpretrain.models import build_classifier
-
-    torch.manual_seed(0)
-    return build_classifier(
-        dict(
-            type='ImageClassifier',
-            backbone=dict(type='VisionTransformer', arch=VIT, img_size=64),
-            neck=dict(type='ClsBatchNormNeck', input_features=32),
-            head=dict(type='LinearClsHead', num_classes=num_classes, in_channels=32),
-        )
-    )
-
-
 FIVE = dict(head=dict(type='LinearClsHead', num_classes=5, in_channels=32))
-
-
-def logits(model):
-    model.eval()
-    return model.head(model.extract_feat(image((64, 64)))).detach()
-
-
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(flatten(first), flatten(second), strict=True))
 
 
 @pytest.mark.parametrize('family', FAMILIES, ids=str)
