@@ -10,7 +10,7 @@ PACKAGE = ROOT / 'iconformer_mm'
 # Each imports from those before it only. Those of one line do not know one another.
 LAYERS = (
     ('extras',),
-    ('version', 'compat', 'messages', 'files', 'figures', 'registry', 'deprecation'),
+    ('version', 'compat', 'messages', 'files', 'fetching', 'figures', 'registry', 'deprecation'),
     ('ops',),
     ('adapters',),
     ('tuning',),

@@ -10,10 +10,11 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 from PIL import Image
 
-from iconformer_mm.checkpoint.real_base import SOURCE, cache_folder, fetch_base
+from iconformer_mm.checkpoint.real_base import SOURCE, fetch_base
 from iconformer_mm.comparison.spec import ROOT
-from iconformer_mm.datasets.few_shot import find_fashion_mnist, split_folder, write_fashion_mnist
+from iconformer_mm.datasets.few_shot import find_fashion_mnist, find_textile, split_folder, write_fashion_mnist
 from iconformer_mm.engine import add_peft, load_config
+from iconformer_mm.fetching import cache_folder
 from iconformer_mm.figures import new_figure, save_figure
 from iconformer_mm.files import expanded, written_whole
 from iconformer_mm.inference import AdapterInferencer
@@ -27,11 +28,12 @@ CONFIG = ROOT / 'configs' / 'quickstart' / 'real' / 'dinov2-small_linear_images.
 BLOCKS = [8, 9, 10, 11]
 
 
-def make_images(data: str | None, target: Path, shots: int) -> tuple[list[str], str]:
+def make_images(data: str, target: Path, shots: int) -> tuple[list[str], str]:
     """Write the training and test images, one folder per class.
 
     Args:
-        data: The user's folder of images, one sub-folder per class. None for Fashion-MNIST.
+        data: The user's folder of images, one sub-folder per class; ``'fashion-mnist'``; or ``'textile'``, for
+            defects in textiles.
         target: Where ``train/CLASS`` and ``test/CLASS`` are written.
         shots: Training images per class.
 
@@ -39,20 +41,26 @@ def make_images(data: str | None, target: Path, shots: int) -> tuple[list[str], 
         The names of the classes, and what the images are.
 
     Raises:
-        DataError: The folder does not fit, or Fashion-MNIST cannot be fetched.
+        DataError: The folder does not fit.
+        FetchError: The images cannot be fetched.
     """
-    if data is not None:
-        return split_folder(Path(data), target, shots), data
-    return write_fashion_mnist(find_fashion_mnist(cache_folder()), target, shots), 'Fashion-MNIST'
+    if data == 'fashion-mnist':
+        return write_fashion_mnist(find_fashion_mnist(cache_folder()), target, shots), 'Fashion-MNIST'
+    if data == 'textile':
+        return split_folder(find_textile(cache_folder()), target, shots), 'textile defects'
+    return split_folder(Path(expanded(data)), target, shots), data
 
 
-def settings_of(base: Path, data: Path, classes: Sequence[str]) -> dict[str, Any]:
+def settings_of(base: Path, data: Path, classes: Sequence[str], size: int) -> dict[str, Any]:
     """The settings that every run has beyond the config's."""
-    return {
+    settings: dict[str, Any] = {
         'model.backbone.init_cfg.checkpoint': str(base),
         'model.head.num_classes': len(classes),
-        **{f'{part}_dataloader.dataset.data_root': str(data) for part in ('train', 'val', 'test')},
     }
+    for part in ('train', 'val', 'test'):
+        settings[f'{part}_dataloader.dataset.data_root'] = str(data)
+        settings[f'{part}_dataloader.dataset.pipeline.1.scale'] = [size, size]
+    return settings
 
 
 def write_comparison(path: Path, title: str, base: Path, options: dict[str, Any], seeds: int) -> None:
@@ -109,7 +117,17 @@ def draw_predictions(adapter: Path, options: dict[str, Any], classes: Sequence[s
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = Parser(description=__doc__)
-    parser.add_argument('--data', type=expanded, help='folder of images, one sub-folder per class (Fashion-MNIST)')
+    parser.add_argument(
+        '--data',
+        default='fashion-mnist',
+        help='folder of images, one sub-folder per class; or fashion-mnist or textile, to be fetched (fashion-mnist)',
+    )
+    parser.add_argument(
+        '--size',
+        type=int,
+        default=84,
+        help='side of the images, a multiple of 14 pixels (84); fine detail needs more',
+    )
     parser.add_argument('--shots', type=int, default=20, help='training images per class (20)')
     parser.add_argument('--seeds', type=int, default=1, help='runs of each method (1)')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one core each (2)')
@@ -118,11 +136,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ('shots', 'seeds', 'jobs'):
         if getattr(args, name) < 1:
             parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
+    if args.size < 28 or args.size % 14:
+        parser.error(f'--size must be a multiple of 14, from 28 on, got {args.size}')
     out = Path(args.out).resolve()
     base = fetch_base('mmpretrain')
     print(f'base: {SOURCE}')
     classes, what = make_images(args.data, out / 'data', args.shots)
-    options = settings_of(base, out / 'data', classes)
+    options = settings_of(base, out / 'data', classes, args.size)
     title = f'DINOv2-S adapted to {what}, {args.shots} images per class'
     write_comparison(out / 'comparison.yaml', title, base, options, args.seeds)
     compare.main([str(out / 'comparison.yaml'), '--out', str(out), '--jobs', str(args.jobs)])

