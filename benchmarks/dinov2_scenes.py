@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from iconformer_mm.checkpoint import load_safetensors, save_safetensors
 from iconformer_mm.checkpoint.real_base import fetch_base
 from iconformer_mm.cli import compare
 from iconformer_mm.cli.errors import user_errors
@@ -27,15 +28,20 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def comparison(base: Path) -> dict[str, Any]:
-    """The comparison as :mod:`iconformer_mm.cli.compare` reads it."""
+def comparison(checkpoint: Path, base: Path) -> dict[str, Any]:
+    """The comparison as :mod:`iconformer_mm.cli.compare` reads it.
+
+    Args:
+        checkpoint: The pre-trained weights, in timm's names.
+        base: The same in the names of the backbone, which frozen weights are compared with.
+    """
     tasks = {
         name: dict(
             task,
             config=str(CONFIGS / f'{task["config"]}_dinov2-scenes_target.py'),
             base=str(base),
             learning_rates=[1e-3],
-            options={'model.backbone.init_cfg.checkpoint': str(base)},
+            options={'model.backbone.init_cfg.checkpoint': str(checkpoint)},
             pictures=[3, 8],
         )
         for name, task in TASKS.items()
@@ -61,8 +67,11 @@ def main() -> None:
     parser.add_argument('--out', type=expanded, default='work_dirs/dinov2_scenes', help='folder for all results')
     args = parser.parse_args()
     out = Path(args.out).resolve()
+    checkpoint, base = fetch_base('timm'), out / 'base.safetensors'
+    out.mkdir(parents=True, exist_ok=True)
+    save_safetensors({f'timm_model.{name}': value for name, value in load_safetensors(str(checkpoint)).items()}, base)
     with written_whole(out / 'comparison.yaml') as temporary:
-        temporary.write_text(yaml.safe_dump(comparison(fetch_base('timm')), sort_keys=False), encoding='utf-8')
+        temporary.write_text(yaml.safe_dump(comparison(checkpoint, base), sort_keys=False), encoding='utf-8')
     compare.main([str(out / 'comparison.yaml'), '--out', str(out), '--jobs', str(args.jobs)])
 
 
