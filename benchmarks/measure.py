@@ -18,7 +18,7 @@ from mmengine.model import BaseModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from iconformer_mm.analysis import inspection
-from iconformer_mm.comparison.tables import to_markdown
+from iconformer_mm.comparison.markdown import to_markdown
 from iconformer_mm.engine import load_config
 from iconformer_mm.figures import new_figure, save_figure
 

@@ -36,6 +36,7 @@ from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import find_backbone
 
+from .image_scores import ImageScores, observe
 from .spec import ROOT
 
 CURVE_POINTS = 50
@@ -64,6 +65,32 @@ class DivergenceHook(Hook):
         assert outputs is not None  # a training step gives its losses
         if not outputs['loss'].isfinite():
             raise Diverged
+
+
+class ImageScoresHook(Hook):
+    """Notes what each test image adds to the score."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.noted: list[ImageScores] = []
+
+    def before_run(self, runner: Runner) -> None:
+        """Listen to the metric."""
+        self.noted = observe(runner.val_evaluator, self.metric)
+
+    def of(self, score: float | None) -> dict[str, list] | None:
+        """What each image added in the last validation; None of a score that is no mean over images.
+
+        Raises:
+            RuntimeError: It does not sum up to the score.
+        """
+        if score is None or not self.noted:
+            return None
+        found = self.noted[-1].score()
+        # MMSegmentation rounds to two digits.
+        if abs(found - score) > 0.01 + 1e-4 * abs(score):
+            raise RuntimeError(f'the images add up to {self.metric} {found}, and the validation gave {score}')
+        return self.noted[-1].to_json()
 
 
 def train_and_validate(
@@ -95,6 +122,8 @@ def train_and_validate(
     torch.set_num_threads(1)
     runner = build_runner(make_config(settings, folder, keep_adapter))
     runner.register_hook(DivergenceHook())
+    image_scores = ImageScoresHook(settings['metric'])
+    runner.register_hook(image_scores)
     score = train(runner, settings['metric'])
     content = dict(
         settings=settings,
@@ -102,6 +131,7 @@ def train_and_validate(
         curve=loss_curve(runner),
         train_seconds=sum(history(runner, 'train/time')),
         **count(runner.model),
+        images=image_scores.of(score),
         frozen_weights_checked=check_frozen_weights(runner.model, base),
         versions={module.__name__: module.__version__ for module in (torch, mmengine, iconformer_mm)},
     )

@@ -124,6 +124,8 @@ class Comparison:
         search_seed: Seed of the search, none of ``seeds``.
         tasks: The tasks by name.
         methods: The methods by name.
+        reference: Name of the method whose differences from the others are tabulated. Defaults to None: iCoN, or the
+            first where that is not compared.
     """
 
     title: str
@@ -131,6 +133,7 @@ class Comparison:
     search_seed: int
     tasks: dict[str, Task]
     methods: dict[str, Method]
+    reference: str | None = None
 
     def pairs(self, tasks: Collection[str], methods: Collection[str]) -> list[tuple[Task, Method]]:
         """The named tasks with each of the named methods that is defined there, task by task."""
@@ -200,7 +203,10 @@ def _comparison(content: Any, folder: Path) -> Comparison:
     search_seed = _value('search_seed', content['search_seed'], int)
     if search_seed in seeds:
         raise ComparisonError(f'search_seed {search_seed} is one of the seeds; the search needs a seed of its own')
-    return Comparison(str(content['title']), seeds, search_seed, tasks, methods)
+    reference = content.get('reference')
+    if reference is not None and reference not in methods:
+        raise ComparisonError(f"reference: unknown method '{reference}'{_hint(reference, methods)}")
+    return Comparison(str(content['title']), seeds, search_seed, tasks, methods, reference)
 
 
 def _task(name: str, content: Any, folder: Path) -> Task:

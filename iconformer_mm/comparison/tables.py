@@ -18,13 +18,16 @@ from rich.table import Table
 
 from iconformer_mm.files import written_whole
 
+from .intervals import average_ranks, differences_text, plot_ranks
+from .markdown import to_markdown
 from .plots import CurvePanel, TradeoffPanel, plot_curves, plot_tradeoff
 from .prediction_plots import PredictionRow, plot_predictions
 from .results import Results
 from .spec import Method, Task
 
 PICTURES = 'predictions.png'  # of tasks with pictures
-FILES = ('results.json', 'results.csv', 'table.md', 'search.md', 'tradeoff.png', 'curves.png')
+FILES = ('results.json', 'results.csv', 'table.md', 'differences.md', 'search.md', 'tradeoff.png', 'curves.png')
+RANKS = 'ranks.png'  # of several tasks
 
 
 @dataclass
@@ -306,13 +309,20 @@ def report(results: Results, folder: Path, console: Console) -> None:
     write(folder / 'results.json', lambda path: path.write_text(json.dumps(content, indent=2) + '\n', 'utf-8'))
     write(folder / 'results.csv', lambda path: write_csv(rows.values(), path))
     write(folder / 'table.md', lambda path: path.write_text(markdown, 'utf-8'))
+    write(folder / 'differences.md', lambda path: path.write_text(differences_text(results), 'utf-8'))
     write(folder / 'search.md', lambda path: path.write_text(search_text(results), 'utf-8'))
     names = [method.title for method in comparison.methods.values()]
     full = next((method.title for method in comparison.methods.values() if method.method['type'] == 'full'), None)
     write(folder / 'tradeoff.png', lambda path: plot_tradeoff(tradeoff_panels(results, rows), names, path, full))
     write(folder / 'curves.png', lambda path: plot_curves(curve_panels(results, rows), names, path, full))
-    drawn = plot_pictures(results, folder / PICTURES)
-    console.print(f'wrote {", ".join([*FILES, *([PICTURES] if drawn else [])])} to {folder}')
+    written = [*FILES]
+    ranks = average_ranks(comparison, {key: row.mean for key, row in rows.items() if row.mean is not None})
+    if len(ranks) > 1 and len(comparison.tasks) > 1:
+        write(folder / RANKS, lambda path: plot_ranks(ranks, len(comparison.tasks), path))
+        written.append(RANKS)
+    if plot_pictures(results, folder / PICTURES):
+        written.append(PICTURES)
+    console.print(f'wrote {", ".join(written)} to {folder}')
 
 
 def print_table(title: str, titles: Sequence[Sequence[str]], rows: Iterable[Sequence[str]], console: Console) -> None:
@@ -330,10 +340,3 @@ def print_table(title: str, titles: Sequence[Sequence[str]], rows: Iterable[Sequ
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def to_markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, first column to the left and the others to the right."""
-    lines = ['| ' + ' | '.join(titles) + ' |', '|---' + '|---:' * (len(titles) - 1) + '|']
-    lines += ['| ' + ' | '.join(row) + ' |' for row in rows]
-    return '\n'.join(lines) + '\n'

@@ -1,0 +1,80 @@
+import json
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from iconformer_mm.comparison.intervals import average_ranks, differences_text, plot_ranks, reference_of
+from iconformer_mm.comparison.results import Results
+from iconformer_mm.comparison.spec import Comparison, Method, Task
+
+
+def make_task(name, higher):
+    return Task(name, 'config.py', 'base', 'score', name, (1e-3,), higher_is_better=higher)
+
+
+def make_comparison(**changes):
+    tasks = {name: make_task(name, name == 'up') for name in ('up', 'down')}
+    types = {'frozen': 'frozen', 'icon': 'icon', 'lora': 'lora'}
+    methods = {name: Method(name, name.title(), dict(type=kind), ('up', 'down')) for name, kind in types.items()}
+    return Comparison('title', (0, 1), 100, tasks, methods, **changes)
+
+
+def finish(results, task, method, scores, images=None):
+    """Write the files of runs, one for each seed."""
+    comparison = results.comparison
+    for index, run in enumerate(
+        comparison.runs(comparison.tasks[task], comparison.methods[method], 1e-3)[: len(scores)]
+    ):
+        path = results.file(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = dict(settings=run.settings, score=scores[index])
+        if images is not None:
+            content['images'] = dict(numerators=list(images[index]))
+        path.write_text(json.dumps(content))
+
+
+def test_differences(tmp_path):
+    """Better is positive, whichever way the score goes; images in common make small differences certain."""
+    results = Results(make_comparison(), tmp_path)
+    hard = np.random.default_rng(0).normal(50, 20, (2, 100))
+    for name, more in (('icon', 1.0), ('frozen', 0.0)):
+        finish(results, 'up', name, (hard + more).mean(axis=1).tolist(), hard + more)
+        finish(results, 'down', name, (hard - more).mean(axis=1).tolist(), hard - more)
+    finish(results, 'up', 'lora', [None, 50.0])
+    text = differences_text(Results(results.comparison, tmp_path))
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if '| Frozen' in line]
+    assert [row[4:] for row in rows] == [['**+1.0**', '1.0 to 1.0']] * 2
+    for row in rows:
+        low, high = map(float, row[3].split(' to '))
+        assert row[1] == '2' and low < float(row[2]) < high and 3 < high - low < 30
+    assert text.count('| Icon |') == 2 and '| Lora' not in text  # a run diverged
+
+
+def test_the_reference():
+    assert reference_of(make_comparison()).name == 'icon'
+    assert reference_of(make_comparison(reference='lora')).name == 'lora'
+
+
+def test_an_unknown_reference_is_an_error(tmp_path):
+    from iconformer_mm.comparison.spec import ComparisonError, load_comparison
+
+    text = (ROOT / 'configs' / 'comparison' / 'quickstart.yaml').read_text()
+    folder = ROOT / 'configs' / 'comparison'
+    (tmp_path / 'c.yaml').write_text('reference: icno\n' + text.replace('../', f'{folder.parent}/'))
+    with pytest.raises(ComparisonError, match="reference: unknown method 'icno' .did you mean 'icon'"):
+        load_comparison(tmp_path / 'c.yaml')
+
+
+def test_ranks(tmp_path):
+    means = {
+        ('up', 'icon'): 3.0, ('up', 'lora'): 3.0, ('up', 'frozen'): 1.0,
+        ('down', 'icon'): 0.1, ('down', 'lora'): 0.3, ('down', 'frozen'): 0.2,
+    }  # fmt: skip
+    ranks = average_ranks(make_comparison(), means)
+    assert ranks == dict(Icon=1.25, Lora=2.25, Frozen=2.5)
+    del means['down', 'lora']
+    assert average_ranks(make_comparison(), means) == dict(Icon=1.0, Frozen=2.0)
+    plot_ranks(ranks, 2, tmp_path / 'ranks.png')
+    assert cv2.imread(str(tmp_path / 'ranks.png')).std() > 5
