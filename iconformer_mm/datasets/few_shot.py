@@ -131,9 +131,11 @@ def split_folder(source: Path, target: Path, shots: int = 20, most: int = 100, s
     found = {name: _images(source / name) for name in classes}
     few = [f'{name} ({len(images)})' for name, images in found.items() if len(images) <= shots]
     if few:
+        smallest = min(map(len, found.values()))
+        advice = f'shots (--shots) can be {smallest - 1} at most' if smallest > 1 else 'add images, or leave it out'
         raise DataError(
             f'{source}: every class needs more than {shots} images ({shots} to train, the rest to test); too few in '
-            f'{", ".join(few[:5])}'
+            f'{", ".join(few[:5])}: {advice}'
         )
     shutil.rmtree(target, ignore_errors=True)
     for name, images in found.items():

@@ -1,9 +1,12 @@
 """A mistake on the command line, or in a config, is one line that says what was probably meant."""
 
+import re
 import sys
 from importlib import import_module
 
 import pytest
+import torch
+from conftest import free_port
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 
@@ -139,6 +142,38 @@ def test_mistakes_inside_of_data_sets(root):
     loader.batchsize = loader.pop('batch_size')
     found = explain(error_of(CheckedRunner.build_dataloader, loader, seed=0))
     assert found == "error: unknown option 'batchsize' of DataLoader (did you mean 'batch_size'?)"
+
+
+def vit(**init_cfg):
+    """Build a small ViT and load its weights."""
+    arch = dict(embed_dims=8, num_layers=1, num_heads=1, feedforward_channels=8)
+    cfg = dict(type='VisionTransformer', arch=arch, img_size=32, init_cfg=dict(type='Pretrained', **init_cfg))
+    init_default_scope('mmpretrain')
+    MODELS.build(cfg).init_weights()
+
+
+def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
+    url = f'http://127.0.0.1:{free_port()}/deit.pth'
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    found = explain(error_of(vit, checkpoint=url))
+    assert re.fullmatch(
+        rf'error: the weights {url} cannot be downloaded \(.*refused.*\)\. Download .* `iconformer .*', found
+    )
+    found = explain(error_of(vit, checkpoint=str(tmp_path / 'deti.pth')))
+    assert found == f'error: there is no file of weights {tmp_path}/deti.pth'
+    torch.save(dict(state_dict=dict(a=torch.ones(1))), tmp_path / 'a.pth')
+    found = explain(error_of(vit, checkpoint=str(tmp_path / 'a.pth'), prefix='backbone.'))
+    assert found.startswith(f"error: no tensor of the weights {tmp_path}/a.pth has a name that begins with 'backbone.'")
+
+
+def test_weights_of_timm_that_cannot_be_had(tmp_path, monkeypatch):
+    import timm
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
+    found = explain(error_of(timm.create_model, 'vit_tiny_patch16_224', pretrained=True))
+    assert found.startswith('error: the weights timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k cannot be downloaded (')
 
 
 def test_what_is_explained_and_what_is_not():

@@ -43,7 +43,11 @@ def test_a_folder_is_split_without_overlap(tmp_path):
 @pytest.mark.parametrize(
     ('counts', 'message'),
     [
-        (dict(cat=3, dog=5), r'every class needs more than 3 images .* too few in cat \(3\)'),
+        (
+            dict(cat=3, dog=5),
+            r'every class needs more than 3 images .* too few in cat \(3\): shots .* can be 2 at',
+        ),
+        (dict(cat=1, dog=5), r'too few in cat \(1\): add images, or leave it out'),
         (dict(cat=5), r'has 1 folders; it needs one for each class'),
         (None, 'does not exist'),
     ],
