@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from mmengine.config import Config, DictAction
-from mmengine.runner import Runner
 
 from iconformer_mm.checkpoint.reading import guard_loading
+from iconformer_mm.engine.config import runner_settings
 from iconformer_mm.messages import hint, one_line
 
 TRUST = '--trust-checkpoints'
-# Read from a config by the runner's relatives, not by its constructor.
-_MORE_SETTINGS = (
-    'auto_scale_lr',
-    'custom_imports',
-    'find_unused_parameters',
-    'model_wrapper_cfg',
-    'runner_type',
-    'test_pipeline',
-    'train_pipeline',
-    'tta_model',
-    'tta_pipeline',
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,7 +81,7 @@ def merge_options(cfg: Config, options: dict[str, Any] | None) -> None:
     """
     if not options:
         return
-    known = {*inspect.signature(Runner.__init__).parameters, *_MORE_SETTINGS, *cfg} - {'self', 'cfg'}
+    known = runner_settings() | {*cfg}
     for name in options:
         _check_name(cfg, name, known)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from mmengine.config import Config
 from mmengine.device import get_device, is_cuda_available
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
 
 from iconformer_mm.compat import config_folder
 from iconformer_mm.messages import one_line
@@ -21,6 +23,19 @@ from iconformer_mm.registry import accepted, is_type
 from iconformer_mm.tuning.methods import build_method
 
 from .bfloat16_optim_wrapper import AMP_OPTIONS, APEX_OPTIONS
+
+# Read from a config by the runner's relatives, not by its constructor.
+_MORE_SETTINGS = (
+    'auto_scale_lr',
+    'custom_imports',
+    'find_unused_parameters',
+    'model_wrapper_cfg',
+    'runner_type',
+    'test_pipeline',
+    'train_pipeline',
+    'tta_model',
+    'tta_pipeline',
+)
 
 
 def find_config(name: str) -> Path:
@@ -71,6 +86,7 @@ def load_config(name: str, peft: str | None = None) -> Config:
         raise FileNotFoundError(f"config '{name}': {one_line(error)}") from error
     except Exception as error:  # a config is a program that can fail in any way
         raise ValueError(f"config '{name}' cannot be read: {type(error).__name__}: {one_line(error)}") from error
+    _check_settings(cfg, name)
     scope = cfg.get('default_scope')
     if scope is not None and find_spec(scope) is None:
         raise ValueError(
@@ -84,6 +100,37 @@ def load_config(name: str, peft: str | None = None) -> Config:
     if cfg.get('work_dir') is None:
         cfg.work_dir = os.path.join('work_dirs', stem)
     return cfg
+
+
+def runner_settings() -> set[str]:
+    """The settings of a config that MMEngine's runner and the tools read."""
+    return {*inspect.signature(Runner.__init__).parameters, *_MORE_SETTINGS} - {'self', 'cfg'}
+
+
+def _check_settings(cfg: Config, name: str) -> None:
+    """Refuse a misspelt setting: nobody would read it, and the default or the base config's would hold.
+
+    A config may have variables of its own. One that is nearly a setting's name is taken for a misspelt one.
+
+    Raises:
+        ValueError: There is one.
+    """
+    known = runner_settings()
+    for key in set(cfg.keys()) - known:
+        near = next((other for other in known if _is_misspelt(key, other)), None)
+        if near is not None:
+            raise ValueError(
+                f"config '{name}': nobody reads the setting '{key}' (did you mean '{near}'?). If it is a variable of "
+                'yours, give it a name that is not so near'
+            )
+
+
+def _is_misspelt(name: str, setting: str) -> bool:
+    """Whether a name differs from a setting's in a letter or two; numbered variants of a setting do not count."""
+    if name[-1:].isdigit() or not name.isascii():
+        return False
+    swapped = (setting[:i] + setting[i + 1] + setting[i] + setting[i + 2 :] for i in range(len(setting) - 1))
+    return difflib.SequenceMatcher(None, name, setting).ratio() >= 0.92 or name in swapped
 
 
 def add_peft(cfg: Config, method: str | dict) -> None:

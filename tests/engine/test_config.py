@@ -1,8 +1,9 @@
 """What a config says of its PEFTHooks."""
 
+import pytest
 from mmengine.config import Config
 
-from iconformer_mm.engine import PEFTHook, add_peft
+from iconformer_mm.engine import PEFTHook, add_peft, load_config
 from iconformer_mm.engine.config import method_of, peft_hooks
 
 
@@ -26,3 +27,27 @@ def test_one_that_is_added_takes_the_place_of_all_others():
     add_peft(cfg, dict(type='icon', bottleneck=4))
     assert cfg.custom_hooks == [dict(type='EMAHook')]
     assert method_of(cfg) == dict(method=dict(type='icon', bottleneck=4))
+
+
+@pytest.mark.parametrize(
+    ('written', 'meant'),
+    [
+        ('optim_wraper', 'optim_wrapper'),
+        ('custom_hook', 'custom_hooks'),
+        ('trian_dataloader', 'train_dataloader'),
+        ('load_form', 'load_from'),
+        ('modle', 'model'),
+    ],
+)
+def test_a_misspelt_setting_of_a_config_is_an_error(written, meant, tmp_path):
+    """Nobody would read it, and training would go by the default."""
+    (tmp_path / 'c.py').write_text(f'{written} = None\n')
+    with pytest.raises(ValueError, match=rf"nobody reads the setting '{written}' \(did you mean '{meant}'\?\)"):
+        load_config(str(tmp_path / 'c.py'))
+
+
+def test_variables_of_a_config_are_no_misspelt_settings(tmp_path):
+    """Names that configs of the libraries use, and numbered variants."""
+    names = ('models', 'conv_cfg', 'train_pipeline_1e', 'oi_train_pipeline', 'val_evaluator_full', 'train_pipeline2')
+    (tmp_path / 'c.py').write_text(''.join(f'{name} = None\n' for name in names))
+    assert set(names) <= set(load_config(str(tmp_path / 'c.py')))
