@@ -19,6 +19,7 @@ from iconformer_mm.tuning import get_injection, inject, summarize
 from iconformer_mm.tuning.injection import Injection, unwrap
 from iconformer_mm.tuning.summary import SUMMARY_FILE
 
+from ..load_log import note_fresh_adapters
 from ..runner import CheckedRunner, check_loop
 from .adapter_checkpoint_hook import averaged_model, diverged_in
 from .weights_hook import WeightsHook
@@ -120,6 +121,7 @@ class PEFTHook(WeightsHook):
         )
         self._injection = get_injection(model)
         runner.logger.info(f'\n{summary}')
+        note_fresh_adapters(runner.logger)
 
         if wrapped:
             runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
