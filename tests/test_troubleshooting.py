@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_port
 from families import SWIN, VIT, stir
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose
@@ -20,6 +20,7 @@ from torch import nn
 
 from iconformer_mm import add_adapter, inject, load_adapter, merge, save_adapter
 from iconformer_mm.checkpoint import load_safetensors, read_adapter, save_safetensors
+from iconformer_mm.cli.errors import user_errors
 from iconformer_mm.cli.parser import merge_options
 from iconformer_mm.datasets.checks import CheckedPipeline
 from iconformer_mm.datasets.fit import DepthRange, Head, Model, check_fit
@@ -256,6 +257,9 @@ CASES = {
         )
     ),
     'a block of': lambda _: run_block_alone(),
+    "config '...': nobody reads": lambda tmp_path: misspelt(tmp_path),
+    'error: the weights': lambda tmp_path: tell(tmp_path, f'http://127.0.0.1:{free_port()}/deit.pth'),
+    'error: no tensor of': lambda tmp_path: tell(tmp_path, tmp_path / 'alone.pth', 'backbone.'),
     'with_cp recomputes': lambda _: inject(vit(), 'bitfit', with_cp=True),
     'nothing to train': lambda _: PEFTOptimWrapperConstructor(dict(optimizer=dict(type='SGD', lr=0.1)))(frozen_vit()),
     'wrong pre-trained weights for VisionTransformer: ... of': lambda _: load_weights(rename),
@@ -308,6 +312,18 @@ CASES = {
     '`parts` (head)': lambda tmp_path: load_adapter(classifier(), tmp_path / 'a.safetensors', parts=dict(head={})),
     '...: the largest depth': lambda _: check_labels(gt_depth_map=np.full((4, 4), 5000.0), ori_shape=(4, 4)),
 }
+
+
+def misspelt(tmp_path):
+    (tmp_path / 'c.py').write_text('optim_wraper = dict()')
+    load_config(str(tmp_path / 'c.py'))
+
+
+def tell(tmp_path, checkpoint, prefix=None):
+    """Load weights as a command does."""
+    torch.save(dict(cls_token=torch.zeros(1)), tmp_path / 'alone.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(checkpoint), prefix=prefix)
+    user_errors(build_backbone(dict(type='VisionTransformer', arch=VIT, init_cfg=init_cfg)).init_weights)()
 
 
 def frozen_vit():

@@ -7,6 +7,11 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case ${1:-} in -h | --help)
+    sed -n '2,6s/^# \{0,1\}//p' tools/quickstart.sh
+    exit
+    ;;
+esac
 bash tools/setup_env.sh --classification
 if [ "${1:-}" = --real ]; then
     shift

@@ -173,4 +173,4 @@ else
 fi
 
 echo "$wanted" >"$stamp"
-say "environment $venv is ready"
+say "environment $venv is ready: . $venv/bin/activate"

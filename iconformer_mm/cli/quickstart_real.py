@@ -26,16 +26,17 @@ from .parser import Parser
 CONFIG = ROOT / 'configs' / 'quickstart' / 'real' / 'dinov2-small_linear_images.py'
 # Adapters in the last four blocks: the other eight need no gradients.
 BLOCKS = [8, 9, 10, 11]
+CONFIG_FILE = 'config.py'
 
 
-def make_images(data: str, target: Path, shots: int) -> tuple[list[str], str]:
+def make_images(data: str, target: Path, shots: int | None) -> tuple[list[str], str]:
     """Write the training and test images, one folder per class.
 
     Args:
         data: The user's folder of images, one sub-folder per class; ``'fashion-mnist'``; or ``'textile'``, for
             defects in textiles.
         target: Where ``train/CLASS`` and ``test/CLASS`` are written.
-        shots: Training images per class.
+        shots: Training images per class; None for 20, or fewer where a class has fewer than 25.
 
     Returns:
         The names of the classes, and what the images are.
@@ -45,7 +46,7 @@ def make_images(data: str, target: Path, shots: int) -> tuple[list[str], str]:
         FetchError: The images cannot be fetched.
     """
     if data == 'fashion-mnist':
-        return write_fashion_mnist(find_fashion_mnist(cache_folder()), target, shots), 'Fashion-MNIST'
+        return write_fashion_mnist(find_fashion_mnist(cache_folder()), target, shots or 20), 'Fashion-MNIST'
     if data == 'textile':
         return split_folder(find_textile(cache_folder()), target, shots), 'textile defects'
     return split_folder(Path(expanded(data)), target, shots), data
@@ -91,6 +92,14 @@ def write_comparison(path: Path, title: str, base: Path, options: dict[str, Any]
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding='utf-8')
 
 
+def write_config(out: Path, options: dict[str, Any]) -> None:
+    """Write the config of the adapted model, for `iconformer predict`."""
+    cfg = load_config(str(CONFIG))
+    cfg.merge_from_dict(options)
+    with written_whole(out / CONFIG_FILE) as temporary:
+        temporary.write_text(cfg.pretty_text, encoding='utf-8')
+
+
 def draw_predictions(adapter: Path, options: dict[str, Any], classes: Sequence[str], path: Path) -> None:
     """Draw 24 test images with their predicted classes, wrong ones in red."""
     cfg = load_config(str(CONFIG))
@@ -128,13 +137,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=84,
         help='side of the images, a multiple of 14 pixels (84); fine detail needs more',
     )
-    parser.add_argument('--shots', type=int, default=20, help='training images per class (20)')
+    parser.add_argument(
+        '--shots', type=int, help='training images per class (20, or four of five where a class has fewer than 25)'
+    )
     parser.add_argument('--seeds', type=int, default=1, help='runs of each method (1)')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one core each (2)')
     parser.add_argument('--out', type=expanded, default='work_dirs/quickstart_real', help='folder for all results')
     args = parser.parse_args(argv)
     for name in ('shots', 'seeds', 'jobs'):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
     if args.size < 28 or args.size % 14:
         parser.error(f'--size must be a multiple of 14, from 28 on, got {args.size}')
@@ -143,9 +154,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f'base: {SOURCE}')
     classes, what = make_images(args.data, out / 'data', args.shots)
     options = settings_of(base, out / 'data', classes, args.size)
-    title = f'DINOv2-S adapted to {what}, {args.shots} images per class'
+    shots = args.shots or min(len(list((out / 'data' / 'train' / name).iterdir())) for name in classes)
+    title = f'DINOv2-S adapted to {what}, {shots} images per class'
     write_comparison(out / 'comparison.yaml', title, base, options, args.seeds)
     compare.main([str(out / 'comparison.yaml'), '--out', str(out), '--jobs', str(args.jobs)])
     draw_predictions(out / 'runs' / 'images' / 'icon' / 'seed0.safetensors', options, classes, out / 'predictions.png')
     report.main([str(out), '--out', str(out / 'report.html')])
+    write_config(out, options)
     print(f'wrote predictions.png and report.html to {out}')
+    print('to predict with iCoN:')
+    adapter = out / 'runs' / 'images' / 'icon' / 'seed0.safetensors'
+    print(f'  iconformer predict IMAGES --config {out / CONFIG_FILE} --adapter {adapter} --out predictions')

@@ -106,13 +106,14 @@ def find_textile(cache: Path) -> Path:
     return fetched
 
 
-def split_folder(source: Path, target: Path, shots: int = 20, most: int = 100, seed: int = 0) -> list[str]:
+def split_folder(source: Path, target: Path, shots: int | None = 20, most: int = 100, seed: int = 0) -> list[str]:
     """Split a folder of images, with one folder a class, into ``train`` and ``test``.
 
     Args:
         source: The images.
         target: Where ``train/CLASS`` and ``test/CLASS`` are made, with copies of them.
-        shots: Training images a class. Defaults to 20.
+        shots: Training images a class. None for 20, or four of five where the smallest class has fewer than 25.
+            Defaults to 20.
         most: Test images a class, at most. Defaults to 100.
         seed: Of the choice. Defaults to 0.
 
@@ -129,6 +130,8 @@ def split_folder(source: Path, target: Path, shots: int = 20, most: int = 100, s
     if len(classes) < 2:
         raise DataError(f'{source} has {len(classes)} folders; it needs one for each class, two at least')
     found = {name: _images(source / name) for name in classes}
+    if shots is None:
+        shots = max(1, min(20, 4 * min(map(len, found.values())) // 5))
     few = [f'{name} ({len(images)})' for name, images in found.items() if len(images) <= shots]
     if few:
         smallest = min(map(len, found.values()))

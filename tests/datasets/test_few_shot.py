@@ -59,6 +59,14 @@ def test_what_cannot_be_split(counts, message, tmp_path):
     assert not (tmp_path / 'few').exists()
 
 
+@pytest.mark.parametrize(('smallest', 'shots'), [(40, 20), (24, 19), (5, 4), (2, 1)])
+def test_small_classes_leave_one_of_five_to_test(smallest, shots, tmp_path):
+    source = folder(tmp_path / 'all', cat=41, dog=smallest)
+    split_folder(source, tmp_path / 'few', shots=None)
+    assert {len(names(tmp_path / 'few' / 'train' / name)) for name in ('cat', 'dog')} == {shots}
+    assert len(names(tmp_path / 'few' / 'test' / 'dog')) == smallest - shots
+
+
 def write_idx(path, array):
     header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, '>u4').tobytes()
     path.write_bytes(gzip.compress(header + array.tobytes()))

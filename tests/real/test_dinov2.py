@@ -11,7 +11,7 @@ from mmpretrain.registry import MODELS
 
 from iconformer_mm import inject, load_adapter, remove, save_adapter
 from iconformer_mm.checkpoint.adapter_file import AdapterFileError, fingerprint, same_base
-from iconformer_mm.checkpoint.real_base import fetch_base, fetch_onnx
+from iconformer_mm.checkpoint.real_base import base_config, fetch_base, fetch_onnx
 from iconformer_mm.fetching import FetchError
 from iconformer_mm.models.timm_features import TIMMFeatures
 from iconformer_mm.registry import PEFT_METHODS
@@ -102,6 +102,16 @@ def test_timm_features_are_the_same(whole, files):
         ((maps, cls),) = features(photograph(518))
     torch.testing.assert_close(cls, whole[:, 0], rtol=0, atol=1e-4)
     torch.testing.assert_close(maps.flatten(2).transpose(1, 2), whole[:, 1:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('target', ['mmpretrain', 'mmseg', 'timm'])
+def test_the_config_that_comes_with_the_file(target, files):
+    """What `iconformer fetch-real` prints fits the file, key for key."""
+    init_default_scope('mmseg' if target == 'mmseg' else 'mmpretrain')
+    norm = dict(norm=True) if target == 'timm' else {}  # left out where no map is normalised
+    model = MODELS.build({**base_config(files[target]), **norm})
+    inner = model.timm_model if target == 'timm' else model
+    assert load_checkpoint(inner, str(files[target]), strict=True).keys() == inner.state_dict().keys()
 
 
 def test_mmseg_computes_the_same(whole, files):
