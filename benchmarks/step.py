@@ -218,22 +218,28 @@ def measure_case(
     dtype: torch.dtype,
     rounds: int,
     progress: Progress,
+    compiled: bool = False,
 ) -> tuple[list[dict], list[dict]]:
-    """Measure a case. Return the rows of training steps and those of inference."""
+    """Measure a case, its backbones compiled or not. Return the rows of training steps and those of inference."""
     adapted = [method for method in methods if method != 'full']
     models = build_all(case, [*methods, UNADAPTED], device)
     # Measure inference first: untrained adapters add nothing, so all models have the same predictions to process.
     data = make_data(models[UNADAPTED], case, batch, training=False)
     steps = {method: inference(models[method], data, dtype) for method in [UNADAPTED, *adapted]}
+    operations = count_operations(steps, batch)  # compiled code cannot be counted
+    if compiled:
+        for model in models.values():
+            model.backbone.compile()
     times = interleave(steps, rounds, progress, f'{name}, inference', device, min_seconds=0)
     inferred = rows_of(times, {'to unadapted': UNADAPTED}, case=name)
-    add_operations(inferred, count_operations(steps, batch), UNADAPTED)
+    add_operations(inferred, operations, UNADAPTED)
 
     data = make_data(models.pop(UNADAPTED), case, batch, training=True)
     steps = {method: training(model, data, dtype) for method, model in models.items()}
     times = interleave(steps, rounds, progress, f'{name}, training', device, min_seconds=0)
     trained = rows_of(times, {'to full': 'full', 'to adaptformer': 'adaptformer'}, case=name)
-    add_operations(trained, count_operations(steps, batch), 'full', 'adaptformer')
+    if not compiled:
+        add_operations(trained, count_operations(steps, batch), 'full', 'adaptformer')
     for row in (*inferred, *trained):
         row['images/s'] = 1000 * batch / row['ms']
     return trained, inferred
@@ -410,6 +416,7 @@ def main() -> None:
     )
     parser.add_argument('--batch', type=int, help="images per step (default: the case's own number)")
     parser.add_argument('--memory', action='store_true', help='also measure peak memory; with --rounds 0 only that')
+    parser.add_argument('--compile', action='store_true', help='compile the backbones by torch.compile')
     parser.add_argument(
         '--growth', type=int, metavar='ROUNDS', default=0, help='also time steps with larger and with more images'
     )
@@ -427,7 +434,7 @@ def main() -> None:
             if args.memory:  # before the models for timing occupy memory
                 memory += measure_memory(name, case, args.methods, *settings, args.threads, progress=progress)
             if args.rounds:
-                rows = measure_case(name, case, args.methods, *settings, args.rounds, progress)
+                rows = measure_case(name, case, args.methods, *settings, args.rounds, progress, args.compile)
                 trained += rows[0]
                 inferred += rows[1]
             if args.growth:

@@ -52,7 +52,7 @@ def make_images(data: str, target: Path, shots: int | None) -> tuple[list[str], 
     return split_folder(Path(expanded(data)), target, shots), data
 
 
-def settings_of(base: Path, data: Path, classes: Sequence[str], size: int) -> dict[str, Any]:
+def settings_of(base: Path, data: Path, classes: Sequence[str], size: int = 84) -> dict[str, Any]:
     """The settings that every run has beyond the config's."""
     settings: dict[str, Any] = {
         'model.backbone.init_cfg.checkpoint': str(base),
