@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import cv2
 import mmengine
 import numpy as np
 import torch
@@ -272,7 +273,7 @@ def keep_predictions(runner: Runner, indices: Sequence[int], path: Path) -> None
     dataset = DATASETS.build(runner.cfg.test_dataloader.dataset)
     palette = (dataset.metainfo or {}).get('palette') or ()
     items = [dataset[index] for index in indices]
-    images = [np.ascontiguousarray(item['inputs'].permute(1, 2, 0).numpy()[..., ::-1]) for item in items]
+    images = [image_of(item) for item in items]
     samples = [copy.deepcopy(item['data_samples']) for item in items]
     model.eval()
     with torch.no_grad():
@@ -285,3 +286,10 @@ def keep_predictions(runner: Runner, indices: Sequence[int], path: Path) -> None
     )
     with written_whole(path) as temporary, open(temporary, 'wb') as file:
         np.savez_compressed(file, **drawn)
+
+
+def image_of(item: dict[str, Any]) -> np.ndarray:
+    """The image of a test item, (H, W, 3), RGB, in the size of its file: predictions and ground truth have that size."""
+    image = np.ascontiguousarray(item['inputs'].permute(1, 2, 0).numpy()[..., ::-1])
+    height, width = item['data_samples'].ori_shape
+    return image if image.shape[:2] == (height, width) else cv2.resize(image, (width, height))
