@@ -289,7 +289,7 @@ def keep_predictions(runner: Runner, indices: Sequence[int], path: Path) -> None
 
 
 def image_of(item: dict[str, Any]) -> np.ndarray:
-    """The image of a test item, (H, W, 3), RGB, in the size of its file: predictions and ground truth have that size."""
+    """The image of a test item, (H, W, 3), RGB, in the size of its file, which predictions and ground truth have."""
     image = np.ascontiguousarray(item['inputs'].permute(1, 2, 0).numpy()[..., ::-1])
     height, width = item['data_samples'].ori_shape
     return image if image.shape[:2] == (height, width) else cv2.resize(image, (width, height))
