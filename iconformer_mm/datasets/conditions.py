@@ -24,9 +24,10 @@ def degrade(image: np.ndarray, condition: str, rng: np.random.Generator) -> np.n
 
     Args:
         image: (H, W) or (H, W, C), uint8.
-        condition: One of ``CONDITIONS``. ``'blurred'``: a Gaussian of 1 to 2.5 % of the shortest side. ``'noisy'``:
-            a deviation of 12 to 25 % of full scale. ``'dark'``: 12 to 35 % of the light, with a little noise.
-            ``'foggy'``: 45 to 80 % of light grey fog, thicker in some places.
+        condition: One of ``CONDITIONS``. ``'blurred'``: a Gaussian whose deviation is 0.13 to 0.3 times the root of the
+            shortest side, so 2 to 4.5 pixels of 224. ``'noisy'``: a deviation of 12 to 25 % of full scale.
+            ``'dark'``: 12 to 35 % of the light, with a little noise. ``'foggy'``: 45 to 80 % of light grey fog,
+            thicker in some places.
         rng: Source of all random choices.
 
     Returns:
@@ -41,7 +42,7 @@ def degrade(image: np.ndarray, condition: str, rng: np.random.Generator) -> np.n
         return image
     pixels: np.ndarray = image.astype(np.float32) / 255
     if condition == 'blurred':
-        pixels = cv2.GaussianBlur(pixels, (0, 0), rng.uniform(0.01, 0.025) * min(image.shape[:2]))
+        pixels = cv2.GaussianBlur(pixels, (0, 0), rng.uniform(0.13, 0.3) * min(image.shape[:2]) ** 0.5)
     elif condition == 'noisy':
         pixels = pixels + rng.normal(0, rng.uniform(0.12, 0.25), size=image.shape)
     elif condition == 'dark':

