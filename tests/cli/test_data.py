@@ -92,6 +92,27 @@ def test_packages_and_disks_that_are_missing(own, tmp_path, monkeypatch):
     assert not (tmp_path / 'out').exists()
 
 
+def test_space_is_reckoned_by_the_options(own, tmp_path, monkeypatch):
+    asked = []
+
+    def stop(folder, needed, what):
+        asked.append(needed)
+        raise SystemExit
+
+    monkeypatch.setattr(data, 'require_space', stop)
+    for arguments in (
+        ['objects'],
+        ['objects', '--size', '448'],
+        ['objects', '--test', '240'],
+        ['objects', *own],
+        ['all'],
+    ):
+        ends_with(*arguments, '--out', tmp_path / 'out')
+    once, large, many, few, everything = asked
+    assert 3.4 * once < large < 4 * once and many == 2 * once and few == once / 4
+    assert once > 70e6 and everything > 307e6  # what was measured
+
+
 def test_without_scikit_learn(tmp_path, monkeypatch):
     from iconformer_mm import extras
 
