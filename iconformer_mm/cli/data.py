@@ -132,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sets = [name for name in SETS if name in sets or name in args.of]
     if 'digits' in sets:
         require_extra('quickstart', 'the set digits')
+    if 'objects-instance' in sets:
+        require_extra('det', "COCO's format")
     require_space(args.out, space_of(sets, args), f'writing {", ".join(sets)}')
     for name in sets:
         write_set(name, args.out, args)

@@ -4,6 +4,7 @@ from collections import namedtuple
 import pytest
 from small_cutouts import CATEGORIES, write_sources
 
+from iconformer_mm import extras
 from iconformer_mm.cli import data
 
 FEW = ['--shots', '2', '--val', '1', '--test', '1', '--images', '2', '1', '1', '--size', '64']
@@ -113,9 +114,12 @@ def test_space_is_reckoned_by_the_options(own, tmp_path, monkeypatch):
     assert once > 70e6 and everything > 307e6  # what was measured
 
 
-def test_without_scikit_learn(tmp_path, monkeypatch):
-    from iconformer_mm import extras
-
-    monkeypatch.setattr(extras, 'find_spec', lambda name: None if name == 'sklearn' else name)
-    assert "install the extra 'quickstart'" in ends_with('digits', '--out', tmp_path / 'out')
+@pytest.mark.parametrize(
+    ('name', 'package', 'extra'), [('digits', 'sklearn', 'quickstart'), ('objects-instance', 'pycocotools', 'det')]
+)
+def test_without_a_package(name, package, extra, tmp_path, monkeypatch):
+    monkeypatch.setattr(extras, 'find_spec', lambda name: None if name == package else name)
+    assert f"{package}, which is not installed; install the extra '{extra}'" in ends_with(
+        name, '--out', tmp_path / 'out'
+    )
     assert not (tmp_path / 'out').exists()

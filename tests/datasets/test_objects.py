@@ -1,8 +1,10 @@
 import json
+from importlib import import_module
 
 import cv2
 import numpy as np
 import pytest
+from mmengine.registry import init_default_scope
 from PIL import Image
 from small_cutouts import CATEGORIES, COLOURS, write_sources
 
@@ -229,6 +231,52 @@ def test_classification(sources, parts, tmp_path):
             assert len(images) == NUMBERS[split]
             assert {image[0] for image in images} <= allowed
             assert {image[1] for image in images} <= {path.name for path in parts[split].objects[name]}
+
+
+LIBRARIES = {
+    'classification': ('mmpretrain', 'CustomDataset', dict(data_prefix='test')),
+    'semantic': (
+        'mmseg',
+        'BaseSegDataset',
+        dict(
+            data_prefix=dict(img_path='images/testing', seg_map_path='annotations/testing'),
+            metainfo=dict(classes=('background', *CATEGORIES), palette=[[index] * 3 for index in range(4)]),
+            reduce_zero_label=True,
+        ),
+    ),
+    'instance': (
+        'mmdet',
+        'CocoDataset',
+        dict(
+            ann_file='annotations/instances_test2017.json',
+            data_prefix=dict(img='test2017/'),
+            metainfo=dict(classes=CATEGORIES),
+            test_mode=True,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize('form', LIBRARIES)
+def test_the_libraries_read_them(form, parts, tmp_path):
+    """By the classes that docs/real_images.md names."""
+    library, kind, settings = LIBRARIES[form]
+    write_objects(tmp_path, form, parts, NUMBERS, SIZE)
+    init_default_scope(library)
+    datasets = import_module(f'{library}.registry').DATASETS
+    dataset = datasets.build(dict(type=kind, data_root=str(tmp_path), **settings, pipeline=[]))
+    composer = Composer(parts['test'], SIZE, 0, 'test')
+    if form == 'classification':
+        assert len(dataset) == 3 * NUMBERS['test'] and tuple(dataset.CLASSES) == CATEGORIES
+        return
+    assert len(dataset) == NUMBERS['test']
+    for index in range(len(dataset)):
+        found, sample = composer.several(index), dataset.get_data_info(index)
+        if form == 'instance':
+            assert [each['bbox_label'] for each in sample['instances']] == found.labels
+        else:
+            loaded = import_module('mmseg.datasets').LoadAnnotations()({**sample, 'ori_shape': (SIZE, SIZE)})
+            np.testing.assert_array_equal(loaded['gt_seg_map'], found.semantic)
 
 
 def test_fewer_images_are_the_first_of_more(parts, tmp_path):
