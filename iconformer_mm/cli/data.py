@@ -53,7 +53,7 @@ def write_set(name: str, out: Path, args: argparse.Namespace) -> None:
         backgrounds = args.backgrounds or find_backgrounds(cache_folder(), args.packages)
         numbers = (args.shots, args.val, args.test) if name == 'objects' else args.images
         parts = split_sources(cutouts, backgrounds)
-        write_objects(out / name, FORMS[name], parts, dict(zip(SPLITS, numbers)), args.size, args.seed)
+        write_objects(out / name, FORMS[name], parts, dict(zip(SPLITS, numbers)), tuple(args.size), args.seed)
         return
     numbers = dict(shots=args.shots, most=args.test, val=args.val)
     with replaced_folder(out / name) as folder:
@@ -73,17 +73,17 @@ def space_of(sets: Sequence[str], args: argparse.Namespace) -> int:
     categories = sum(path.is_dir() for path in args.cutouts.iterdir()) if own else len(CATEGORIES)
     each = args.shots + args.val + args.test
 
-    def space(number: int, side: int) -> int:
+    def space(number: int, height: int, width: int) -> int:
         """Of images in two versions: up to 0.6 bytes a pixel, and a block on the disk."""
-        return round(2 * number * (0.6 * side**2 + 4096))
+        return round(2 * number * (0.6 * height * width + 4096))
 
     bytes_of = {
-        'digits': space(10 * each, 32),
-        'fashion-mnist': space(10 * each, 28),
-        'textile': space(3 * each, 250),
-        'objects': space(categories * each, args.size),
-        'objects-semantic': space(2 * sum(args.images), args.size),
-        'objects-instance': space(sum(args.images), args.size),
+        'digits': space(10 * each, 32, 32),
+        'fashion-mnist': space(10 * each, 28, 28),
+        'textile': space(3 * each, 250, 250),
+        'objects': space(categories * each, *args.size),
+        'objects-semantic': space(2 * sum(args.images), *args.size),
+        'objects-instance': space(sum(args.images), *args.size),
     }
     bytes_of['mixture'] = sum(bytes_of[name] for name in args.of)
     return sum(bytes_of[name] for name in sets)
@@ -106,7 +106,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar=('TRAIN', 'VAL', 'TEST'),
         help='images of objects-semantic and objects-instance (400 100 200)',
     )
-    parser.add_argument('--size', type=int, default=224, help='side of composed images in pixels (224)')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        default=(224, 224),
+        metavar=('HEIGHT', 'WIDTH'),
+        help='of composed images in pixels (224 224)',
+    )
     parser.add_argument('--seed', type=int, default=0, help='of what is drawn (0); objects keep to their splits')
     parser.add_argument(
         '--of', nargs='+', choices=CLASSIFICATION, default=list(CLASSIFICATION), help='sets of the mixture (all)'
@@ -120,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
     if min(args.images) < 1:
         parser.error(f'--images must be at least 1 each, got {" ".join(map(str, args.images))}')
-    if args.size < 64:
-        parser.error(f'--size must be at least 64, got {args.size}')
+    if min(args.size) < 64:
+        parser.error(f'--size must be at least 64 each, got {args.size[0]} {args.size[1]}')
     if args.seed < 0:
         parser.error(f'--seed must be at least 0, got {args.seed}')
     if len(args.of) < 2:

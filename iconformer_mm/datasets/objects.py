@@ -195,14 +195,16 @@ def paste(image: np.ndarray, cutout: np.ndarray, top: int, left: int) -> np.ndar
     return mask
 
 
-def _crop(rng: np.random.Generator, background: np.ndarray, size: int) -> np.ndarray:
-    """A square part of a background, mirrored or not."""
-    side = int(rng.uniform(0.35, 1) * min(background.shape[:2]))
-    top, left = (int(rng.integers(n - side + 1)) for n in background.shape[:2])
-    part = background[top : top + side, left : left + side]
+def _crop(rng: np.random.Generator, background: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A part of a background, of the proportions of a size, mirrored or not."""
+    largest = min(whole / side for whole, side in zip(background.shape, size))
+    scale = rng.uniform(0.35, 1) * largest
+    height, width = (max(1, int(scale * side)) for side in size)
+    top, left = int(rng.integers(len(background) - height + 1)), int(rng.integers(background.shape[1] - width + 1))
+    part = background[top : top + height, left : left + width]
     part = part[:, ::-1] if rng.random() < 0.5 else part
-    kind = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
-    return cv2.resize(np.ascontiguousarray(part), (size, size), interpolation=kind)
+    kind = cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR
+    return cv2.resize(np.ascontiguousarray(part), size[::-1], interpolation=kind)
 
 
 def _lit(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -239,7 +241,7 @@ class Composer:
 
     Args:
         part: Objects and backgrounds of the split.
-        size: Side of the images in pixels. Defaults to 224.
+        size: Height and width of the images in pixels. Defaults to (224, 224).
         seed: Other seeds give other images of the same objects and backgrounds. Defaults to 0.
         split: Name of the split, which has random numbers of its own. Defaults to ``'train'``.
 
@@ -247,7 +249,7 @@ class Composer:
         DataError: A file is no image, or an object has no alpha.
     """
 
-    def __init__(self, part: Part, size: int = 224, seed: int = 0, split: str = 'train') -> None:
+    def __init__(self, part: Part, size: tuple[int, int] = (224, 224), seed: int = 0, split: str = 'train') -> None:
         self.classes = tuple(part.objects)
         self.size = size
         self._key = [seed, SPLITS.index(split)]
@@ -270,10 +272,9 @@ class Composer:
         rng, name, image = self._begin(0, label, index)
         objects = self._objects[label]
         source, cutout = objects[index % len(objects)]
-        longest = rng.uniform(0.45, 0.95) * self.size
+        longest = rng.uniform(0.45, 0.95) * min(self.size)
         posed = _posed(rng, cutout, longest)
-        top, left = (self._place(rng, n, margin=0.1) for n in posed.shape[:2])
-        mask = paste(image, posed, top, left)
+        mask = paste(image, posed, *self._place(rng, posed.shape, margin=0.1))
         semantic = np.where(mask, label + 1, 0).astype(np.uint8)
         found = Composition(image, semantic, [mask], [label], [int(mask.sum())], [name, source])
         if rng.random() < 0.5:
@@ -290,13 +291,14 @@ class Composer:
         rng, name, image = self._begin(1, index)
         found = Composition(image, np.zeros(image.shape[:2], np.uint8), sources=[name])
         for _ in range(rng.integers(1, most + 1)):
-            self._add(rng, found, rng.uniform(0.2, 0.6) * self.size, least_visible=0.5)
+            self._add(rng, found, rng.uniform(0.2, 0.6) * min(self.size), least_visible=0.5)
         return _finish(found)
 
-    def _place(self, rng: np.random.Generator, length: int, margin: float) -> int:
-        """Where an object of this length begins. A share of it may be beyond the image."""
-        low, high = -margin * length, self.size - (1 - margin) * length
-        return int(np.floor(rng.uniform(min(low, high), max(low, high))))
+    def _place(self, rng: np.random.Generator, shape: tuple[int, ...], margin: float) -> tuple[int, int]:
+        """Where an object begins, as row and column. A share of it may be beyond the image."""
+        ends = [(-margin * length, side - (1 - margin) * length) for length, side in zip(shape, self.size)]
+        row, column = (int(np.floor(rng.uniform(min(pair), max(pair)))) for pair in ends)
+        return row, column
 
     def _add(
         self,
@@ -313,7 +315,7 @@ class Composer:
         least = max(12, least_visible * (posed[..., 3] >= 0.5).sum())
         for _ in range(_TRIES):
             image = found.image.copy()
-            mask = paste(image, posed, *(self._place(rng, n, margin=0.25) for n in posed.shape[:2]))
+            mask = paste(image, posed, *self._place(rng, posed.shape, margin=0.25))
             visible = [other & ~mask for other in found.masks]
             if least <= mask.sum() <= most and all(v.sum() >= least_visible * n for v, n in zip(visible, found.areas)):
                 found.image, found.masks = image, [*visible, mask]
@@ -330,7 +332,12 @@ def _finish(found: Composition) -> Composition:
 
 
 def write_objects(
-    out: Path, form: str, parts: Mapping[str, Part], numbers: Mapping[str, int], size: int = 224, seed: int = 0
+    out: Path,
+    form: str,
+    parts: Mapping[str, Part],
+    numbers: Mapping[str, int],
+    size: tuple[int, int] = (224, 224),
+    seed: int = 0,
 ) -> None:
     """Write one form of the composed objects. It is complete or not there at all, and replaces one that is there.
 
@@ -340,7 +347,7 @@ def write_objects(
         form: One of ``FORMS``.
         parts: Objects and backgrounds by split, from :func:`split_sources`.
         numbers: Images by split; in the form ``'classification'`` of each class.
-        size: Side of the images in pixels. Defaults to 224.
+        size: Height and width of the images in pixels. Defaults to (224, 224).
         seed: Other seeds give other images. Defaults to 0.
 
     Raises:
@@ -349,7 +356,7 @@ def write_objects(
     """
     if form not in FORMS:
         raise ValueError(f'form must be one of {", ".join(FORMS)}, got {form!r}')
-    if size < 64 or min(numbers.values()) < 1:
+    if min(size) < 64 or min(numbers.values()) < 1:
         raise ValueError(f'at least 64 pixels a side and one image a split are needed, got {size} and {dict(numbers)}')
     with replaced_folder(out) as folder:
         sources: dict[str, list[list[str]]] = {}

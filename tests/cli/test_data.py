@@ -7,7 +7,7 @@ from small_cutouts import CATEGORIES, write_sources
 from iconformer_mm import extras
 from iconformer_mm.cli import data
 
-FEW = ['--shots', '2', '--val', '1', '--test', '1', '--images', '2', '1', '1', '--size', '64']
+FEW = ['--shots', '2', '--val', '1', '--test', '1', '--images', '2', '1', '1', '--size', '64', '64']
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +41,7 @@ def test_sets_their_conditions_and_sheets(own, tmp_path, capsys):
     [
         (['digits', '--shots', '0'], '--shots must be at least 1, got 0'),
         (['digits', '--images', '3', '0', '1'], '--images must be at least 1 each, got 3 0 1'),
-        (['objects', '--size', '20'], '--size must be at least 64, got 20'),
+        (['objects', '--size', '20', '90'], '--size must be at least 64 each, got 20 90'),
         (['objects', '--seed', '-1'], '--seed must be at least 0, got -1'),
         (['mixture', '--of', 'digits'], '--of needs two sets at least'),
         (['digit'], "invalid choice: 'digit'"),
@@ -103,7 +103,7 @@ def test_space_is_reckoned_by_the_options(own, tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'require_space', stop)
     for arguments in (
         ['objects'],
-        ['objects', '--size', '448'],
+        ['objects', '--size', '448', '448'],
         ['objects', '--test', '240'],
         ['objects', *own],
         ['all'],

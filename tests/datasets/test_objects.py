@@ -19,7 +19,7 @@ from iconformer_mm.datasets.objects import (
     write_objects,
 )
 
-SIZE = 96
+SIZE = (96, 112)
 NUMBERS = {'train': 6, 'val': 3, 'test': 4}
 
 
@@ -136,7 +136,7 @@ def test_masks_are_the_visible_pixels(parts):
     hidden = several = 0
     for index in range(25):
         found = composer.several(index)
-        covered = np.zeros((SIZE, SIZE), int)
+        covered = np.zeros(SIZE, int)
         for mask, label, area in zip(found.masks, found.labels, found.areas):
             covered += mask
             assert (found.semantic[mask] == label + 1).all()
@@ -275,7 +275,7 @@ def test_the_libraries_read_them(form, parts, tmp_path):
         if form == 'instance':
             assert [each['bbox_label'] for each in sample['instances']] == found.labels
         else:
-            loaded = import_module('mmseg.datasets').LoadAnnotations()({**sample, 'ori_shape': (SIZE, SIZE)})
+            loaded = import_module('mmseg.datasets').LoadAnnotations()({**sample, 'ori_shape': SIZE})
             np.testing.assert_array_equal(loaded['gt_seg_map'], found.semantic)
 
 
@@ -305,7 +305,7 @@ def test_arguments_that_cannot_be(parts, tmp_path):
     for form, numbers, size, message in (
         ('depth', NUMBERS, SIZE, "form must be one of classification, semantic, instance, got 'depth'"),
         ('semantic', {'train': 0}, SIZE, 'one image a split'),
-        ('semantic', NUMBERS, 32, '64 pixels a side'),
+        ('semantic', NUMBERS, (32, 96), '64 pixels a side'),
     ):
         with pytest.raises(ValueError, match=message):
             write_objects(tmp_path / 'out', form, parts, numbers, size)

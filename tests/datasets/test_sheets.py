@@ -22,7 +22,7 @@ def sets(tmp_path_factory):
     root = tmp_path_factory.mktemp('sets')
     parts = split_sources(*write_sources(root))
     for form in SAMPLES:
-        write_objects(root / form, form, parts, {'train': 3, 'val': 2, 'test': 2}, size=64)
+        write_objects(root / form, form, parts, {'train': 3, 'val': 2, 'test': 2}, size=(64, 64))
     return root
 
 
