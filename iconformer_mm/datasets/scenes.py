@@ -14,9 +14,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -31,6 +32,15 @@ CONDITIONS = ('clear', 'blurred', 'noisy', 'dark')  # of the mixed style
 CAMERA_HEIGHT = 1.4  # metres
 NEAREST = 1.8  # metres, smallest distance of an object
 WALL = (6.5, 9.5)  # metres, range of the wall's distance; below NYU-v2's limit of 10 m
+
+
+class Labelled(Protocol):
+    """What the formats of segmentation hold of an image. The attributes are those of :class:`Scene`."""
+
+    image: np.ndarray
+    semantic: np.ndarray
+    masks: list[np.ndarray]
+    labels: list[int]
 
 
 @dataclass
@@ -197,7 +207,12 @@ def scenes(
         yield render_scene(np.random.default_rng([seed, index]), style, size, max_objects)
 
 
-def _save_image(path: Path, image: np.ndarray) -> None:
+def save_image(path: Path, image: np.ndarray) -> None:
+    """Write an image, RGB or of one channel. Folders are made; JPEG has the quality 95.
+
+    Raises:
+        OSError: It could not be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if image.ndim == 3:
         image = image[..., ::-1]
@@ -213,14 +228,21 @@ def _encode_mask(mask: np.ndarray) -> dict:
     return dict(size=[int(n) for n in encoded['size']], counts=encoded['counts'].decode())
 
 
-def write_coco(root: Path, split: str, items: Iterator[Scene]) -> None:
-    """Write ``<split>2017/*.jpg`` and ``annotations/instances_<split>2017.json``."""
+def write_coco(root: Path, split: str, items: Iterable[Labelled], classes: Sequence[str] = SHAPES) -> None:
+    """Write ``<split>2017/*.jpg`` and ``annotations/instances_<split>2017.json``.
+
+    Args:
+        root: Folder of the data set.
+        split: ``'train'``, ``'val'`` or ``'test'``.
+        items: The images, with masks and labels.
+        classes: Names of the labels. Defaults to ``SHAPES``.
+    """
     images: list[dict] = []
     annotations: list[dict] = []
     for number, scene in enumerate(items):
         name = f'{number:012d}.jpg'
-        _save_image(root / f'{split}2017' / name, scene.image)
-        height, width = scene.depth.shape
+        save_image(root / f'{split}2017' / name, scene.image)
+        height, width = scene.semantic.shape
         images.append(dict(id=number, file_name=name, height=height, width=width))
         for mask, label in zip(scene.masks, scene.labels):
             rows, columns = np.where(mask)
@@ -236,21 +258,21 @@ def write_coco(root: Path, split: str, items: Iterator[Scene]) -> None:
                     segmentation=_encode_mask(mask),
                 )
             )
-    categories = [dict(id=i + 1, name=name, supercategory='shape') for i, name in enumerate(SHAPES)]
+    categories = [dict(id=i + 1, name=name, supercategory='object') for i, name in enumerate(classes)]
     path = root / 'annotations' / f'instances_{split}2017.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
 
 
-_LONG = {'train': 'training', 'val': 'validation'}
+_LONG = {'train': 'training', 'val': 'validation', 'test': 'testing'}
 
 
-def write_ade20k(root: Path, split: str, items: Iterator[Scene]) -> None:
+def write_ade20k(root: Path, split: str, items: Iterable[Labelled]) -> None:
     """Write ``images`` and ``annotations`` of a split. Label 0 means unlabelled, so classes start at 1."""
     for number, scene in enumerate(items):
         name = f'ADE_{split}_{number:08d}'
-        _save_image(root / 'images' / _LONG[split] / f'{name}.jpg', scene.image)
-        _save_image(root / 'annotations' / _LONG[split] / f'{name}.png', scene.semantic + 1)
+        save_image(root / 'images' / _LONG[split] / f'{name}.jpg', scene.image)
+        save_image(root / 'annotations' / _LONG[split] / f'{name}.png', scene.semantic + 1)
 
 
 def write_nyu(root: Path, split: str, items: Iterator[Scene]) -> None:
@@ -258,8 +280,8 @@ def write_nyu(root: Path, split: str, items: Iterator[Scene]) -> None:
     folder = {'train': 'train', 'val': 'test'}[split]
     for number, scene in enumerate(items):
         name = f'study_{number:04d}_{split}'
-        _save_image(root / 'images' / folder / f'{name}.jpg', scene.image)
-        _save_image(root / 'annotations' / folder / f'{name}.png', np.round(scene.depth * 1000).astype(np.uint16))
+        save_image(root / 'images' / folder / f'{name}.jpg', scene.image)
+        save_image(root / 'annotations' / folder / f'{name}.png', np.round(scene.depth * 1000).astype(np.uint16))
 
 
 def write_classification(root: Path, split: str, items: Iterator[Scene]) -> None:
@@ -272,7 +294,7 @@ def write_classification(root: Path, split: str, items: Iterator[Scene]) -> None
             top = int(np.clip(rows.mean() - side / 2, 0, height - side))
             left = int(np.clip(columns.mean() - side / 2, 0, width - side))
             crop = scene.image[top : top + side, left : left + side]
-            _save_image(root / split / SHAPES[label] / f'{number:06d}_{index}.jpg', crop)
+            save_image(root / split / SHAPES[label] / f'{number:06d}_{index}.jpg', crop)
 
 
 WRITERS: dict[str, Callable[[Path, str, Iterator[Scene]], None]] = {

@@ -248,6 +248,7 @@ TOOLS = {
     'report': (['folder', '--max-mb', '3'], '--max-mib'),
     'compare': (['a.yaml', '--minute', '3', '--task-s', 'x'], '--tasks'),
     'make_scenes': (['--stiles', 'target'], '--styles'),
+    'real_images': (['digits', '--shot', '3', '--sead', '1'], '--seed'),
     'nyu': (['a', 'b', '--ot', 'x', '--outt', 'y'], '--out'),
 }
 
@@ -256,7 +257,7 @@ TOOLS = {
 def test_every_tool_names_the_nearest_option(name, root, monkeypatch, capsys):
     arguments, nearest = TOOLS[name]
     folder = root / 'tools'
-    folder = folder / 'dataset_converters' if name in ('make_scenes', 'nyu') else folder
+    folder = folder / 'dataset_converters' if name in ('make_scenes', 'nyu', 'real_images') else folder
     monkeypatch.syspath_prepend(str(root / 'tools'))
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(sys, 'argv', [f'{name}.py', *arguments])

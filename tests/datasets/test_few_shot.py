@@ -1,12 +1,12 @@
 import gzip
 import hashlib
-import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import programs
 from PIL import Image
 
 from iconformer_mm.datasets import few_shot
@@ -22,6 +22,16 @@ def folder(root, **counts):
             Image.new('RGB', (4, 4), (index, 0, 0)).save(root / name / f'{index}.png')
         (root / name / 'notes.txt').write_text('no image')
     return root
+
+
+def test_a_part_for_validation(tmp_path):
+    source = folder(tmp_path / 'all', cat=9, dog=7)
+    split_folder(source, tmp_path / 'few', shots=3, most=2, val=3)
+    for name, rest in (('cat', 2), ('dog', 1)):
+        train, val, test = (names(tmp_path / 'few' / split / name) for split in ('train', 'val', 'test'))
+        assert len(train) == len(val) == 3 and len(test) == rest and len(train | val | test) == 6 + rest
+    with pytest.raises(DataError, match=r'more than 7 images \(4 to train, 3 to validate, .* too few in dog \(7\)'):
+        split_folder(source, tmp_path / 'other', shots=4, val=3)
 
 
 def names(path):
@@ -102,15 +112,6 @@ def test_damaged_fashion_mnist(fashion, tmp_path):
         write_fashion_mnist(fashion, tmp_path / 'few')
 
 
-def programs(folder, monkeypatch, **scripts):
-    """Put shell scripts on PATH in place of programs."""
-    folder.mkdir()
-    for name, text in scripts.items():
-        (folder / name.replace('_', '-')).write_text(f'#!/bin/sh\n{text}\n')
-        (folder / name.replace('_', '-')).chmod(0o755)
-    monkeypatch.setenv('PATH', str(folder), prepend=os.pathsep)
-
-
 def test_fetching_fashion_mnist(tmp_path, monkeypatch):
     """By apt-get, from which another package is refused; and only once."""
     monkeypatch.setattr(few_shot, 'PACKAGE_FOLDER', Path('usr/fashion'))
@@ -154,3 +155,41 @@ def test_a_package_that_cannot_be_had(tmp_path):
     with pytest.raises(FetchError, match='pip could not download conformal-clip-data==0.1.4 .*a Python package index'):
         few_shot.find_textile(tmp_path)  # nothing is fetched in tests: PIP_NO_INDEX is set
     assert not list(tmp_path.iterdir())
+
+
+def test_digits(tmp_path):
+    """Every image is one of scikit-learn's, enlarged, and in one split only."""
+    assert few_shot.write_digits(tmp_path / 'digits', shots=3, most=100, val=2) == [str(n) for n in range(10)]
+    images, labels = few_shot.read_digits()
+    seen = set()
+    for split, number in (('train', {3}), ('val', {2}), ('test', range(87, 93))):
+        for label in range(10):
+            paths = list((tmp_path / 'digits' / split / str(label)).iterdir())
+            assert len(paths) in number
+            for path in paths:
+                index = int(path.stem)
+                assert labels[index] == label and index not in seen
+                seen.add(index)
+    small = np.asarray(Image.open(tmp_path / 'digits/train/0' / min(names(tmp_path / 'digits/train/0'))).resize((8, 8)))
+    index = int(min(names(tmp_path / 'digits/train/0'))[:-4])
+    assert np.corrcoef(small.ravel(), images[index].ravel())[0, 1] > 0.95
+    with pytest.raises(DataError, match='87 images a class that are not for testing; 80 to train and 8 to validate'):
+        few_shot.write_digits(tmp_path / 'more', shots=80, val=8)
+    assert not (tmp_path / 'more').exists()
+
+
+def test_a_mixture(tmp_path):
+    for name, classes in (('pets', ('cat', 'dog')), ('shapes', ('cat', 'box'))):
+        for split, count in (('train', 2), ('val', 1), ('test', 1)):
+            folder(tmp_path / name / split, **dict.fromkeys(classes, count))
+    sources = {'pets': tmp_path / 'pets', 'shapes': tmp_path / 'shapes'}
+    classes = ['pets cat', 'pets dog', 'shapes box', 'shapes cat']
+    assert few_shot.write_mixture(sources, tmp_path / 'mixture') == classes
+    for split, count in (('train', 2), ('val', 1), ('test', 1)):
+        assert names(tmp_path / 'mixture' / split) == set(classes)
+        assert {len(list((tmp_path / 'mixture' / split / c).glob('*.png'))) for c in classes} == {count}
+    (tmp_path / 'shapes/test/box').rename(tmp_path / 'shapes/test/bix')
+    with pytest.raises(DataError, match='classes of train and test differ in shapes bix, shapes box'):
+        few_shot.write_mixture(sources, tmp_path / 'mixture')
+    with pytest.raises(DataError, match='two sets of images at least, got pets'):
+        few_shot.write_mixture({'pets': tmp_path / 'pets'}, tmp_path / 'mixture')

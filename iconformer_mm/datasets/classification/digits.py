@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from mmpretrain.datasets import BaseDataset
 from mmpretrain.registry import DATASETS
 
-from iconformer_mm.extras import require_extra
+from iconformer_mm.datasets.few_shot import digits_indices, read_digits
 
 
 @DATASETS.register_module()
@@ -32,7 +31,6 @@ class Digits(BaseDataset):
     """
 
     METAINFO = {'classes': tuple(str(digit) for digit in range(10))}
-    num_test = 900
 
     def __init__(self, split: str = 'train', num_per_class: int | None = None, **kwargs: Any) -> None:
         if split not in ('train', 'val', 'test'):
@@ -45,21 +43,6 @@ class Digits(BaseDataset):
 
     def load_data_list(self) -> list[dict]:
         """Take the images of the split out of scikit-learn."""
-        require_extra('quickstart', 'the data set Digits')
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        train, test = train_test_split(
-            np.arange(len(digits.target)), test_size=self.num_test, random_state=0, stratify=digits.target
-        )
-        indices = test
-        if self.split != 'test':
-            groups = [train[digits.target[train] == label] for label in range(10)]
-            fewest = min(len(group) for group in groups)
-            if self.num_per_class is not None and not 1 <= self.num_per_class <= fewest:
-                raise ValueError(f'num_per_class must be from 1 to {fewest}, got {self.num_per_class}')
-            part = slice(self.num_per_class) if self.split == 'train' else slice(self.num_per_class, None)
-            indices = np.concatenate([group[part] for group in groups])
-        images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-        return [dict(img=images[i], gt_label=int(digits.target[i])) for i in indices]
+        images, labels = read_digits()
+        indices = digits_indices(labels, self.split, self.num_per_class)
+        return [dict(img=images[i], gt_label=int(labels[i])) for i in indices]
