@@ -22,7 +22,7 @@ from iconformer_mm.files import expanded, written_whole
 
 CONFIGS = ROOT / 'configs' / 'scenes' / 'real'
 TASKS: dict[str, dict[str, Any]] = {
-    'semantic': dict(config='upernet', metric='mIoU', title='UPerNet, semantic mIoU (%)'),
+    'semantic': dict(config='upernet', metric='mIoU', title='UPerNet, semantic mIoU (%)', learning_rates=[3e-3]),
     'instance': dict(config='mask-rcnn', metric='coco/segm_mAP', title='Mask R-CNN, mask AP (%)', factor=100),
     'depth': dict(config='dpt', metric='rmse', title='DPT, depth RMSE (m)', digits=3, higher_is_better=False),
 }
@@ -37,10 +37,9 @@ def comparison(checkpoint: Path, base: Path) -> dict[str, Any]:
     """
     tasks = {
         name: dict(
-            task,
+            dict(learning_rates=[1e-3]) | task,
             config=str(CONFIGS / f'{task["config"]}_dinov2-scenes_target.py'),
             base=str(base),
-            learning_rates=[1e-3],
             options={'model.backbone.init_cfg.checkpoint': str(checkpoint)},
             pictures=[3, 8],
         )
@@ -63,6 +62,7 @@ def comparison(checkpoint: Path, base: Path) -> dict[str, Any]:
 def main() -> None:
     """Run the comparison."""
     parser = Parser(description=__doc__)
+    parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=list(TASKS), help='which tasks (all)')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one core each (2)')
     parser.add_argument('--out', type=expanded, default='work_dirs/dinov2_scenes', help='folder for all results')
     args = parser.parse_args()
@@ -72,7 +72,8 @@ def main() -> None:
     save_safetensors({f'timm_model.{name}': value for name, value in load_safetensors(str(checkpoint)).items()}, base)
     with written_whole(out / 'comparison.yaml') as temporary:
         temporary.write_text(yaml.safe_dump(comparison(checkpoint, base), sort_keys=False), encoding='utf-8')
-    compare.main([str(out / 'comparison.yaml'), '--out', str(out), '--jobs', str(args.jobs)])
+    options = ['--out', str(out), '--jobs', str(args.jobs), '--tasks', *args.tasks]
+    compare.main([str(out / 'comparison.yaml'), *options])
 
 
 if __name__ == '__main__':

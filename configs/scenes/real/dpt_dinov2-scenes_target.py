@@ -4,7 +4,7 @@ _base_ = [
     '../../_base_/models/depth_swin-base.py',
     '../../_base_/datasets/scenes_depth.py',
     'mmseg::_base_/default_runtime.py',
-    '../../_base_/schedules/dinov2-scenes_200i.py',
+    '../../_base_/schedules/dinov2-scenes_600i.py',
 ]
 custom_imports = dict(imports=['iconformer_mm'], allow_failed_imports=False)
 
@@ -58,5 +58,5 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=200, max_keep_ckpts=1),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=600, max_keep_ckpts=1),
 )

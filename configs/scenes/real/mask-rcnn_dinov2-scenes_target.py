@@ -4,7 +4,7 @@ _base_ = [
     '../../_base_/models/mask-rcnn_swin-scenes_fpn.py',
     '../../_base_/datasets/scenes_instance.py',
     'mmdet::_base_/default_runtime.py',
-    '../../_base_/schedules/dinov2-scenes_200i.py',
+    '../../_base_/schedules/dinov2-scenes_600i.py',
 ]
 custom_imports = dict(imports=['iconformer_mm'], allow_failed_imports=False)
 
@@ -64,5 +64,5 @@ test_dataloader = val_dataloader
 log_processor = dict(by_epoch=False)
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=200, max_keep_ckpts=1),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=600, max_keep_ckpts=1),
 )
