@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,11 @@ class PrefixValue:
     leaf: int
     rows: int
     order: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Place, call and leaf."""
+        return self.place, self.call, self.leaf
 
     @property
     def name(self) -> str:
@@ -548,8 +553,7 @@ class FrozenPrefix:
 
     def _check_samples(self, plan: PrefixPlan, seen: _Log, swapped: _Log, batch: int) -> None:
         for value in plan.values:
-            key = value.place, value.call, value.leaf
-            a, b = (_leaf(log, key).unflatten(0, (batch, value.rows)) for log in (seen, swapped))
+            a, b = (_leaf(log, value.key).unflatten(0, (batch, value.rows)) for log in (seen, swapped))
             if not _same(a, b.flip(0)):
                 raise PrefixError(
                     f'prefix_cache: what {value.place} reads of an image depends on the other images of the batch, so '
@@ -557,7 +561,7 @@ class FrozenPrefix:
                 )
 
     def _check_replay(self, plan: PrefixPlan, seen: _Log, blank: Arguments) -> None:
-        records = {v.name: _leaf(seen, (v.place, v.call, v.leaf)) for v in plan.values}
+        records = {value.name: _leaf(seen, value.key) for value in plan.values}
         with Replay(self, plan, [records]):
             out = tree_flatten(self.backbone(*blank[0], **blank[1]))[0]
         for made, expected in zip(out, seen.leaves[OUTPUT, 0]):
@@ -572,7 +576,8 @@ class FrozenPrefix:
         changed = [
             v.place
             for v in plan.values
-            if v.place != OUTPUT and not _same(_leaf(seen, (v.place, v.call, v.leaf)), _leaf(trained, (v.place, v.call, v.leaf)))
+            if v.place != OUTPUT
+            and not _same(_leaf(seen, (v.place, v.call, v.leaf)), _leaf(trained, (v.place, v.call, v.leaf)))
         ]
         for place in [*trained.random, *changed]:
             drops = [
@@ -589,10 +594,8 @@ class FrozenPrefix:
 
 
 def _until_done(forward: Callable[[], Any]) -> None:
-    try:
+    with suppress(_Done):
         forward()
-    except _Done:
-        pass
 
 
 def _passed(outputs: int, tap: _Tap, args: tuple, kwargs: dict) -> Any:
@@ -629,14 +632,14 @@ def _leaf(log: _Log, key: tuple[str, int, int]) -> Tensor:
     return log.leaves[key[:2]][key[2]]
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values, up to what kernels of a GPU may vary."""
+def _same(a: Tensor, b: Tensor, rounding: float = 1e-6) -> bool:
+    """Whether two tensors hold the same values, up to rounding, and on a GPU up to what its kernels may vary."""
     if a.shape != b.shape:
         return False
     if torch.equal(a, b):
         return True
     a, b = a.double(), b.double()
-    tolerance = 1e-3 if a.is_cuda else 1e-6
+    tolerance = 1e-3 if a.is_cuda else rounding
     return bool((a - b).abs().amax() <= tolerance * a.abs().amax())
 
 
