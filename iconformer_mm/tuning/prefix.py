@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,7 +188,7 @@ class _Watch(_Run):
     """
 
     def __init__(
-        self, prefix: FrozenPrefix, noise: set[tuple[str, int, int]] = frozenset(), blocks: Sequence[str] = ()
+        self, prefix: FrozenPrefix, noise: AbstractSet[tuple[str, int, int]] = frozenset(), blocks: Sequence[str] = ()
     ) -> None:
         super().__init__(prefix)
         self.noise = noise
@@ -507,7 +508,7 @@ class FrozenPrefix:
         return run.records  # type: ignore[attr-defined]
 
     def _watch(
-        self, arguments: Arguments, noise: set[tuple[str, int, int]] = frozenset(), blocks: Sequence[str] = ()
+        self, arguments: Arguments, noise: AbstractSet[tuple[str, int, int]] = frozenset(), blocks: Sequence[str] = ()
     ) -> _Log:
         with _Watch(self, noise, blocks) as run:
             self.backbone(*arguments[0], **arguments[1])
@@ -535,7 +536,8 @@ class FrozenPrefix:
                 f'prefix_cache: {key[0]} reads a tensor of the shape {tuple(leaf.shape)} for {batch} images, of which '
                 'no row belongs to one image'
             )
-        order = tuple(sorted(range(leaf.dim()), key=lambda d: (-leaf.stride(d), d)))
+        strides = leaf.stride()
+        order = tuple(sorted(range(leaf.dim()), key=lambda d: (-strides[d], d)))
         return PrefixValue(*key, rows=leaf.shape[0] // batch, order=order)
 
     def _nothing_before(self, first: str | None) -> PrefixError:

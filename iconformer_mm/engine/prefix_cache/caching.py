@@ -493,8 +493,8 @@ class _Sizes:
             raise PrefixError(
                 f'prefix_cache: images {self.first[0]} and {image} of the {self.source.name} data have the sizes '
                 f'{tuple(self.first[1][1:])} and {tuple(shape[1:])} after the pipeline. A batch pads them to its '
-                'largest, so what the frozen blocks give depends on the batch. End the pipeline with one size for all, e.g. '
-                f"dict(type='Pad', size=(H, W)) before it packs, or set {loader}.batch_size=1"
+                'largest, so what the frozen blocks give depends on the batch. End the pipeline with one size for '
+                f"all, e.g. dict(type='Pad', size=(H, W)) before it packs, or set {loader}.batch_size=1"
             )
 
 

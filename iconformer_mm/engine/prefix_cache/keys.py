@@ -77,7 +77,7 @@ def describe_data(dataset: Dataset, config: Any) -> dict[str, Any]:
     """
     annotations = hashlib.sha256()
     files: dict[str, tuple[int, int]] = {}
-    get_info = getattr(dataset, 'get_data_info', None)
+    get_info: Any = getattr(dataset, 'get_data_info', None)
     count = len(dataset)  # type: ignore[arg-type]
     for index in range(count) if get_info is not None else ():
         info = get_info(index)
