@@ -274,10 +274,9 @@ class _Filler:
     def _record(self, source: _Source, items: Sequence[dict[str, Any]]) -> list[list[Values]]:
         """What is recorded of each of some samples, by call of the backbone."""
         self.model.train(source.training)
-        config = getattr(self.model, 'test_cfg', None) or {}
-        slides = not source.training and isinstance(config, Mapping) and config.get('mode') == 'slide'
+        # A loss needs one call of the backbone. A prediction may need several, of crops or flipped images.
         with source.context():
-            calls = self.prefix.record(self.plan, self._forward(source, items), stop=not slides)
+            calls = self.prefix.record(self.plan, self._forward(source, items), stop=source.training)
         rows = {value.name: value.rows for value in self.plan.values}
         parts = [{n: t.cpu().split(rows[n]) for n, t in call.items()} for call in calls]
         return [[{n: t[index] for n, t in call.items()} for call in parts] for index in range(len(items))]

@@ -98,7 +98,9 @@ class _Writer:
             low, high = (int(v) for v in value.aminmax())
             small = [d for d in _SMALLER if torch.iinfo(d).min <= low and high <= torch.iinfo(d).max]
             stored = value.to(small[0]) if small else value
-        data = stored.reshape(-1).view(torch.uint8).numpy().tobytes()
+        flat = torch.empty(stored.numel(), dtype=stored.dtype)
+        flat.copy_(stored.reshape(-1))  # of stride 1, which a single element need not have
+        data = flat.view(torch.uint8).numpy().tobytes()
         return [_name(value.dtype), _name(stored.dtype), list(value.shape), self._blob(data)]
 
 
