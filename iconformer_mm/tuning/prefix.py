@@ -461,6 +461,8 @@ class FrozenPrefix:
             PrefixError: No block comes before the first trained module, the prefix draws random numbers, images of a
                 batch influence each other, or the trained part reads the image past the recorded tensors.
         """
+        if self.sites and self.sites[0] in self.trained:
+            raise self._nothing_before(self.sites[0])  # without a pass
         with self._mode(False):
             seen, empty = self._watch(true), self._watch(blank)
             content = {

@@ -24,7 +24,7 @@ from iconformer_mm.tuning.injection import unwrap
 from iconformer_mm.tuning.prefix import FrozenPrefix, PrefixError, PrefixPlan, Replay, Values
 
 from ..hooks.adapter_checkpoint_hook import on_main_process, random_state, set_random_state
-from .draws import INPUTS, RECORDS, CachedDataset, Draws, draw, pack, random_numbers, stack, unpack
+from .draws import INPUTS, RECORDS, CachedDataset, Draws, draw, pack, random_numbers, seeded, stack, unpack
 from .keys import describe_data, describe_prefix, describe_preprocessor, digest_of
 from .options import DTYPES, PrefixCacheOptions
 from .records import encode
@@ -246,6 +246,31 @@ class _Filler:
             self.model.train()
             given = [self.prefix.arguments(self._forward(source, batch)) for batch in (items, items[::-1], blank)]
             self.plan = self.prefix.plan(*given)
+            self._check_losses(source, items, blank)
+
+    @torch.no_grad()
+    def _check_losses(self, source: _Source, items: Sequence[dict[str, Any]], blank: Sequence[dict[str, Any]]) -> None:
+        """Compare the losses of a step with those of a step from records, which sees blank images.
+
+        Raises:
+            PrefixError: They differ, so something beside the backbone reads the images.
+        """
+        buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+        with seeded(0):
+            expected = self._forward(source, items)()
+        records = self.prefix.record(self.plan, self._forward(source, items))
+        with seeded(0), Replay(self.prefix, self.plan, records):
+            found = self._forward(source, blank)()
+        for name, value in self.model.named_buffers():  # statistics of the head, counters
+            value.copy_(buffers[name])
+        for name in expected:
+            for a, b in zip(_tensors(expected[name]), _tensors(found[name])):
+                if not torch.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True):
+                    raise PrefixError(
+                        f'prefix_cache: {type(self.model).__name__} reads the images beside its backbone, since without '
+                        f"them its '{name}' differs ({float(b.mean()):.4g} instead of {float(a.mean()):.4g}). A cache "
+                        'keeps no images: train without prefix_cache'
+                    )
 
     def _first_items(self, source: _Source) -> list[dict[str, Any]]:
         count = len(source.loader.dataset)  # type: ignore[arg-type]
@@ -495,6 +520,10 @@ class _Sizes:
                 'largest, so what the frozen blocks give depends on the batch. End the pipeline with one size for '
                 f"all, e.g. dict(type='Pad', size=(H, W)) before it packs, or set {loader}.batch_size=1"
             )
+
+
+def _tensors(loss: Any) -> list[torch.Tensor]:
+    return [loss] if isinstance(loss, torch.Tensor) else [x for x in loss if isinstance(x, torch.Tensor)]
 
 
 def _close(stored: torch.Tensor | None, fresh: torch.Tensor) -> bool:
