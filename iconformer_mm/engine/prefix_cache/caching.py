@@ -268,8 +268,8 @@ class _Filler:
                 if not torch.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True):
                     raise PrefixError(
                         f'prefix_cache: {type(self.model).__name__} reads the images beside its backbone, since '
-                        f"without them its '{name}' differs ({float(b.mean()):.4g} instead of {float(a.mean()):.4g}). A "
-                        'cache keeps no images: train without prefix_cache'
+                        f"without them its '{name}' differs ({float(b.mean()):.4g} instead of {float(a.mean()):.4g}). "
+                        'A cache keeps no images: train without prefix_cache'
                     )
 
     def _first_items(self, source: _Source) -> list[dict[str, Any]]:
