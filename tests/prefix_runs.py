@@ -24,7 +24,7 @@ def write_data(root):
     """A few scenes in the format of each dense task."""
     for _, kind in SCENES.values():
         for split in ('train', 'val'):
-            WRITERS[kind](root / kind, split, scenes(4, 0, 'target'))
+            WRITERS[kind](root / kind, split, scenes(2, 0, 'target'))
     return root
 
 
