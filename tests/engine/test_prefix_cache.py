@@ -62,10 +62,11 @@ def folders(cache):
 
 
 def make(work_dir, cache=None, **changes):
-    """A run of two epochs of four steps, by default with one of two blocks frozen."""
+    """A run of four steps, by default with one of two blocks frozen."""
     options = {} if cache is None else {f'{HOOK}.prefix_cache': dict(dir=str(cache))}
     blocks = {} if changes.pop('frozen', False) else {f'{HOOK}.blocks': 'last:1'}
-    cfg = config(work_dir, **{**blocks, **options, 'default_hooks.checkpoint': None, **changes})
+    short = {'train_cfg.max_epochs': 1, 'default_hooks.checkpoint': None}
+    cfg = config(work_dir, **{**blocks, **options, **short, **changes})
     cfg.experiment_name = uuid.uuid4().hex
     return build_runner(cfg)
 
@@ -197,6 +198,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
     changes = {
         'train_dataloader.dataset.pipeline': FLIP,
         f'{HOOK}.prefix_cache.views': 3,
+        'train_cfg.max_epochs': 2,
         'default_hooks.checkpoint': dict(type='AdapterCheckpointHook', interval=1),
     }
     whole = fit(tmp_path / 'whole', tmp_path / 'cache', **changes)
@@ -291,7 +293,6 @@ def on_images(images, pipeline=()):
     dataset = dict(_delete_=True, type='CustomDataset', data_root=str(images), pipeline=steps)
     loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
     return {f'{name}.dataset': dataset for name in loaders} | {
-        'train_cfg.max_epochs': 1,
         'val_cfg': None,
         'val_dataloader': None,
         'val_evaluator': None,
