@@ -25,11 +25,12 @@ from iconformer_mm.datasets.fit import (
     look_at_model,
     other_classes,
 )
-from iconformer_mm.engine.config import build_model, method_of, names_weights
+from iconformer_mm.engine.config import build_model, method_of, names_weights, peft_hooks
 from iconformer_mm.registry import accepted, is_type, type_name
 from iconformer_mm.tuning import Summary, get_injection, inject, summarize
 from iconformer_mm.tuning.accounting import NO_WEIGHTS
 from iconformer_mm.tuning.injection import backbones_of
+from iconformer_mm.tuning.prefix import FrozenPrefix, PrefixError, Replay
 from iconformer_mm.tuning.unused import unused_adapters
 
 MIB = 2**20
@@ -261,6 +262,49 @@ def cost_of(model: nn.Module, shape: tuple[int, int]) -> Cost:
 
 
 @dataclass(frozen=True)
+class PrefixSaving:
+    """What computing the frozen prefix once would save, see :mod:`iconformer_mm.engine.prefix_cache`.
+
+    Attributes:
+        blocks: Number of frozen blocks before the first trained module, which a step would not run.
+        all_blocks: Number of blocks of the backbone.
+        gflop: Billions of floating-point operations of the backbone's forward pass that are left.
+        mib: MiB of an image and view, as computed. ``dtype='bfloat16'`` takes half of it.
+    """
+
+    blocks: int
+    all_blocks: int
+    gflop: float
+    mib: float
+
+
+def prefix_saving(model: nn.Module, shape: tuple[int, int]) -> PrefixSaving:
+    """Find the frozen prefix of an adapted model, and what computing it once would save.
+
+    Args:
+        model: The model.
+        shape: Height and width of the images in pixels.
+
+    Raises:
+        PrefixError: It has none, or none that can be computed once.
+    """
+    injection = get_injection(model)
+    if injection is None:
+        raise PrefixError('prefix_cache: the model is not adapted')
+    prefix = FrozenPrefix(injection)
+    channels = next((m.in_channels for m in prefix.backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+    images = torch.rand(2, channels, *shape, generator=torch.Generator().manual_seed(0))
+    blank = torch.zeros_like(images)
+    with prefix.installed(), torch.no_grad():
+        plan = prefix.plan(*(((x,), {}) for x in (images, images.flip(0), blank)))
+        (records,) = prefix.record(plan, lambda: prefix.backbone(images), stop=False)
+        with FlopCounterMode(display=False) as counter, Replay(prefix, plan, [records]):
+            prefix.backbone(blank)
+    mib = sum(value.nbytes for value in records.values()) / 2 / MIB
+    return PrefixSaving(len(plan.blocks), len(prefix.sites), counter.get_total_flops() / 2e9, mib)
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What a config would train.
 
@@ -271,6 +315,7 @@ class Inspection:
         full: The cost of full fine-tuning.
         mistakes: Findings of :func:`find_mistakes`, and adapters whose output is unused.
         unseen: Data sets that do not exist and were not checked.
+        prefix: What computing the frozen prefix once would save; None if there is no such prefix.
     """
 
     summary: Summary
@@ -279,6 +324,7 @@ class Inspection:
     full: Cost
     mistakes: list[str]
     unseen: list[str]
+    prefix: PrefixSaving | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the inspection as plain data."""
@@ -312,4 +358,10 @@ def inspect_model(cfg: Config, shape: tuple[int, int] = (224, 224)) -> Inspectio
     ]
     unused = unused_adapters(model)
     mistakes = find_mistakes(cfg) + ([] if unused is None else [unused])
-    return Inspection(summarize(model), sites, cost_of(model, shape), full, mistakes, unseen_data(cfg))
+    prefix = None
+    try:
+        prefix = prefix_saving(model, shape)
+    except PrefixError as error:
+        if any(hook.get('prefix_cache') for hook in peft_hooks(cfg) if isinstance(hook, Mapping)):
+            mistakes.append(str(error))
+    return Inspection(summarize(model), sites, cost_of(model, shape), full, mistakes, unseen_data(cfg), prefix)

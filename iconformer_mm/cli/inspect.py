@@ -54,6 +54,18 @@ def table_of(inspection: Inspection) -> Table:
     return table
 
 
+def saving_of(inspection: Inspection) -> str:
+    """What a prefix cache would save, in words."""
+    prefix = inspection.prefix
+    assert prefix is not None
+    share = prefix.gflop / inspection.cost.gflop if inspection.cost.gflop else 0
+    return (
+        f'frozen prefix: {prefix.blocks} of {prefix.all_blocks} blocks. With prefix_cache=dict(dir=..., views=...) the '
+        f'forward pass of a step takes {prefix.gflop:,.2f} GFLOP an image ({share:.2f} of it), and the cache '
+        f'{prefix.mib:,.2f} MiB an image and view, half of that in bfloat16'
+    )
+
+
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
@@ -73,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(tree_of(inspection))
     print(inspection.summary)
     console.print(table_of(inspection))
+    if inspection.prefix is not None:
+        console.print(saving_of(inspection), highlight=False, markup=False)
     for mistake in inspection.mistakes:
         console.print(f'warning: {mistake}', style='yellow', highlight=False, markup=False)
     for dataset in inspection.unseen:

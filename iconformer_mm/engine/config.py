@@ -219,12 +219,16 @@ def peft_hooks(cfg: Config) -> list[Any]:
     return [hook for hook in hooks if hook and is_type(hook, 'PEFTHook')]
 
 
+# Arguments of the PEFTHook that concern the run, not the model.
+_NOT_INJECTED = ('type', 'save_adapter', 'prefix_cache', 'priority')
+
+
 def method_of(cfg: Config) -> dict[str, Any] | None:
     """Return the arguments of a config's PEFTHook for :func:`iconformer_mm.inject`, or None if it has no PEFTHook."""
     for hook in peft_hooks(cfg):
         if not isinstance(hook, Mapping):  # already built
             hook = {name: getattr(hook, name) for name in accepted(type(hook))}
-        return {key: value for key, value in hook.items() if key not in ('type', 'save_adapter', 'priority')}
+        return {key: value for key, value in hook.items() if key not in _NOT_INJECTED}
     return None
 
 

@@ -75,7 +75,7 @@ def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     view.__dict__['_modules'] = dict(module._modules)
     view.__dict__['_compiled_call_impl'] = None  # it was compiled for the original
     forward = view.__dict__.pop('forward', None)
-    if isinstance(getattr(forward, '__self__', None), Replacement):
+    while isinstance(getattr(forward, '__self__', None), Replacement):
         # Only one adapter is active, so no other attachment acts at a module with computed parameters.
         forward = forward.__self__._replaced
     if forward is not None:

@@ -155,6 +155,29 @@ def test_what_is_selected_is_known():
     assert inject(again, **method_of(built)) == inspection.summary
 
 
+def test_what_a_prefix_cache_would_save(root):
+    cfg = load_config(str(root / DIGITS))
+    hook = cfg.custom_hooks[0]
+    assert inspect_model(cfg, (28, 28)).prefix is None  # all blocks are adapted
+    hook.blocks = 'last:1'
+    inspection = inspect_model(cfg, (28, 28))
+    prefix = inspection.prefix
+    assert (prefix.blocks, prefix.all_blocks) == (3, 4)
+    assert prefix.mib == 50 * 96 * 4 / 2**20  # 50 tokens of width 96 in float32
+    assert 0.25 < prefix.gflop / inspection.cost.gflop < 0.35
+    hook.method = dict(type='frozen')
+    hook.blocks = 'all'
+    frozen = inspect_model(cfg, (28, 28)).prefix
+    assert frozen.blocks == 4 and frozen.mib < prefix.mib and frozen.gflop < 0.1 * prefix.gflop
+
+
+def test_a_prefix_cache_that_cannot_work_is_a_mistake(root):
+    cfg = load_config(str(root / DIGITS))
+    cfg.custom_hooks[0].prefix_cache = dict(dir='cache')
+    (mistake,) = inspect_model(cfg, (28, 28)).mistakes
+    assert "'layers.0' is trained, and no frozen block comes before it" in mistake
+
+
 def inspect(monkeypatch, root, *arguments):
     monkeypatch.syspath_prepend(str(root / 'tools'))
     monkeypatch.setattr(sys, 'argv', ['inspect_model.py', *map(str, arguments)])
@@ -165,6 +188,9 @@ def test_the_tool(root, monkeypatch, capsys):
     inspect(monkeypatch, root, root / DIGITS, '--shape', 28, 28)
     text = capsys.readouterr().out
     assert 'layers.0 to 3: 4 x mmpretrain ViT, 5,776 parameters each' in text and 'full fine-tuning' in text
+    assert 'frozen prefix' not in text
+    inspect(monkeypatch, root, root / DIGITS, '--shape', 28, 28, '--cfg-options', 'custom_hooks.0.blocks=last:1')
+    assert 'frozen prefix: 3 of 4 blocks' in capsys.readouterr().out
     inspect(monkeypatch, root, root / DIGITS, '--peft', 'frozen', '--shape', 28, 28, '--json')
     content = json.loads(capsys.readouterr().out)
     assert content['summary']['method'] == 'frozen' and content['sites'] == []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mmengine.dist import is_main_process, master_only
 from mmengine.model import is_model_wrapper
@@ -20,6 +21,7 @@ from iconformer_mm.tuning.injection import Injection, unwrap
 from iconformer_mm.tuning.summary import SUMMARY_FILE
 
 from ..load_log import note_fresh_adapters
+from ..prefix_cache import PrefixCache, PrefixCacheOptions
 from ..runner import CheckedRunner, check_loop
 from .adapter_checkpoint_hook import averaged_model, diverged_in
 from .weights_hook import WeightsHook
@@ -57,12 +59,17 @@ class PEFTHook(WeightsHook):
         backbones: Paths of the backbones in a model that has several. Defaults to None, the only one.
         families: Families of further blocks, see :func:`iconformer_mm.inject`, e.g.
             ``[dict(like='mmdet Swin', block='my_project.swin.SwinBlock')]``. Defaults to none.
+        prefix_cache: Compute what comes before the first adapted block once, and read it in every epoch:
+            ``dict(dir=..., views=4, dtype='bfloat16')``, see
+            :class:`~iconformer_mm.engine.prefix_cache.PrefixCacheOptions`. Defaults to None, no cache.
 
     Raises:
         ValueError: The model is already adapted or lacks what was selected, an option is unknown, the runner has no
             config to rebuild its parts from, or it is a FlexibleRunner.
         WeightsError: A tensor is not accounted for, or a checkpoint is of another method.
         DataError: The data does not fit the model.
+        PrefixError: The model or the data cannot be cached, or the disk has no room.
+        DamagedFileError: A file of a cache is truncated, altered or of another cache.
 
     Example:
         >>> custom_imports = dict(imports=['iconformer_mm'])
@@ -80,6 +87,7 @@ class PEFTHook(WeightsHook):
         freeze: Sequence[str] = (),
         backbones: Sequence[str] | None = None,
         families: Sequence[dict] = (),
+        prefix_cache: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if save_adapter not in (True, False, 'raw'):
@@ -93,6 +101,8 @@ class PEFTHook(WeightsHook):
         self.freeze = freeze
         self.backbones = backbones
         self.families = families
+        self.prefix_cache = prefix_cache
+        self._cache = None if prefix_cache is None else PrefixCache(PrefixCacheOptions.of(prefix_cache))
         self._injection: Injection | None = None
 
     def before_run(self, runner: Runner) -> None:
@@ -134,6 +144,34 @@ class PEFTHook(WeightsHook):
         super().before_train(runner)
         if is_main_process():
             write_json(Path(runner.work_dir) / SUMMARY_FILE, asdict(summarize(unwrap(runner.model))))
+        if self._cache is not None:
+            self._cache.begin(runner)
+
+    # With a prefix cache, this hook takes what was recorded out of a batch before anything else sees it.
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Begin a step at the first adapted block, if there is a prefix cache."""
+        if self._cache is not None:
+            self._cache.enter(data_batch)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """End the step."""
+        if self._cache is not None:
+            self._cache.leave()
+
+    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Begin a step of a validation that is cached."""
+        if self._cache is not None and self._cache.reads(runner.val_loop):
+            self._cache.enter(data_batch)
+
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence | None = None
+    ) -> None:
+        """End the step."""
+        if self._cache is not None:
+            self._cache.leave()
 
     @staticmethod
     def _check_data(runner: Runner) -> None:
@@ -143,9 +181,14 @@ class PEFTHook(WeightsHook):
                 check_dataset(dataset)
                 check_loop(runner, loop, training=loop is runner._train_loop)
 
-    @master_only
     def after_train(self, runner: Runner) -> None:
         """Write the adapter file."""
+        if self._cache is not None:
+            self._cache.end()
+        self._save_adapter(runner)
+
+    @master_only
+    def _save_adapter(self, runner: Runner) -> None:
         if self.save_adapter and self._injection is not None and self._injection.method.freezes:
             path = Path(runner.work_dir) / 'adapter.safetensors'
             fault = diverged_in(runner)
