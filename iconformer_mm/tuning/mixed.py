@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from .attachments import LowRankAttachment
+from .attachments.mixed import Mixing, Rows, mix, why_not_mixed
+from .backbones import is_below, join, unwrap
+from .calls import PerThread
+from .injection import Injection, NamedAdapter, backbones_of, merged_adapter
+from .routing import BackboneRouter, ClassifierRouter, Mixture, ModelRouter
+from .switching import require
+
+_Parts = Mapping[str, nn.Module]
 
 
 class MixedBatch:
@@ -18,13 +31,112 @@ class MixedBatch:
         adapters: Name of the adapter of each sample, None for a sample without an adapter.
     """
 
-    adapters: tuple[str | None, ...]
+    def __init__(self, model: nn.Module, adapters: Sequence[str | None]) -> None:
+        self.adapters = _checked(adapters)
+        model = unwrap(model)
+        self._injection = _find(model, self.adapters)
+        names = [name for name in dict.fromkeys(self.adapters) if name is not None]
+        self._named = {name: self._injection.adapters[name] for name in names}
+        for name, adapter in self._named.items():
+            _check_mixable(name, adapter)
+        self._weights = [
+            (tensor, tensor.data_ptr(), tensor._version)
+            for adapter in self._named.values()
+            for tensor in _stacked_tensors(adapter)
+        ]
+        order = _order(self.adapters, self._named)
+        samples: dict[str, list[int]] = {}
+        for place, number in enumerate(order):
+            name = self.adapters[number]
+            if name is not None:
+                samples.setdefault(name, []).append(place)
+        with torch.no_grad():
+            mixed_blocks = {joint: mix(joint, samples, len(order)) for joint in self._injection.joints.values()}
+        blocks = {joint: block for joint, block in mixed_blocks.items() if block is not None}
+        within, beside = self._parts(model)
+        self._mixture = Mixture(
+            self.adapters, tuple(order), Mixing(blocks, self._classifiers(within, order)), tuple(beside)
+        )
+        for backbone in self._injection.backbones.values():
+            if backbone not in self._injection.routers:
+                self._injection.routers[backbone] = BackboneRouter(backbone, self._injection.switch)
+        if beside and model not in self._injection.routers:
+            paths = list(backbones_of(model))
+            if len(paths) > 1:
+                raise ValueError(
+                    f'{type(model).__name__} has several adapted backbones, {", ".join(map(repr, paths))}; mixed() '
+                    'knows the way from one backbone to neck and head'
+                )
+            self._injection.routers[model] = ModelRouter(model, self._injection.switch, paths[0])
+        self._entered = PerThread()
+
+    def _parts(self, model: nn.Module) -> tuple[dict[str, list[tuple[nn.Module, list[int]]]], list]:
+        """Return necks and heads with the numbers of their samples: those within backbones by path, and the others."""
+        injection = self._injection
+        current = injection.current.parts if injection.current else None
+        inside = {join(path, name) for path, names in injection.outside.items() for name in names}
+        is_backbone = any(model is backbone for backbone in injection.backbones.values())
+        within: dict[str, list[tuple[nn.Module, list[int]]]] = {}
+        beside: list[tuple[_Parts, tuple[int, ...]]] = []
+        by_parts: dict[tuple[int, ...], tuple[_Parts, list[int]]] = {}
+        for number, name in enumerate(self.adapters):
+            parts = (self._named[name].parts if name is not None else current) or {}
+            key = tuple(map(id, parts.values()))
+            by_parts.setdefault(key, (parts, []))[1].append(number)
+        for parts, numbers in by_parts.values():
+            for path, module in parts.items():
+                if path in inside:
+                    within.setdefault(path, []).append((module, numbers))
+            others = {path: module for path, module in parts.items() if path not in inside}
+            if not is_backbone:
+                beside.append((others, tuple(numbers)))
+        return within, beside if any(parts for parts, _ in beside) else []
+
+    def _classifiers(
+        self, within: Mapping[str, Sequence[tuple[nn.Module, list[int]]]], order: Sequence[int]
+    ) -> dict[nn.Module, list[tuple[Any, Rows]]]:
+        """Return what runs in the place of classifiers within backbones."""
+        places = {number: place for place, number in enumerate(order)}
+        classifiers: dict[nn.Module, list[tuple[Any, Rows]]] = {}
+        for modules in within.values():
+            routes = []
+            for module, numbers in modules:
+                if module not in self._injection.routers:
+                    self._injection.routers[module] = ClassifierRouter(module, self._injection.switch)
+                rows = Rows(tuple(sorted(places[number] for number in numbers)), len(order))
+                routes.append((self._injection.routers[module], rows))
+            classifiers.update((module, routes) for module, _ in modules)
+        return classifiers
+
+    def _check_current(self) -> None:
+        """Refuse a plan whose adapters are no longer what they were.
+
+        Raises:
+            ValueError: An adapter was deleted, its weights were changed, or it is in training mode.
+        """
+        for name, adapter in self._named.items():
+            if self._injection.adapters.get(name) is not adapter:
+                raise ValueError(f"the adapter '{name}' was deleted or replaced after mixed() was called; call it again")
+            modules = [module for _, module in adapter.modules()] + list((adapter.parts or {}).values())
+            if any(module.training for module in modules):
+                raise ValueError(
+                    f"the adapter '{name}' or its head is in training mode, and mixed() is for prediction: call "
+                    'model.eval() first'
+                )
+        if any((tensor.data_ptr(), tensor._version) != (place, version) for tensor, place, version in self._weights):
+            raise ValueError('weights of the adapters were changed after mixed() was called; call it again')
 
     def __enter__(self) -> MixedBatch:
-        raise NotImplementedError
+        self._check_current()
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(self._injection.switch.overridden(self._mixture))
+        self._entered.value = [*(self._entered.value or ()), stack]
+        return self
 
-    def __exit__(self, *error: object) -> None:
-        raise NotImplementedError
+    def __exit__(self, *error: Any) -> None:
+        *self._entered.value, stack = self._entered.value
+        stack.close()
 
 
 def mixed(model: nn.Module, adapters: Sequence[str | None]) -> MixedBatch:
@@ -47,12 +159,86 @@ def mixed(model: nn.Module, adapters: Sequence[str | None]) -> MixedBatch:
     Raises:
         ValueError: The model is not adapted, merged or wrapped, it lacks an adapter, ``adapters`` is empty or not a
             list of names, or the method of an adapter cannot be mixed. Entering a plan raises it, if an adapter was
-            deleted or its weights were changed since the plan was made.
-        RuntimeError: Within the context, if the batch has another number of samples, samples differ in size, the model
-            is in training mode or asked for a loss, or it mixes up the samples of a batch.
+            deleted, is in training mode, or its weights were changed since the plan was made. A call within the context
+            raises it, if the batch has another number of samples, samples differ in size, the model is in training
+            mode or asked for a loss, or it mixes up the samples of a batch.
 
     Example:
         >>> with mixed(model, ['birds', 'cars', 'birds', None]):
         ...     predictions = model.test_step(data)  # of four images
     """
-    raise NotImplementedError
+    return MixedBatch(model, adapters)
+
+
+def _checked(adapters: Sequence[str | None]) -> tuple[str | None, ...]:
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
+        raise ValueError(f'adapters must be a list with one name, or None, for each sample, got {adapters!r}')
+    wrong = [name for name in adapters if not (name is None or isinstance(name, str))]
+    if wrong:
+        raise ValueError(f'adapters must be a list with one name, or None, for each sample, got {wrong[0]!r} in it')
+    return tuple(adapters)
+
+
+def _find(model: nn.Module, adapters: Sequence[str | None]) -> Injection:
+    """Return what was injected into a model.
+
+    Raises:
+        ValueError: The model is not adapted, merged or wrapped, or it lacks an adapter.
+    """
+    merged = merged_adapter(model)
+    if merged is not None:
+        raise ValueError(
+            f"the adapter '{merged}' was merged into the base weights, which all samples of a batch share; call "
+            'unmerge(model) first'
+        )
+    injection = require(model)
+    for name in dict.fromkeys(adapters):
+        if name is None:
+            injection.check_unchanged('a sample without an adapter')
+        else:
+            require(model, name)
+    return injection
+
+
+def _check_mixable(name: str, adapter: NamedAdapter) -> None:
+    """Refuse an adapter that cannot run on some samples of a batch.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    method = adapter.method
+    reasons = [reason for reason in map(why_not_mixed, adapter.attachments) if reason]
+    if not method.freezes:
+        reasons = ['it trains the base itself, which all samples of a batch share']
+    if reasons:
+        raise ValueError(
+            f"the adapter '{name}' cannot be mixed with others in one batch: method '{method.name}': {reasons[0]}. "
+            'Predict with one adapter at a time (set_adapter)'
+        )
+
+
+def _stacked_tensors(adapter: NamedAdapter) -> list[Tensor]:
+    """Return the tensors that a plan makes copies of, or computes something of."""
+    own = [tensor for _, module in adapter.modules() for tensor in (*module.parameters(), *module.buffers())]
+    for attachment in adapter.attachments:
+        if isinstance(attachment, LowRankAttachment):  # DoRA's factors depend on the weights of the base
+            own += [attachment.module.get_parameter(name) for name in attachment.weight_names]
+    return own
+
+
+def _order(adapters: Sequence[str | None], named: Mapping[str, NamedAdapter]) -> list[int]:
+    """Return the numbers of the samples so that those which can run as one product are neighbours.
+
+    These are samples of methods with the same config, then of adapters with the same number of samples, then of one
+    adapter.
+    """
+    names = list(dict.fromkeys(adapters))
+
+    def key(number: int) -> tuple:
+        name = adapters[number]
+        if name is None:
+            return ('', '', 0, 0)
+        adapter = named[name]
+        return (repr(adapter.method.config), repr(adapter.selection.blocks), adapters.count(name), names.index(name))
+
+    return sorted(range(len(adapters)), key=key)
