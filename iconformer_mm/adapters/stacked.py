@@ -87,10 +87,7 @@ def multiply(x: Tensor, matrices: Tensor, bias: Tensor | None, segments: Segment
     def product(part: Tensor, which: slice) -> Tensor:
         vectors = part.flatten(1, -2)
         weights = matrices[which].transpose(1, 2)
-        if bias is None:
-            out = torch.bmm(vectors, weights)
-        else:
-            out = torch.baddbmm(bias[which].unsqueeze(1), vectors, weights)
+        out = torch.bmm(vectors, weights) if bias is None else torch.baddbmm(bias[which, None], vectors, weights)
         return out.unflatten(1, part.shape[1:-1])
 
     return segments.apply(x, product)
@@ -384,4 +381,3 @@ def stack(adapters: Sequence[nn.Module], counts: Sequence[int]) -> Any:
     if len(adapters) == 1:
         return adapters[0]
     return STACKED.get(type(adapters[0]), Looped)(adapters, Segments(counts))
-

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attachments import LowRankAttachment
 from .attachments.mixed import Mixing, Rows, mix, why_not_mixed
-from .backbones import is_below, join, unwrap
+from .backbones import join, unwrap
 from .calls import PerThread
 from .injection import Injection, NamedAdapter, backbones_of, merged_adapter
 from .routing import BackboneRouter, ClassifierRouter, Mixture, ModelRouter
@@ -32,13 +32,9 @@ class MixedBatch:
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[str | None]) -> None:
-        self.adapters = _checked(adapters)
+        self._injection, self._named = check_mixable(model, adapters)
+        self.adapters = tuple(adapters)
         model = unwrap(model)
-        self._injection = _find(model, self.adapters)
-        names = [name for name in dict.fromkeys(self.adapters) if name is not None]
-        self._named = {name: self._injection.adapters[name] for name in names}
-        for name, adapter in self._named.items():
-            _check_mixable(name, adapter)
         self._weights = [
             (tensor, tensor.data_ptr(), tensor._version)
             for adapter in self._named.values()
@@ -116,7 +112,9 @@ class MixedBatch:
         """
         for name, adapter in self._named.items():
             if self._injection.adapters.get(name) is not adapter:
-                raise ValueError(f"the adapter '{name}' was deleted or replaced after mixed() was called; call it again")
+                raise ValueError(
+                    f"the adapter '{name}' was deleted or replaced after mixed() was called; call it again"
+                )
             modules = [module for _, module in adapter.modules()] + list((adapter.parts or {}).values())
             if any(module.training for module in modules):
                 raise ValueError(
@@ -124,7 +122,7 @@ class MixedBatch:
                     'model.eval() first'
                 )
         if any((tensor.data_ptr(), tensor._version) != (place, version) for tensor, place, version in self._weights):
-            raise ValueError('weights of the adapters were changed after mixed() was called; call it again')
+            raise ValueError('weights of the adapters were changed after mixed(); call it again')
 
     def __enter__(self) -> MixedBatch:
         self._check_current()
@@ -170,37 +168,38 @@ def mixed(model: nn.Module, adapters: Sequence[str | None]) -> MixedBatch:
     return MixedBatch(model, adapters)
 
 
-def _checked(adapters: Sequence[str | None]) -> tuple[str | None, ...]:
-    if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
-        raise ValueError(f'adapters must be a list with one name, or None, for each sample, got {adapters!r}')
-    wrong = [name for name in adapters if not (name is None or isinstance(name, str))]
-    if wrong:
-        raise ValueError(f'adapters must be a list with one name, or None, for each sample, got {wrong[0]!r} in it')
-    return tuple(adapters)
+def check_mixable(model: nn.Module, adapters: Sequence[str | None]) -> tuple[Injection, dict[str, NamedAdapter]]:
+    """Check that samples can go through adapters of a model in one batch, see :func:`mixed`.
 
-
-def _find(model: nn.Module, adapters: Sequence[str | None]) -> Injection:
-    """Return what was injected into a model.
+    Returns:
+        What was injected into the model, and the adapters by name.
 
     Raises:
-        ValueError: The model is not adapted, merged or wrapped, or it lacks an adapter.
+        ValueError: The model is not adapted, merged or wrapped, it lacks an adapter, ``adapters`` is empty or not a
+            list of names, or the method of an adapter cannot be mixed.
     """
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
+        raise ValueError(f'adapters must be a list with one name, or None, for each sample, got {adapters!r}')
+    for name in adapters:
+        if not (name is None or isinstance(name, str)):
+            raise ValueError(f'adapters must be a list with one name, or None, for each sample, got {name!r} in it')
     merged = merged_adapter(model)
     if merged is not None:
         raise ValueError(
             f"the adapter '{merged}' was merged into the base weights, which all samples of a batch share; call "
             'unmerge(model) first'
         )
-    injection = require(model)
+    injection, named = require(model), {}
     for name in dict.fromkeys(adapters):
         if name is None:
             injection.check_unchanged('a sample without an adapter')
         else:
-            require(model, name)
-    return injection
+            named[name] = require(model, name).adapters[name]
+            _check_method(name, named[name])
+    return injection, named
 
 
-def _check_mixable(name: str, adapter: NamedAdapter) -> None:
+def _check_method(name: str, adapter: NamedAdapter) -> None:
     """Refuse an adapter that cannot run on some samples of a batch.
 
     Raises:

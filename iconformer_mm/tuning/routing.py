@@ -55,10 +55,12 @@ class Mixture(Override):
             sizes = {tuple(each.shape) for each in x if isinstance(each, Tensor)} if isinstance(x, Sequence) else set()
             if len(sizes) > 1:
                 raise ValueError(_unequal(sizes))
-            raise ValueError(f'{name} was called with a {type(x).__name__}; mixed() needs a tensor with a batch of images')
+            raise ValueError(
+                f'{name} was called with a {type(x).__name__}; mixed() needs a tensor with a batch of images'
+            )
         if len(x) != len(self.adapters):
             raise ValueError(
-                f'mixed() was given {len(self.adapters)} adapters for a batch of {len(x)}: give one name for each sample'
+                f'mixed() was given {len(self.adapters)} adapters for a batch of {len(x)}: give one for each sample'
             )
 
 
@@ -170,8 +172,8 @@ class ClassifierRouter(Replacement):
         shapes = {tuple(out.shape[1:]) for _, out in outputs}
         if len(shapes) > 1:
             raise ValueError(
-                f'the classifiers of these adapters lie in the backbone and return {", ".join(map(str, sorted(shapes)))} '
-                'values, which do not fit one tensor; put adapters of one number of classes into a batch'
+                f'the classifiers of these adapters lie in the backbone and return {" and ".join(map(str, shapes))} '
+                'values, which do not fit one tensor; put adapters with equally many classes into a batch'
             )
         whole = outputs[0][1].new_empty(len(args[0]), *outputs[0][1].shape[1:])
         return put(whole, outputs)
