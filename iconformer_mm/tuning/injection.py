@@ -411,6 +411,9 @@ class Injection:
 
     def _uninstall(self, name: str) -> None:
         adapter = self.adapters.pop(name)
+        for part in (adapter.parts or {}).values():
+            if part in self.routers:
+                self.routers.pop(part).restore()
         for path, attachment in zip(adapter.paths, adapter.attachments):
             for tapped in attachment.handlers:
                 tap = self.taps[self.backbones[path].get_submodule(tapped)]

@@ -79,12 +79,12 @@ class MixedBatch:
             parts = (self._named[name].parts if name is not None else current) or {}
             key = tuple(map(id, parts.values()))
             by_parts.setdefault(key, (parts, []))[1].append(number)
-        for parts, numbers in by_parts.values():
-            for path, module in parts.items():
+        for each, numbers in by_parts.values():
+            for path, module in each.items():
                 if path in inside:
                     within.setdefault(path, []).append((module, numbers))
-            others = {path: module for path, module in parts.items() if path not in inside}
             if not is_backbone:
+                others = {path: module for path, module in each.items() if path not in inside}
                 beside.append((others, tuple(numbers)))
         return within, beside if any(parts for parts, _ in beside) else []
 

@@ -80,18 +80,17 @@ def put(x: Tensor, parts: Sequence[tuple[Rows, Tensor]]) -> Tensor:
         return x
     if len(parts) == 1 and len(parts[0][0].samples) == parts[0][0].batch:
         return parts[0][1]
-    spans = [(rows.span, part) for rows, part in parts]
-    if any(span is None for span, _ in spans):
+    spans = [(span, part) for rows, part in parts if (span := rows.span) is not None]
+    if len(spans) < len(parts):
         out = x.to(torch.result_type(x, parts[0][1]), copy=True)
         for rows, part in parts:
             out.index_copy_(0, rows.indices(x), part.to(out.dtype))
         return out
     pieces, end = [], 0
     each = parts[0][0].each(x)
-    for span, part in sorted(spans, key=lambda item: item[0]):
-        assert span is not None
-        pieces += [x[end : span[0] * each], part]
-        end = span[1] * each
+    for (first, last), part in sorted(spans, key=lambda item: item[0]):
+        pieces += [x[end : first * each], part]
+        end = last * each
     return torch.cat([piece for piece in (*pieces, x[end:]) if len(piece)])
 
 
