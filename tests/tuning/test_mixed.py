@@ -15,29 +15,26 @@ from iconformer_mm.registry import PEFT_METHODS
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.attachments import mixed as mixed_blocks
 
-# Two of each, so that some run as one product; and of several bottlenecks.
+# Of some two that run as one product; test_stacked.py has two of each.
 METHODS = {
     'icon': dict(type='icon', bottleneck=8),
     'icon, scaled': dict(type='icon', bottleneck=8, scale=0.5),
     'icon, windows': dict(type='icon', bottleneck=4, pooling='mean_std', window_size=2),
     'icon-static': dict(type='icon-static', bottleneck=8),
-    'icon-static, again': dict(type='icon-static', bottleneck=8),
     'adaptformer': dict(type='adaptformer', bottleneck=4),
-    'adaptformer, scaled': dict(type='adaptformer', bottleneck=4, learnable_scale=True),
     'adapter': dict(type='adapter', bottleneck=4),
-    'adapter, again': dict(type='adapter', bottleneck=4),
+    'adapter, more': dict(type='adapter', bottleneck=4, scale=2.0),
     'convpass': 'convpass',
-    'convpass, again': 'convpass',
     'lorand': 'lorand',
-    'lorand, again': 'lorand',
     'mona': dict(type='mona', bottleneck=8),
-    'mona, again': dict(type='mona', bottleneck=8),
     'lora': dict(type='lora', rank=2),
-    'lora, more': dict(type='lora', rank=2, targets=['q', 'v', 'o', 'fc1', 'fc2']),
+    'lora, again': dict(type='lora', rank=2, alpha=4),
     'dora': dict(type='dora', rank=2),
-    'dora, again': dict(type='dora', rank=2),
     'frozen': 'frozen',
 }
+# Whose blocks read a weight of attention, such as those with nn.MultiheadAttention.
+READ = ('BEiT', 'SwinV2', 'timm SwinV2 features', 'mmdet PVT', 'mmdet PVTv2', 'mmseg ViT', 'mmseg ViT no class token')
+READ += ('mmseg BEiT', 'mmseg MAE', 'mmseg MiT', 'mmseg Twins PCPVT')
 
 
 def add(model, name, method, **options):
@@ -73,7 +70,9 @@ def assert_as_one_by_one(model, x, adapters):
     alone = one_by_one(model, lambda model, i: flatten(model(x[i : i + 1])), adapters)
     for tensor, *expected in zip(found, *alone, strict=True):
         expected = torch.cat(expected)
-        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-6 * max(1, expected.abs().max().item()))
+        # Convolutions of the base round otherwise for batches of other sizes.
+        within = (1e-6 if x.dtype == torch.float32 else 1e-12) * max(1, expected.abs().max().item())
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=within)
 
 
 def build(family):
@@ -94,21 +93,20 @@ def test_every_method_in_one_batch(family):
         except ValueError as error:
             assert 'read the weight' in str(error) and 'Predict with one adapter at a time' in str(error)
             refused.add(name)
-    # These blocks read the weight of a linear layer, or those of nn.MultiheadAttention do.
-    reads = any(word in family.name for word in ('BEiT', 'EVA-02', 'SwinV2', 'mmseg ViT', 'MAE', 'PVT', 'MiT'))
-    assert {name.partition(',')[0] for name in refused} == ({'lora', 'dora'} if reads else set())
+    assert {name.partition(',')[0] for name in refused} == ({'lora', 'dora'} if family.name in READ else set())
     kept = [name for name in METHODS if name not in refused]
     adapters = [None, *kept, *random.Random(0).choices(kept, k=3)]
     random.Random(1).shuffle(adapters)
     assert_as_one_by_one(model, image(family.sizes[0], len(adapters)), adapters)
-    few = random.Random(2).choices(kept, k=5)
+    few = random.Random(2).choices(kept, k=4)
     assert_as_one_by_one(model, image(family.sizes[-1], len(few)), few)
 
 
 @pytest.mark.parametrize('family', MORE_FAMILIES, ids=str)
 def test_further_blocks(family):
     model, names = build(family), []
-    for name in ('icon', 'icon, scaled', 'adapter', 'mona', 'lora', 'dora'):
+    model.double()
+    for name in ('icon', 'adapter', 'adapter, more', 'mona', 'lora'):
         try:
             add(model, name, METHODS[name])
             mixed(model, [name])
@@ -117,8 +115,8 @@ def test_further_blocks(family):
             continue
         names.append(name)
     assert 'adapter' in names
-    adapters = [*names, None, *names[:2]]
-    assert_as_one_by_one(model, image(family.sizes[-1], len(adapters)), adapters)
+    adapters = [*names, None, names[0]]
+    assert_as_one_by_one(model, image(family.sizes[-1], len(adapters)).double(), adapters)
 
 
 def test_methods_that_all_samples_share_are_refused():
@@ -492,6 +490,7 @@ def test_wrong_calls(act, message):
 
 def test_a_model_that_calls_its_backbone_on_something_else_is_refused():
     model = with_heads()
+
     class Cropping(type(model)):
         def extract_feat(self, inputs, *args, **kwargs):
             return super().extract_feat(inputs[..., :32], *args, **kwargs)
