@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -186,12 +188,16 @@ class ModelRouter(Replacement):
         model: The model.
         switch: The switch of its backbone.
         backbone: Path of the backbone in the model.
+
+    Attributes:
+        is_direct: Whether the model calls its backbone once, on the images, as far as known.
     """
 
     def __init__(self, model: nn.Module, switch: Switch, backbone: str) -> None:
         super().__init__(model)
         self.switch = switch
         self.backbone = backbone
+        self.is_direct = True
         self._signature = inspect.signature(type(model).forward)
         self.replace()
 
@@ -214,42 +220,104 @@ class ModelRouter(Replacement):
         sizes = {tuple(s.metainfo['img_shape'][:2]) for s in samples or () if 'img_shape' in getattr(s, 'metainfo', {})}
         if len(sizes) > 1:
             raise ValueError(_unequal(sizes))
-        backbone = self.module.get_submodule(self.backbone)
+        call = _Call(self.module, self.backbone, mixture.parts, bound, given, x, samples)
         with self.switch.overridden(replace(mixture, is_routed=True)):
-            features = backbone(x)
-            outputs = []
-            for parts, numbers in mixture.parts:
-                arguments[given] = part = x[list(numbers)]
-                if samples is not None:
-                    arguments['data_samples'] = [samples[number] for number in numbers]
-                replay = _Replay(part, _select(features, numbers), type(self.module).__name__)
-                view = with_modules(self.module, {**parts, self.backbone: with_forward(backbone, replay)})
-                outputs.append(view.forward(*bound.args[1:], **bound.kwargs))
-        return _join(outputs, [numbers for _, numbers in mixture.parts], len(x))
+            if self.is_direct:
+                try:
+                    return call.direct()
+                except _OtherCall:
+                    self.is_direct = False
+            return call.recorded()
 
 
-class _Replay:
-    """Returns the features of some samples, as the backbone would."""
+class _OtherCall(Exception):
+    """A model called its backbone otherwise than expected."""
 
-    def __init__(self, x: Tensor, features: Any, model: str) -> None:
-        self.x = x
-        self.features = features
-        self.model = model
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the features of a batch.
+@dataclass
+class _Call:
+    """One call of a model on a mixed batch.
+
+    Attributes:
+        model: The model.
+        backbone: Path of the backbone in it.
+        parts: Necks and heads by path, each with the numbers of its samples.
+        bound: The arguments of the call.
+        given: Name of the argument with the images.
+        x: The images.
+        samples: The data samples, or None.
+    """
+
+    model: nn.Module
+    backbone: str
+    parts: Sequence[tuple[Mapping[str, nn.Module], tuple[int, ...]]]
+    bound: inspect.BoundArguments
+    given: str
+    x: Tensor
+    samples: Sequence[Any] | None
+
+    def direct(self) -> Any:
+        """Run the backbone on the images, then each neck and head on their features.
 
         Raises:
-            ValueError: It is another batch than the model was called with.
+            _OtherCall: The model calls its backbone more than once, or not on the images.
         """
-        same = x is self.x or (isinstance(x, Tensor) and x.shape == self.x.shape and bool(torch.equal(x, self.x)))
-        if not same or args or kwargs:
-            raise ValueError(
-                f'{self.model} does not call its backbone on the images as they are, but on parts of them or something '
-                "else, such as windows with test_cfg.mode='slide'; use test_cfg.mode='whole', or predict with one "
-                'adapter at a time'
-            )
-        return self.features
+        features = self.model.get_submodule(self.backbone)(self.x)
+        return self._join(self._replay([(self.x, features)], parts, numbers) for parts, numbers in self.parts)
+
+    def recorded(self) -> Any:
+        """Run the model with the first neck and head on all samples. Replay its calls of the backbone for the others.
+
+        Models that slide a window over the images need this. It costs one more run of a head.
+        """
+        (parts, own), *others = self.parts
+        backbone = self.model.get_submodule(self.backbone)
+        tape: list[tuple[Any, Any]] = []
+
+        def record(x: Any, *args: Any, **kwargs: Any) -> Any:
+            tape.append((x, backbone(x, *args, **kwargs)))
+            return tape[-1][1]
+
+        samples = self.samples
+        if samples is not None:  # models write predictions into them
+            samples = [s if number in own else copy.deepcopy(s) for number, s in enumerate(samples)]
+        out = self._run(parts, record, self.x, samples)
+        outputs = [[out[number] for number in own] if isinstance(out, list) else _select(out, own)]
+        outputs += [self._replay(tape, parts, numbers) for parts, numbers in others]
+        return self._join(outputs)
+
+    def _replay(self, tape: Sequence[tuple[Any, Any]], parts: Mapping[str, nn.Module], numbers: tuple[int, ...]) -> Any:
+        """Run a neck and a head on features that the backbone has returned."""
+        x = self.x[list(numbers)]
+        calls = iter(tape)
+
+        def replay(given: Any, *args: Any, **kwargs: Any) -> Any:
+            seen, features = next(calls, (None, None))
+            expected = x if seen is self.x else seen if seen is None else seen[list(numbers)]
+            if given is not expected and not (
+                isinstance(given, Tensor)
+                and isinstance(expected, Tensor)
+                and given.shape == expected.shape
+                and torch.equal(given, expected)
+            ):
+                raise _OtherCall
+            return _select(features, numbers)
+
+        samples = None if self.samples is None else [self.samples[number] for number in numbers]
+        return self._run(parts, replay, x, samples)
+
+    def _run(self, parts: Mapping[str, nn.Module], backbone: Callable, x: Tensor, samples: Any) -> Any:
+        """Run a view of the model that has other parts and another forward of its backbone."""
+        bound = inspect.BoundArguments(self.bound.signature, OrderedDict(self.bound.arguments))
+        bound.arguments[self.given] = x
+        if samples is not None:
+            bound.arguments['data_samples'] = samples
+        original = self.model.get_submodule(self.backbone)
+        view = with_modules(self.model, {**parts, self.backbone: with_forward(original, backbone)})
+        return view.forward(*bound.args[1:], **bound.kwargs)
+
+    def _join(self, outputs: Iterable[Any]) -> Any:
+        return _join(list(outputs), [numbers for _, numbers in self.parts], len(self.x))
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

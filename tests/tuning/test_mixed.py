@@ -488,15 +488,32 @@ def test_wrong_calls(act, message):
         assert len(model(image((64, 64), 3), mode='predict')) == 3  # as if nothing had happened
 
 
-def test_a_model_that_calls_its_backbone_on_something_else_is_refused():
+def test_a_model_that_calls_its_backbone_several_times():
+    """As models do that slide a window over the images, or flip them."""
     model = with_heads()
+    original = type(model)
 
-    class Cropping(type(model)):
+    class Sliding(original):
         def extract_feat(self, inputs, *args, **kwargs):
-            return super().extract_feat(inputs[..., :32], *args, **kwargs)
+            views = (inputs, inputs[..., 32:], inputs.flip(3))
+            return tuple(sum(each) for each in zip(*(super(Sliding, self).extract_feat(x) for x in views)))
 
-    model.__class__ = Cropping
-    with mixed(model, ['five', 'ten']), pytest.raises(ValueError, match='not call its backbone on the images as they'):
+    class Doubling(original):
+        def extract_feat(self, inputs, *args, **kwargs):
+            return super().extract_feat(torch.cat((inputs, inputs.flip(3))), *args, **kwargs)
+
+    model.__class__ = Sliding
+    adapters = ['five', 'ten', None, 'three', 'five']
+    x = image((64, 64), len(adapters))
+    alone = one_by_one(model, lambda model, i: model(x[i : i + 1], mode='predict')[0].pred_score, adapters)
+    for _ in range(2):
+        with mixed(model, adapters):
+            found = model(x, samples(len(x)), mode='predict')
+        assert [sample.number for sample in found] == list(range(len(x)))
+        for sample, expected in zip(found, alone):
+            torch.testing.assert_close(sample.pred_score, expected, rtol=0, atol=1e-6)
+    model.__class__ = Doubling
+    with mixed(model, ['five', 'ten']), pytest.raises(ValueError, match='given 2 adapters for a batch of 4'):
         model(image((64, 64)), mode='predict')
 
 
