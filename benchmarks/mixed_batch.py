@@ -8,11 +8,14 @@ Contestants predict on the same images with a whole classifier. Neighbouring ima
 - mixed, N adapters: all images in one batch. The time includes making the plan.
 - by group, N adapters: the images of each adapter in one batch, after switching to it.
 - one by one, N adapters: one image at a time, after switching to its adapter. A server without batching does this.
+
+On the CPU with one thread, times are CPU seconds of the process, so that other load on the machine counts little.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -52,6 +55,8 @@ def contestants(
         add_adapter(model, name, method)
     model.eval()
     data = make_data(model, case, images, training=False)
+    with torch.no_grad(), mixed(model, names[:1] * 2):  # warms up
+        model(**{key: value[:2] for key, value in data.items()}, mode='predict')
 
     def predict(first: int, last: int, step: int = 1) -> None:
         part: dict[str, Any] = {key: value[first:last:step] for key, value in data.items()}
@@ -91,7 +96,9 @@ def measure_case(
 ) -> list[dict[str, Any]]:
     """Measure a case. Return a row for each contestant."""
     calls = contestants(case, args.method, args.adapters, args.images, args.device, dtype)
-    times = interleave(calls, args.rounds, progress, name, args.device, min_seconds=0)
+    clock = time.process_time if args.device == 'cpu' and args.threads == 1 else time.perf_counter
+    # Calls take seconds on the CPU, so they need no warm-up of their own.
+    times = interleave(calls, args.rounds, progress, name, args.device, 0, clock, warm_up=args.device == 'cuda')
     last = list(calls)[-1]
     rows = rows_of(times, {'to one adapter': ONE, 'to one by one': last}, case=name)
     for row in rows:

@@ -13,6 +13,7 @@ from iconformer_mm import inject, save_adapter
 from iconformer_mm.checkpoint import read_adapter, write_adapter
 from iconformer_mm.engine import load_config
 from iconformer_mm.inference import AdapterInferencer
+from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import WeightsError
 
 
@@ -139,6 +140,10 @@ def test_dense_tasks_with_an_adapter_for_each_image(task, root, photo, tmp_path)
     inferencer = AdapterInferencer(
         root / SCENES[task], {name: tmp_path / f'{name}.safetensors' for name in 'ab'}, device='cpu'
     )
+    for adapter in get_injection(inferencer.model).adapters.values():
+        for part in adapter.parts.values():  # heads that differ, and answer more than a constant
+            for parameter in part.parameters():
+                parameter.data.add_(0.05 * torch.randn_like(parameter))
     photos = [photo, photo[:, ::-1].copy(), photo[::-1].copy()]
     names = ['b', 'a', 'b']
     found = inferencer(photos, adapter=names, batch_size=3)
