@@ -143,7 +143,7 @@ def test_dense_tasks_with_an_adapter_for_each_image(task, root, photo, tmp_path)
     for adapter in get_injection(inferencer.model).adapters.values():
         for part in adapter.parts.values():  # heads that differ, and answer more than a constant
             for parameter in part.parameters():
-                parameter.data.add_(0.05 * torch.randn_like(parameter))
+                parameter.data.add_(0.01 * torch.randn_like(parameter))
     photos = [photo, photo[:, ::-1].copy(), photo[::-1].copy()]
     names = ['b', 'a', 'b']
     found = inferencer(photos, adapter=names, batch_size=3)

@@ -134,6 +134,14 @@ def test_methods_that_all_samples_share_are_refused():
     assert "method 'ssf': it runs modules with other weights, which all samples of a batch share" in cannot['ssf']
 
 
+@pytest.mark.parametrize('name', ['BEiT', 'mmseg ViT', 'SwinV2'])
+def test_paths_beside_the_ffn_of_blocks_that_read_a_weight_of_attention(name):
+    model = build(next(family for family in FAMILIES if family.name == name))
+    for name, method in dict(a='lora', b='dora', c='lora').items():
+        add(model, name, dict(type=method, rank=2, targets=['fc1', 'fc2']))
+    assert_as_one_by_one(model, image((64, 64), 5), ['b', None, 'c', 'a', 'a'])
+
+
 def test_adapters_in_some_blocks():
     """Groups whose samples are not neighbours, and blocks where no adapter of the batch acts."""
     model = build(FAMILIES[8])
