@@ -105,8 +105,8 @@ class StackedProjection:
         self.weight = _stack([p.weight for p in projections])
         self.bias = None if projections[0].bias is None else _stack([p.bias for p in projections])
         if scales is not None:
-            like = dict(dtype=self.weight.dtype, device=self.weight.device)
-            factors = _stack([torch.as_tensor(scale, **like) for scale in scales])
+            dtype, device = self.weight.dtype, self.weight.device
+            factors = _stack([torch.as_tensor(scale, dtype=dtype, device=device) for scale in scales])
             self.weight = self.weight * factors[:, None, None]
             self.bias = None if self.bias is None else self.bias * factors[:, None]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from iconformer_mm.adapters import DoRAAdapter
 
 from .attachments import LowRankAttachment
 from .attachments.mixed import Mixing, Rows, mix, why_not_mixed
@@ -18,6 +21,8 @@ from .routing import BackboneRouter, ClassifierRouter, Mixture, ModelRouter
 from .switching import require
 
 _Parts = Mapping[str, nn.Module]
+_Router = BackboneRouter | ClassifierRouter | ModelRouter
+_installing = threading.Lock()
 
 
 class MixedBatch:
@@ -35,11 +40,8 @@ class MixedBatch:
         self._injection, self._named = check_mixable(model, adapters)
         self.adapters = tuple(adapters)
         model = unwrap(model)
-        self._weights = [
-            (tensor, tensor.data_ptr(), tensor._version)
-            for adapter in self._named.values()
-            for tensor in _stacked_tensors(adapter)
-        ]
+        tensors = [tensor for adapter in self._named.values() for tensor in _stacked_tensors(adapter)]
+        self._weights = [(tensor, _mark(tensor)) for tensor in tensors]
         order = _order(self.adapters, self._named)
         samples: dict[str, list[int]] = {}
         for place, number in enumerate(order):
@@ -54,17 +56,24 @@ class MixedBatch:
             self.adapters, tuple(order), Mixing(blocks, self._classifiers(within, order)), tuple(beside)
         )
         for backbone in self._injection.backbones.values():
-            if backbone not in self._injection.routers:
-                self._injection.routers[backbone] = BackboneRouter(backbone, self._injection.switch)
-        if beside and model not in self._injection.routers:
+            self._router(backbone, BackboneRouter)
+        if beside:
             paths = list(backbones_of(model))
             if len(paths) > 1:
                 raise ValueError(
                     f'{type(model).__name__} has several adapted backbones, {", ".join(map(repr, paths))}; mixed() '
                     'knows the way from one backbone to neck and head'
                 )
-            self._injection.routers[model] = ModelRouter(model, self._injection.switch, paths[0])
+            self._router(model, ModelRouter, paths[0])
         self._entered = PerThread()
+
+    def _router(self, module: nn.Module, router: Callable[..., _Router], *args: Any) -> Any:
+        """Return the router of a module. The first plan puts it there, and it stays for all others."""
+        routers = self._injection.routers
+        with _installing:
+            if module not in routers:
+                routers[module] = router(module, self._injection.switch, *args)
+            return routers[module]
 
     def _parts(self, model: nn.Module) -> tuple[dict[str, list[tuple[nn.Module, list[int]]]], list]:
         """Return necks and heads with the numbers of their samples: those within backbones by path, and the others."""
@@ -97,10 +106,8 @@ class MixedBatch:
         for modules in within.values():
             routes = []
             for module, numbers in modules:
-                if module not in self._injection.routers:
-                    self._injection.routers[module] = ClassifierRouter(module, self._injection.switch)
                 rows = Rows(tuple(sorted(places[number] for number in numbers)), len(order))
-                routes.append((self._injection.routers[module], rows))
+                routes.append((self._router(module, ClassifierRouter), rows))
             classifiers.update((module, routes) for module, _ in modules)
         return classifiers
 
@@ -121,7 +128,7 @@ class MixedBatch:
                     f"the adapter '{name}' or its head is in training mode, and mixed() is for prediction: call "
                     'model.eval() first'
                 )
-        if any((tensor.data_ptr(), tensor._version) != (place, version) for tensor, place, version in self._weights):
+        if any(_mark(tensor) != mark for tensor, mark in self._weights):
             raise ValueError('weights of the adapters were changed after mixed(); call it again')
 
     def __enter__(self) -> MixedBatch:
@@ -220,9 +227,16 @@ def _stacked_tensors(adapter: NamedAdapter) -> list[Tensor]:
     """Return the tensors that a plan makes copies of, or computes something of."""
     own = [tensor for _, module in adapter.modules() for tensor in (*module.parameters(), *module.buffers())]
     for attachment in adapter.attachments:
-        if isinstance(attachment, LowRankAttachment):  # DoRA's factors depend on the weights of the base
+        if isinstance(attachment, LowRankAttachment) and isinstance(attachment.part('adapter'), DoRAAdapter):
+            # Its factors depend on the weights of the base.
             own += [attachment.module.get_parameter(name) for name in attachment.weight_names]
     return own
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """Return what changes when the values of a tensor are replaced or changed in place."""
+    plain = type(tensor) in (Tensor, nn.Parameter)  # others need not have memory of their own
+    return tensor.data_ptr() if plain else id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def _order(adapters: Sequence[str | None], named: Mapping[str, NamedAdapter]) -> list[int]:
