@@ -103,6 +103,8 @@ def interleave(
     description: str,
     device: str = 'cpu',
     min_seconds: float = 0.02,
+    clock: Callable[[], float] = time.perf_counter,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Time contestants in turn, round by round, so that slow drifts of the machine affect all of them equally.
 
@@ -114,23 +116,27 @@ def interleave(
         device: ``'cuda'`` to wait for the device. Defaults to ``'cpu'``.
         min_seconds: Minimum duration of a measurement. A shorter call is repeated, and the mean is taken. With 0, each
             round makes a single call, and no call is made to find the number of repetitions. Defaults to 0.02.
+        clock: Returns seconds. ``time.process_time`` counts those of this process only, for one thread on a machine
+            that others use. Defaults to ``time.perf_counter``.
+        warm_up: Whether to run each call once before the rounds, without timing it. Defaults to True.
 
     Returns:
         The seconds per call in every round, by the contestants' names.
     """
 
     def seconds(call: Callable[[], object], number: int) -> float:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(number):
             call()
         if device == 'cuda':
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / number
+        return (clock() - start) / number
 
     bar = progress.add_task(description, total=(rounds + 1) * len(contestants))
     numbers = {}
     for name, call in contestants.items():
-        seconds(call, 1)
+        if warm_up:
+            seconds(call, 1)
         numbers[name] = math.ceil(min_seconds / seconds(call, 1)) if min_seconds else 1
         progress.advance(bar)
     times: dict[str, list[float]] = {name: [] for name in contestants}

@@ -12,7 +12,7 @@ from iconformer_mm.registry import PEFT_METHODS
 # What docs/api.md calls stable. Names may be added; one goes by the steps of docs/deprecation.md.
 STABLE = {
     'iconformer_mm': """__version__ active_adapter add_adapter datasets delete_adapter disabled engine inject
-        list_adapters load_adapter merge models remove save_adapter set_adapter summarize unmerge""",
+        list_adapters load_adapter merge mixed models remove save_adapter set_adapter summarize unmerge""",
     'iconformer_mm.checkpoint': """AdapterFileError DamagedFileError base_difference base_of base_parameters
         describe_adapter describe_base fingerprint hash_parameters initialise_base load_adapter load_safetensors
         parse_adapter put_adapter read_adapter read_safetensors same_base save_adapter save_safetensors

@@ -16,6 +16,7 @@ from torch import nn
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import measure  # noqa: E402
+import mixed_batch  # noqa: E402
 import op  # noqa: E402
 import step  # noqa: E402
 import stored  # noqa: E402
@@ -162,6 +163,22 @@ def test_step(monkeypatch, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore')
+def test_mixed_batch(monkeypatch, tmp_path):
+    shrink(monkeypatch, 'vit-s')
+    tables = run(mixed_batch, monkeypatch, tmp_path, '--cases', 'vit-s', '--images', '4', '--adapters', '1', '2')
+    rows = tables['one batch, many adapters']
+    assert [row['contestant'] for row in rows] == [
+        'one adapter',
+        'mixed, 1 adapters',
+        'mixed, 2 adapters',
+        'by group, 2 adapters',
+        'one by one, 2 adapters',
+    ]
+    check_ratios(rows, 'to one adapter', 'one adapter')
+    check_ratios(rows, 'to one by one', 'one by one, 2 adapters')
+
+
+@pytest.mark.filterwarnings('ignore')
 def test_growth(monkeypatch, tmp_path):
     shrink(monkeypatch, 'vit-s')
     monkeypatch.setattr(step, 'GROWTH', [((32, 32), 2), ((32, 32), 3)])
@@ -271,6 +288,7 @@ def test_interleaved_rounds():
     ('module', 'options', 'message'),
     [
         (op, ['--rounds', '0'], 'at least 1'),
+        (mixed_batch, ['--images', '2', '--adapters', '3'], '--adapters must lie between 1 and --images (2), got [3]'),
         (step, ['--batch', '0'], 'batch must be at least 1'),
         (step, ['--cases', 'resnet'], 'invalid choice'),
     ],

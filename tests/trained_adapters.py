@@ -16,7 +16,7 @@ SCENES = {
 }
 
 
-def trained(root, config, path, seed=0, num_classes=None, **notes):
+def trained(root, config, path, seed=0, num_classes=None, stirred=1, **notes):
     """A model with the config's base and something like a trained adapter; and its file."""
     cfg = load_config(str(root / config))
     init_default_scope(cfg.default_scope)
@@ -26,7 +26,7 @@ def trained(root, config, path, seed=0, num_classes=None, **notes):
     model = MODELS.build(cfg.model)
     model.init_weights()
     inject(model, 'icon', bottleneck=16)
-    stir(model).eval()
+    stir(model, stirred).eval()
     save_adapter(model, path, **notes)
     return model
 

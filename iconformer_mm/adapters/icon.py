@@ -119,7 +119,7 @@ class ICoN(nn.Module):
             self.gamma = nn.Parameter(torch.full_like(identity, 1 / kernel_size))
             self.beta = nn.Parameter(identity)
 
-    def _pool(self, maps: Tensor, window: int | None) -> Tensor:
+    def pool(self, maps: Tensor, window: int | None) -> Tensor:
         """Pool maps (B, H, W, c), or their windows in row-major order, to (B or B * windows, c or 2 c)."""
 
         def mean(values: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class ICoN(nn.Module):
         if self.kernel == 'static':
             kernels = self.taps.unsqueeze(0)
         else:
-            context = self._pool(maps, window)
+            context = self.pool(maps, window)
             if self.hidden is not None:
                 context = F.gelu(self.hidden(context))
             kernels = self.generator(context).view(-1, self.channels, self.kernel_size, self.kernel_size)

@@ -48,9 +48,14 @@ class LoRandAdapter(Adapter):
             for matrix in matrices:
                 nn.init.kaiming_uniform_(matrix.data, a=math.sqrt(5))
 
-    def forward(self, tokens: Tensor, grid: Any = None) -> Tensor:
-        """Compute the delta, (B, N, d)."""
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """Compute the projections from the small matrices, (d, c) and (c, d)."""
         down = (self.down_p @ self.kernels @ self.down_q).sum(0)
         up = (self.up_p @ self.kernels @ self.up_q).sum(0)
+        return down, up
+
+    def forward(self, tokens: Tensor, grid: Any = None) -> Tensor:
+        """Compute the delta, (B, N, d)."""
+        down, up = self.projections()
         z = F.gelu(F.linear(tokens, down.t(), self.down_bias))
         return F.linear(z, up.t(), self.up_bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,32 +142,19 @@ class LoRAAdapter(WeightAdapter):
         Returns:
             The sum, in the shape of ``out``. Output channels without a target are unchanged.
         """
-        return out + self._path(name, layer, x)
+        return out + self.path(name, layer, x)
 
-    def _path(self, name: str, layer: Any, x: Tensor) -> Tensor:
+    def path(self, name: str, layer: Any, x: Tensor) -> Tensor:
         """Run a layer's paths on its input. The result has the shape of the layer's output."""
         x = self.dropout(x)
-        is_map = isinstance(layer, nn.Conv2d)
-        dim, outputs = (1, layer.out_channels) if is_map else (x.dim() - 1, layer.out_features)
-        pieces: list[Tensor] = []
-        row, groups = 0, self.targets[name][0].groups
-        for target in self.targets[name]:
-            down, up = self.a[target.role], self.b[target.role]
-            if is_map:
-                piece = F.conv2d(F.conv2d(x, down[:, :, None, None]) * self.scale, up[:, :, None, None])
-            else:
-                piece = F.linear(F.linear(x, down) * self.scale, up)
-            if groups > 1:
-                piece = piece.unflatten(dim, (groups, -1))
-            first, last = target.rows
-            if first > row:
-                pieces.append(_zeros(piece, dim + (groups > 1), first - row))
-            pieces.append(piece)
-            row = last
-        if outputs > row * groups:
-            pieces.append(_zeros(pieces[-1], dim + (groups > 1), outputs // groups - row))
-        path = torch.cat(pieces, dim + (groups > 1)) if len(pieces) > 1 else pieces[0]
-        return path.flatten(dim, dim + 1) if groups > 1 else path
+        return place_rows(self.targets[name], layer, x, lambda role: self._run(role, layer, x))
+
+    def _run(self, role: str, layer: Any, x: Tensor) -> Tensor:
+        """Run the path of one map."""
+        down, up = self.a[role], self.b[role]
+        if isinstance(layer, nn.Conv2d):
+            return F.conv2d(F.conv2d(x, down[:, :, None, None]) * self.scale, up[:, :, None, None])
+        return F.linear(F.linear(x, down) * self.scale, up)
 
     def _map(self, weight: Tensor, role: str) -> Tensor:
         """Adapt the matrix of one linear map, (out, in) to (out, in)."""
@@ -186,6 +173,36 @@ class LoRAAdapter(WeightAdapter):
                 row = last
             adapted[name] = torch.cat([*pieces, matrix[:, row:]], dim=1).view_as(weight)
         return adapted
+
+
+def place_rows(targets: Sequence[Target], layer: Any, x: Tensor, path_of: Callable[[str], Tensor]) -> Tensor:
+    """Put the outputs of maps into the rows that they have in a layer. The other rows are zero.
+
+    Args:
+        targets: The maps of the layer's weight, in the order of their rows.
+        layer: The layer, an ``nn.Linear`` or a 1 x 1 ``nn.Conv2d``.
+        x: Input of the layer.
+        path_of: Runs the path of a map by its role.
+
+    Returns:
+        A tensor in the shape of the layer's output.
+    """
+    dim, outputs = (1, layer.out_channels) if isinstance(layer, nn.Conv2d) else (x.dim() - 1, layer.out_features)
+    pieces: list[Tensor] = []
+    row, groups = 0, targets[0].groups
+    for target in targets:
+        piece = path_of(target.role)
+        if groups > 1:
+            piece = piece.unflatten(dim, (groups, -1))
+        first, last = target.rows
+        if first > row:
+            pieces.append(_zeros(piece, dim + (groups > 1), first - row))
+        pieces.append(piece)
+        row = last
+    if outputs > row * groups:
+        pieces.append(_zeros(pieces[-1], dim + (groups > 1), outputs // groups - row))
+    path = torch.cat(pieces, dim + (groups > 1)) if len(pieces) > 1 else pieces[0]
+    return path.flatten(dim, dim + 1) if groups > 1 else path
 
 
 def _by_group(matrix: Tensor, targets: Sequence[Target]) -> Tensor:
@@ -244,6 +261,10 @@ class DoRAAdapter(LoRAAdapter):
 
     def add_path(self, name: str, layer: Any, x: Tensor, out: Tensor) -> Tensor:
         """Turn a layer's output into its output with the adapted weight; see :meth:`LoRAAdapter.add_path`."""
+        return with_factors(layer, out, self.path(name, layer, x), self.factors(name, layer))
+
+    def factors(self, name: str, layer: Any) -> Tensor:
+        """Return the factors of a layer's outputs, (out,). They are one for outputs without a target."""
         matrix = _by_group(layer.weight.detach().flatten(1), self.targets[name])
         factors, row = [], 0
         for target in self.targets[name]:
@@ -252,13 +273,25 @@ class DoRAAdapter(LoRAAdapter):
             factors += [factor.new_ones(target.groups, first - row), factor]
             row = last
         rest = factors[-1].new_ones(len(matrix), matrix.shape[1] - row)
-        factor = torch.cat([*factors, rest], dim=1).flatten()
-        bias = layer.bias
-        if isinstance(layer, nn.Conv2d):
-            factor, bias = factor[:, None, None], None if bias is None else bias[:, None, None]
-        linear = out if bias is None else out - bias
-        # In this form, a factor of one and a path of zero leave the output bit-identical.
-        return out + (factor.to(out.dtype) * (linear + self._path(name, layer, x)) - linear)
+        return torch.cat([*factors, rest], dim=1).flatten()
+
+
+def with_factors(layer: Any, out: Tensor, path: Tensor, factor: Tensor) -> Tensor:
+    """Return ``factor * (W x + path) + bias``, from the output ``W x + bias`` of a layer.
+
+    Args:
+        layer: The layer, an ``nn.Linear`` or a 1 x 1 ``nn.Conv2d``.
+        out: Its output.
+        path: What is added to the output, in the same shape.
+        factor: Factors of the outputs, (out,), or (batch, 1, ..., 1, out) and (batch, out, 1, 1) for each sample.
+    """
+    bias = layer.bias
+    if isinstance(layer, nn.Conv2d):
+        factor = factor[:, None, None] if factor.dim() == 1 else factor
+        bias = None if bias is None else bias[:, None, None]
+    linear = out if bias is None else out - bias
+    # In this form, a factor of one and a path of zero leave the output bit-identical.
+    return out + (factor.to(out.dtype) * (linear + path) - linear)
 
 
 class SSFAdapter(WeightAdapter):

@@ -23,9 +23,10 @@ from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
 from iconformer_mm.engine import load_config
 from iconformer_mm.engine.config import build_model, method_of, names_weights
 from iconformer_mm.files import expanded
-from iconformer_mm.tuning import active_adapter, get_injection, inject, list_adapters, set_adapter
+from iconformer_mm.tuning import active_adapter, get_injection, inject, list_adapters, mixed, set_adapter
 from iconformer_mm.tuning.accounting import LoadRecord, check_training, require_all
 from iconformer_mm.tuning.injection import DEFAULT_NAME, find_backbone
+from iconformer_mm.tuning.mixed import check_mixable
 
 AdapterSpec = str | os.PathLike | Mapping[str, Any]
 
@@ -176,8 +177,7 @@ class AdapterInferencer:
     @property
     def meta(self) -> dict:
         """Classes and palette of the active adapter, as far as known."""
-        name = active_adapter(self.model)
-        return self._metas[name] if name in self._metas else _metainfo(self.cfg)
+        return self.meta_of(None)
 
     def set_adapter(self, name: str) -> None:
         """Activate an adapter with its neck, head and classes. Nothing is copied.
@@ -190,26 +190,65 @@ class AdapterInferencer:
         """
         set_adapter(self.model, name)
 
-    def __call__(self, images: Any, adapter: str | None = None, batch_size: int = 1) -> list[BaseDataElement]:
+    def meta_of(self, name: str | None) -> dict:
+        """Return the classes and the palette of an adapter, as far as known.
+
+        Args:
+            name: One of :attr:`adapters`, or None for the active one, whose head samples without an adapter go through.
+        """
+        name = active_adapter(self.model) if name is None else name
+        return self._metas[name] if name in self._metas else _metainfo(self.cfg)
+
+    def __call__(
+        self, images: Any, adapter: str | Sequence[str | None] | None = None, batch_size: int = 1
+    ) -> list[BaseDataElement]:
         """Predict on images.
 
         Args:
             images: One or several paths or images (H, W, 3), uint8, BGR. They are converted to grey for a model of
                 grey images.
-            adapter: Adapter to activate first. It stays active. Defaults to None: the active one.
+            adapter: Adapter to activate first. It stays active. A list names the adapter of each image, or None for
+                the base with the neck and head of the active adapter; see :func:`iconformer_mm.mixed`. A list
+                activates nothing. The images of a batch must then have one size after the test pipeline. Defaults to
+                None: the active one.
             batch_size: Number of images per batch. Defaults to 1.
 
         Returns:
             The library's data samples, one per image.
 
         Raises:
-            ValueError: The adapter does not exist, or an image cannot be read.
+            ValueError: An adapter does not exist or cannot be mixed, ``adapter`` names more or fewer adapters than
+                there are images, images of a mixed batch differ in size, or an image cannot be read.
         """
+        self.model.eval()
+        if adapter is not None and not isinstance(adapter, str):
+            return self._predict_mixed(_listed(images), adapter, batch_size)
         if adapter is not None:
             self.set_adapter(adapter)
-        self.model.eval()
         batches = self.batches(images, batch_size)
         return [prediction for batch in batches for prediction in self._inferencer.forward(batch)]
+
+    def _predict_mixed(
+        self, images: list[Any], adapters: Sequence[str | None], batch_size: int
+    ) -> list[BaseDataElement]:
+        """Predict on images, each with its own adapter."""
+        check_mixable(self.model, adapters)
+        if len(adapters) != len(images):
+            raise ValueError(f'{len(adapters)} adapters were given for {len(images)} images: give one for each image')
+        predictions: list[BaseDataElement] = []
+        for batch in self.batches(images, batch_size):
+            first = len(predictions)
+            shapes = [tuple(each.shape) for each in batch['inputs']]
+            other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
+            if other is not None:
+                raise ValueError(
+                    f'images {first} and {first + other} have different sizes after the test pipeline, '
+                    f'{shapes[0]} and {shapes[other]}. A batch with several adapters needs images of one size: put '
+                    'images of one size into a call, or set batch_size=1'
+                )
+            with mixed(self.model, adapters[first : first + len(shapes)]):
+                predictions += self._inferencer.forward(batch)
+        return predictions
 
     def batches(self, images: Any, batch_size: int = 1) -> Iterator[dict]:
         """Yield batches for the model's ``test_step``: images after the test pipeline of the config.
@@ -221,14 +260,19 @@ class AdapterInferencer:
         Raises:
             ValueError: An image cannot be read.
         """
-        if isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence):
-            images = [images]
-        images = [os.fspath(image) if isinstance(image, os.PathLike) else image for image in images]
+        images = _listed(images)
         if _num_channels(self.model) == 1:
             images = [_to_grey(image) for image in images]
         for batch in self._inferencer.preprocess(images, batch_size=batch_size):
             # MMDetection's inferencer returns the images and the batch.
             yield batch if isinstance(batch, dict) else batch[1]
+
+
+def _listed(images: Any) -> list[Any]:
+    """Return one or several images or paths as a list."""
+    if isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence):
+        images = [images]
+    return [os.fspath(image) if isinstance(image, os.PathLike) else image for image in images]
 
 
 def _names_of_backbone(model: nn.Module) -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from iconformer_mm.adapters import TokenGrid
 
 
@@ -34,12 +36,42 @@ class Frame:
         grid: Grid of the tokens, or None if no adapter of the block needs it.
         values: Values that handlers pass to each other.
         called: Names of the submodules whose handler has run.
+        adapters: What runs in the place of the attachment's own adapters, by their names; None for its own.
     """
 
     handlers: Mapping[str, Callable]
     grid: TokenGrid | None = None
     values: dict[str, Any] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
+    adapters: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Passage:
+    """The handler of a submodule during a block's call.
+
+    Attributes:
+        before: Functions of the frame and the input, called in order. Each returns the new input.
+        after: Functions of the frame and the output, called in order. Each returns the new output.
+        splits: Whether to add the residual (``identity``) after the functions in ``after``, instead of in
+            the submodule. They then see the branch alone. The sum is bit-identical. Defaults to False.
+    """
+
+    before: tuple[Callable[[Frame, Tensor], Tensor], ...] = ()
+    after: tuple[Callable[[Frame, Tensor], Tensor], ...] = ()
+    splits: bool = False
+
+    def __call__(self, host_forward: Callable, frame: Frame, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the submodule between the functions."""
+        for function in self.before:
+            x = function(frame, x)
+        identity = kwargs.get('identity') if self.splits else None
+        if isinstance(identity, Tensor):
+            kwargs['identity'] = identity.new_zeros(())
+        out = host_forward(x, *args, **kwargs)
+        for function in self.after:
+            out = function(frame, out)
+        return identity + out if isinstance(identity, Tensor) else out
 
 
 _frame = PerThread()

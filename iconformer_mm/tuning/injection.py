@@ -35,6 +35,7 @@ from .grids import GridTracker, PatchEmbedTap
 from .methods import PEFTMethod, build_method
 from .quantised import check_gradients_pass
 from .recomputation import Recomputation
+from .replacement import Replacement
 from .selection import Selection
 from .sites import Site, find_sites, no_site_error
 from .summary import Summary
@@ -162,6 +163,7 @@ class Injection:
         self.joints: dict[nn.Module, Joint] = {}
         self.taps: dict[nn.Module, Tap] = {}
         self.trackers: dict[nn.Module, tuple[GridTracker, PatchEmbedTap]] = {}
+        self.routers: dict[nn.Module, Replacement] = {}  # see mixed()
         self.recomputations: list[Recomputation] = []
         self.adapters: dict[str, NamedAdapter] = {}
         self.with_cp = with_cp
@@ -409,6 +411,9 @@ class Injection:
 
     def _uninstall(self, name: str) -> None:
         adapter = self.adapters.pop(name)
+        for part in (adapter.parts or {}).values():
+            if part in self.routers:
+                self.routers.pop(part).restore()
         for path, attachment in zip(adapter.paths, adapter.attachments):
             for tapped in attachment.handlers:
                 tap = self.taps[self.backbones[path].get_submodule(tapped)]
@@ -447,6 +452,9 @@ class Injection:
         for name in list(self.adapters):
             self._uninstall(name)
         self.switch.active = None
+        for router in self.routers.values():
+            router.restore()
+        self.routers.clear()
         for recomputation in self.recomputations:
             recomputation.release()
         for joint in self.joints.values():
@@ -979,6 +987,12 @@ def merge(model: nn.Module, safe: bool = True, keep_base: bool = True) -> None:
     if keep_base:
         record.digest = _digest(injection.backbones)
     setattr(backbone, _MERGED, record)
+
+
+def merged_adapter(model: nn.Module) -> str | None:
+    """Name of the adapter that was merged into the base weights of a model; None if there is none."""
+    records = [vars(module)[_MERGED] for module in unwrap(model).modules() if _MERGED in vars(module)]
+    return records[0].name if records else None
 
 
 def _merged_in_place(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,6 +54,31 @@ class Replacement:
         raise NotImplementedError
 
 
+def _view(module: nn.Module) -> nn.Module:
+    """Return a copy of a module that shares all it holds, with dictionaries of its own.
+
+    Raises:
+        RuntimeError: The ``forward`` of the module was replaced on the instance by a function that runs the module.
+    """
+    view = object.__new__(type(module))
+    view.__dict__.update(module.__dict__)
+    view.__dict__['_parameters'] = dict(module._parameters)
+    view.__dict__['_modules'] = dict(module._modules)
+    view.__dict__['_compiled_call_impl'] = None  # it was compiled for the original
+    forward = view.__dict__.pop('forward', None)
+    while isinstance(getattr(forward, '__self__', None), Replacement):
+        # No other replacement acts within the view: of adapters only one is active.
+        forward = forward.__self__._replaced
+    if forward is not None:
+        if getattr(forward, '__self__', None) is not module:
+            raise RuntimeError(
+                f'the forward of a {type(module).__name__} was replaced on the instance by {forward!r}. It would run '
+                'with the original weights, not with those of this PEFT method. Replace forward in the class instead'
+            )
+        view.__dict__['forward'] = forward.__func__.__get__(view)
+    return view
+
+
 def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     """Return a view of a module in which some parameters are replaced by other tensors.
 
@@ -69,22 +94,7 @@ def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
         RuntimeError: The ``forward`` of a module in the view was replaced on the
             instance by a function that runs the original module.
     """
-    view = object.__new__(type(module))
-    view.__dict__.update(module.__dict__)
-    view.__dict__['_parameters'] = dict(module._parameters)
-    view.__dict__['_modules'] = dict(module._modules)
-    view.__dict__['_compiled_call_impl'] = None  # it was compiled for the original
-    forward = view.__dict__.pop('forward', None)
-    while isinstance(getattr(forward, '__self__', None), Replacement):
-        # Only one adapter is active, so no other attachment acts at a module with computed parameters.
-        forward = forward.__self__._replaced
-    if forward is not None:
-        if getattr(forward, '__self__', None) is not module:
-            raise RuntimeError(
-                f'the forward of a {type(module).__name__} was replaced on the instance by {forward!r}. It would run '
-                'with the original weights, not with those of this PEFT method. Replace forward in the class instead'
-            )
-        view.__dict__['forward'] = forward.__func__.__get__(view)
+    view = _view(module)
     below: dict[str, dict[str, Tensor]] = {}
     for name, value in values.items():
         head, _, rest = name.partition('.')
@@ -103,6 +113,41 @@ def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     for name, kept in module.__dict__.items() if views else ():
         if type(kept) in (list, tuple) and any(id(each) in views for each in kept):
             view.__dict__[name] = type(kept)(views.get(id(each), each) for each in kept)
+    return view
+
+
+def with_modules(module: nn.Module, values: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a view of a module in which some submodules are replaced by others, see :func:`with_parameters`.
+
+    Args:
+        module: The module.
+        values: Modules by the paths of those that they replace.
+
+    Raises:
+        RuntimeError: The ``forward`` of a module in the view was replaced on the
+            instance by a function that runs the original module.
+    """
+    view = _view(module)
+    below: dict[str, dict[str, nn.Module]] = {}
+    for name, value in values.items():
+        head, _, rest = name.partition('.')
+        if rest:
+            below.setdefault(head, {})[rest] = value
+        else:
+            view.__dict__['_modules'][head] = value
+    for head, inner in below.items():
+        child = module._modules[head]
+        assert child is not None
+        view.__dict__['_modules'][head] = with_modules(child, inner)
+    return view
+
+
+def with_forward(module: nn.Module, forward: Callable) -> nn.Module:
+    """Return a view of a module that runs a function in the place of its ``forward``."""
+    view = object.__new__(type(module))
+    view.__dict__.update(module.__dict__)
+    view.__dict__['_compiled_call_impl'] = None
+    view.__dict__['forward'] = forward
     return view
 
 

@@ -44,7 +44,7 @@ def active_adapter(model: nn.Module) -> str | None:
     return injection.active if injection else None
 
 
-def _require(model: nn.Module, name: str | None = None) -> Injection:
+def require(model: nn.Module, name: str | None = None) -> Injection:
     """Return the model's injection, or raise a ValueError if it lacks the adapter."""
     if is_model_wrapper(model):
         raise ValueError(
@@ -136,7 +136,7 @@ def add_selected(
     """
     injection = get_injection(model)
     if injection is not None:
-        _require(model)
+        require(model)
     present = _parts(model, selection)
     for part in parts or {}:
         if part not in present:
@@ -204,7 +204,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: There is no such adapter, or the model is wrapped.
     """
-    injection = _require(model, name)
+    injection = require(model, name)
     injection.activate(name)
     parts = injection.adapters[name].parts
     if parts is None:
@@ -249,7 +249,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         >>> with disabled(model):
         ...     base_features = model.extract_feat(images)
     """
-    injection = _require(model)
+    injection = require(model)
     injection.check_unchanged('disabled()')
     with ExitStack() as stack:
         for each in injections_of(model):
@@ -270,7 +270,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: There is no such adapter, or the model is wrapped.
     """
-    injection = _require(model, name)
+    injection = require(model, name)
     if len(injection.adapters) == 1:
         remove(model)
         return

@@ -13,6 +13,7 @@ from iconformer_mm import inject, save_adapter
 from iconformer_mm.checkpoint import read_adapter, write_adapter
 from iconformer_mm.engine import load_config
 from iconformer_mm.inference import AdapterInferencer
+from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import WeightsError
 
 
@@ -100,6 +101,85 @@ def test_dense_tasks(task, root, photo, tmp_path):
     else:
         torch.testing.assert_close(actual.data, expected.data)
         assert actual.data.shape[-2:] == photo.shape[:2]
+
+
+def test_an_adapter_for_each_image(root, tmp_path):
+    """Classifiers of other classes in one batch, each image as by its own model."""
+    first = trained(root, DIGITS, tmp_path / 'a.safetensors')
+    second = trained(root, DIGITS, tmp_path / 'b.safetensors', num_classes=3, classes=['x', 'y', 'z'], stirred=2)
+    other = load_config(str(root / DIGITS))
+    other.model.head.num_classes = 3
+    inferencer = AdapterInferencer(
+        root / DIGITS,
+        dict(a=tmp_path / 'a.safetensors', b=dict(file=tmp_path / 'b.safetensors', config=other)),
+        device='cpu',
+    )
+    names = ['b', 'a', 'a', None, 'b']
+    images = [digit(seed) for seed in range(5)]
+    for batch_size in (1, 2, 5):
+        predictions = inferencer(images, adapter=names, batch_size=batch_size)
+        for image, name, prediction in zip(images, names, predictions, strict=True):
+            if name is not None:
+                model = dict(a=first, b=second)[name]
+                torch.testing.assert_close(prediction.pred_score, scores(model, image), rtol=0, atol=1e-6)
+    assert len(predictions[3].pred_score) == 10 and not torch.equal(predictions[3].pred_score, scores(first, images[3]))
+    assert inferencer.classes == tuple('0123456789') and inferencer.meta_of('b')['classes'] == ('x', 'y', 'z')
+    assert inferencer.meta_of(None) == inferencer.meta == inferencer.meta_of('a')
+    with pytest.raises(ValueError, match='2 adapters were given for 3 images: give one for each image'):
+        inferencer(images[:3], adapter=['a', 'b'])
+    with pytest.raises(ValueError, match="no adapter 'c'; there are: a, b"):
+        inferencer(images[:2], adapter=['a', 'c'])
+
+
+@pytest.mark.parametrize('task', SCENES)
+@pytest.mark.filterwarnings('ignore')
+def test_dense_tasks_with_an_adapter_for_each_image(task, root, photo, tmp_path):
+    """As with one adapter at a time."""
+    for name, seed in (('a', 1), ('b', 2)):
+        trained(root, SCENES[task], tmp_path / f'{name}.safetensors', stirred=seed)
+    inferencer = AdapterInferencer(
+        root / SCENES[task], {name: tmp_path / f'{name}.safetensors' for name in 'ab'}, device='cpu'
+    )
+    for adapter in get_injection(inferencer.model).adapters.values():
+        for part in adapter.parts.values():  # heads that differ, and answer more than a constant
+            for parameter in part.parameters():
+                parameter.data.add_(0.01 * torch.randn_like(parameter))
+    photos = [photo, photo[:, ::-1].copy(), photo[::-1].copy()]
+    names = ['b', 'a', 'b']
+    found = inferencer(photos, adapter=names, batch_size=3)
+    differs = False
+    for image, name, prediction in zip(photos, names, found, strict=True):
+        (expected,) = inferencer(image, adapter=name)
+        (other,) = inferencer(image, adapter='a' if name == 'b' else 'b')
+        assert_same_prediction(prediction, expected)
+        differs |= not same_tensors(expected, other)
+    assert differs
+    with pytest.raises(ValueError, match='images 0 and 1 have different sizes after the test pipeline.*batch_size=1'):
+        inferencer([photo, photo[:48]], adapter=['a', 'b'], batch_size=2)
+    assert len(inferencer([photo, photo[:48]], adapter=['a', 'b'])) == 2
+
+
+def tensors_of(prediction):
+    """The predicted maps, or boxes, scores, labels and masks."""
+    if 'pred_instances' in prediction:
+        instances = prediction.pred_instances
+        return [instances.bboxes, instances.scores, instances.labels, instances.masks]
+    maps = [prediction.get(key) for key in ('seg_logits', 'pred_depth_map') if key in prediction]
+    return [each.data for each in maps]
+
+
+def same_tensors(first, second):
+    pairs = list(zip(tensors_of(first), tensors_of(second), strict=True))
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def assert_same_prediction(first, second):
+    assert tensors_of(first)
+    for a, b in zip(tensors_of(first), tensors_of(second), strict=True):
+        if a.is_floating_point():
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * max(1, b.abs().max().item() if len(b) else 1))
+        else:
+            assert torch.equal(a, b)
 
 
 def test_without_a_file_the_checkpoint_is_taken_as_it_is(root, tmp_path):

@@ -1,4 +1,4 @@
-from .base import Attachment, BlockAttachment, Joint, Switch, Tap, WeightMergingAttachment
+from .base import Attachment, BlockAttachment, Joint, Override, Switch, Tap, WeightMergingAttachment
 from .branch import ATTENTION, FFN, INPUTS, BranchAttachment
 from .linear import LowRankAttachment
 from .prompts import PromptAttachment, PromptStream
@@ -13,6 +13,7 @@ __all__ = [
     'BranchAttachment',
     'Joint',
     'LowRankAttachment',
+    'Override',
     'PromptAttachment',
     'PromptStream',
     'Switch',

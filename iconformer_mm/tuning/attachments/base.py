@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,23 @@ from torch.utils.checkpoint import checkpoint
 from iconformer_mm.adapters import TokenGrid
 from iconformer_mm.compat import device_of, dtype_of, left_to_python
 
-from ..calls import PerThread, current_frame
+from ..calls import Frame, PerThread, current_frame
 from ..grids import GridTracker, grid_of_call
 from ..replacement import Replacement
 from ..sites import Site
 
 _counting = threading.Lock()
+
+
+class Override:
+    """What a thread runs in the place of the active adapter. This one runs the base."""
+
+    def run(self, joint: Joint, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the module of a joint."""
+        return joint.run(joint.host_forward, *args, **kwargs)
+
+
+_BASE = Override()
 
 
 class Switch:
@@ -32,27 +43,31 @@ class Switch:
 
     def __init__(self) -> None:
         self.active: str | None = None
-        self._off = PerThread()
+        self._override = PerThread()
         # A count over all threads. Compilers guard on it; they do not guard on a thread-local value.
-        self._times_off = 0
+        self._overrides = 0
 
     @property
-    def current(self) -> str | None:
-        """Name of the adapter that runs in this thread: the active one, or None within :meth:`off`."""
-        return None if self._times_off and self._off.value else self.active
+    def override(self) -> Override | None:
+        """What this thread runs in the place of the active adapter, None for the active adapter."""
+        return self._override.value if self._overrides else None
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """Disable all adapters in this thread within the context. Contexts may be nested."""
-        self._off.value = (self._off.value or 0) + 1
+    def overridden(self, override: Override) -> Iterator[None]:
+        """Run something else in this thread within the context. The innermost context counts."""
+        outer, self._override.value = self._override.value, override
         with _counting:
-            self._times_off += 1
+            self._overrides += 1
         try:
             yield
         finally:
-            self._off.value -= 1
+            self._override.value = outer
             with _counting:
-                self._times_off -= 1
+                self._overrides -= 1
+
+    def off(self) -> AbstractContextManager[None]:
+        """Disable all adapters in this thread within the context. Contexts may be nested."""
+        return self.overridden(_BASE)
 
 
 class Joint(Replacement):
@@ -106,7 +121,10 @@ class Joint(Replacement):
                 f'with_cp of a {type(self.module).__name__} was set after the injection. Its own gradient '
                 'checkpointing would recompute it without adapters; set it before, or inject with with_cp=True'
             )
-        name = self.switch.current
+        override = self.switch.override
+        if override is not None:
+            return override.run(self, args, kwargs)
+        name = self.switch.active
         attachment = None if name is None else self.attachments.get(name)
         if attachment is None:
             return self.run(self.host_forward, *args, **kwargs)
@@ -187,6 +205,10 @@ class Attachment:
         """Return an adapter by name. It is read from the module, where FSDP may have wrapped it."""
         return getattr(self.module, key + self.suffix)
 
+    def adapter(self, frame: Frame, key: str) -> Any:
+        """Return the adapter that runs in a call."""
+        return self.part(key) if frame.adapters is None else frame.adapters[key]
+
     def path(self, submodule: str) -> str:
         """Return the name of a submodule in the backbone."""
         return f'{self.name}.{submodule}'.strip('.')
@@ -224,3 +246,16 @@ class BlockAttachment(Attachment):
     def grid(self, args: tuple, kwargs: dict) -> TokenGrid:
         """Return the grid of the tokens in a call of the block."""
         return grid_of_call(self.site, args, kwargs, self.tracker)
+
+    def adapter_grid(self, args: tuple, kwargs: dict) -> TokenGrid | None:
+        """Return the grid that the adapters see, or None if they do not need it."""
+        return None
+
+    def stream_of(self, outputs: Any) -> Tensor:
+        """Return the residual stream among the block's outputs."""
+        return outputs[self.family.stream] if isinstance(outputs, tuple) else outputs
+
+    def with_stream(self, outputs: Any, stream: Tensor) -> Any:
+        """Return the block's outputs with another residual stream."""
+        index = self.family.stream
+        return (*outputs[:index], stream, *outputs[index + 1 :]) if isinstance(outputs, tuple) else stream

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from iconformer_mm.adapters import Adapter, TokenGrid
 from iconformer_mm.compat import is_compiling
 
-from ..calls import Frame, run_in_frame
+from ..calls import Frame, Passage, run_in_frame
 from ..families import FromShape
 from ..grids import GridTracker
 from ..sites import Site
@@ -21,34 +20,6 @@ FFN = 'ffn'
 ATTENTION = 'attention'
 INPUTS = ('normed', 'residual', 'output', 'sum')
 _NAMES = {FFN: 'adapter', ATTENTION: 'adapter_attention'}
-
-
-@dataclass
-class _Passage:
-    """The handler of a submodule during a block's call.
-
-    Attributes:
-        before: Functions of the frame and the input, called in order. Each returns the new input.
-        after: Functions of the frame and the output, called in order. Each returns the new output.
-        splits: Whether to add the residual (``identity``) after the functions in ``after``, instead of in
-            the submodule. They then see the branch alone. The sum is bit-identical. Defaults to False.
-    """
-
-    before: tuple[Callable[[Frame, Tensor], Tensor], ...]
-    after: tuple[Callable[[Frame, Tensor], Tensor], ...]
-    splits: bool = False
-
-    def __call__(self, host_forward: Callable, frame: Frame, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the submodule between the functions."""
-        for function in self.before:
-            x = function(frame, x)
-        identity = kwargs.get('identity') if self.splits else None
-        if isinstance(identity, Tensor):
-            kwargs['identity'] = identity.new_zeros(())
-        out = host_forward(x, *args, **kwargs)
-        for function in self.after:
-            out = function(frame, out)
-        return identity + out if isinstance(identity, Tensor) else out
 
 
 class BranchAttachment(BlockAttachment):
@@ -106,7 +77,7 @@ class BranchAttachment(BlockAttachment):
             assert family.attention_out is not None
             after.setdefault(family.attention_out, []).append(self._join_attention)
         self.handlers = {
-            self.path(name): _Passage(tuple(before.get(name, ())), tuple(after.get(name, ())), input == 'output')
+            self.path(name): Passage(tuple(before.get(name, ())), tuple(after.get(name, ())), input == 'output')
             for name in {**before, **after}
         }
 
@@ -121,10 +92,10 @@ class BranchAttachment(BlockAttachment):
         """Apply an adapter to tokens (B, N, d)."""
         grid, order = frame.grid, self.family.order
         if order is None or grid is None:
-            return self.part(key)(tokens, grid)
+            return self.adapter(frame, key)(tokens, grid)
         size, places = order(self.module, (grid.height, grid.width), tokens.shape[1])
         places = places.to(tokens.device)
-        return self.part(key)(tokens[:, places.argsort()], TokenGrid(*size))[:, places]
+        return self.adapter(frame, key)(tokens[:, places.argsort()], TokenGrid(*size))[:, places]
 
     def _like(self, tokens: Tensor, x: Tensor, place: str | None) -> Tensor:
         """Convert tokens (B, N, d) to the shape of a submodule's input or output."""
@@ -200,16 +171,20 @@ class BranchAttachment(BlockAttachment):
         values['residual'] = self._tokens(frame, x, place)
         return x
 
+    def adapter_grid(self, args: tuple, kwargs: dict) -> TokenGrid | None:
+        """Return the grid that the adapters see, or None if they do not need it."""
+        if not self.needs_grid:
+            return None
+        grid = self.grid(args, kwargs)
+        if self.family.grid_after is None:
+            return grid
+        size = self.family.grid_after(self.module, (grid.height, grid.width))
+        return TokenGrid(*size, num_prefix_tokens=grid.num_prefix_tokens)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, and add the adapters' outputs."""
-        grid = None
-        if self.needs_grid:
-            grid = self.grid(args, kwargs)
-            if self.family.grid_after is not None:
-                size = self.family.grid_after(self.module, (grid.height, grid.width))
-                grid = TokenGrid(*size, num_prefix_tokens=grid.num_prefix_tokens)
-        outputs = self.joint.run(self._run_block, grid, *args, **kwargs)
-        out = outputs[self.family.stream] if isinstance(outputs, tuple) else outputs
+        outputs = self.joint.run(self._run_block, self.adapter_grid(args, kwargs), *args, **kwargs)
+        out = self.stream_of(outputs)
         if out.requires_grad and not is_compiling():
             # A stage outputs channels-first maps, so their gradient is channels-first in memory. Without this
             # hook, the gradients of all earlier blocks are so, too. Their sums and copies take twice as long.
@@ -217,25 +192,32 @@ class BranchAttachment(BlockAttachment):
         return outputs
 
     def _run_block(self, grid: Any, *args: Any, **kwargs: Any) -> Any:
-        stream = self.family.stream
-        frame = Frame(self.handlers, grid)
-        frame.values['block input'] = self._tokens(frame, args[stream], '')
+        frame = self.begin(args[self.family.stream], grid)
         outputs = run_in_frame(frame, self.joint.host_forward, *args, **kwargs)
-        out = outputs[stream] if isinstance(outputs, tuple) else outputs
+        return self.with_stream(outputs, self.end(frame, self.stream_of(outputs)))
+
+    def begin(self, x: Tensor, grid: TokenGrid | None = None, adapters: Mapping[str, Any] | None = None) -> Frame:
+        """Begin a call of the block with its residual stream."""
+        frame = Frame(self.handlers, grid, adapters=adapters)
+        frame.values['block input'] = self._tokens(frame, x, '')
+        return frame
+
+    def end(self, frame: Frame, out: Tensor) -> Tensor:
+        """Add what the adapters add to the block's output."""
         values = frame.values
         if self.joins_later:
             out = out + self._like(values['delta'], out, '')
-        if self.at_ffn:
-            residual = values['residual']
-            if self.input == 'normed':
-                tokens = values['ffn input']
-            elif self.input == 'residual':
-                tokens = residual
-            elif self.input == 'sum':
-                tokens = self._tokens(frame, out, '')
-            else:
-                tokens = values.get('ffn output')
-                if tokens is None:  # the family does not name the output
-                    tokens = self._tokens(frame, out, '') - residual
-            out = out + self._like(self._delta('adapter', frame, tokens), out, '')
-        return (*outputs[:stream], out, *outputs[stream + 1 :]) if isinstance(outputs, tuple) else out
+        if not self.at_ffn:
+            return out
+        residual = values['residual']
+        if self.input == 'normed':
+            tokens = values['ffn input']
+        elif self.input == 'residual':
+            tokens = residual
+        elif self.input == 'sum':
+            tokens = self._tokens(frame, out, '')
+        else:
+            tokens = values.get('ffn output')
+            if tokens is None:  # the family does not name the output
+                tokens = self._tokens(frame, out, '') - residual
+        return out + self._like(self._delta('adapter', frame, tokens), out, '')

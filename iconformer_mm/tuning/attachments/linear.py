@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from types import CodeType
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iconformer_mm.adapters import LoRAAdapter
+from iconformer_mm.adapters import LoRAAdapter, TokenGrid
 
-from ..calls import Frame, run_in_frame
+from ..calls import Frame, Passage, run_in_frame
 from ..replacement import parameter_of, with_parameters
 from ..sites import Site
 from .base import BlockAttachment, WeightMergingAttachment
@@ -47,15 +47,28 @@ class LowRankAttachment(WeightMergingAttachment, BlockAttachment):
                 'its layer, so dropout cannot be applied to the input of the path; set dropout=0'
             )
         self.handlers = {
-            self.path(name.rpartition('.')[0]): partial(self._add_path, name, site.block.get_submodule(_owner(name)))
+            self.path(_owner(name)): Passage(
+                (partial(_see_input, name),), (partial(self._add_path, name, site.block.get_submodule(_owner(name))),)
+            )
             for name in called
         }
 
-    def _add_path(
-        self, name: str, layer: nn.Module, host_forward: Callable, frame: Frame, x: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Run a layer, and add the output of its path."""
-        return self.part('adapter').add_path(name, layer, x, host_forward(x, *args, **kwargs))
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the weights that the block reads itself, so that no path can run beside them."""
+        return self._made
+
+    def _add_path(self, name: str, layer: nn.Module, frame: Frame, out: Tensor) -> Tensor:
+        """Add the output of a layer's path to that of the layer."""
+        return self.adapter(frame, 'adapter').add_path(name, layer, frame.values.pop(name), out)
+
+    def begin(self, x: Tensor, grid: TokenGrid | None = None, adapters: Mapping[str, Any] | None = None) -> Frame:
+        """Begin a call of the block with its residual stream."""
+        return Frame(self.handlers, grid, adapters=adapters)
+
+    def end(self, frame: Frame, out: Tensor) -> Tensor:
+        """Return the block's output, which has the paths."""
+        return out
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block with the paths."""
@@ -72,6 +85,12 @@ class LowRankAttachment(WeightMergingAttachment, BlockAttachment):
     def merged_weights(self) -> dict[str, tuple[nn.Parameter, Tensor]]:
         """Return the parameter and the merged value of each weight."""
         return merged_weights(self.module, self.adapters['adapter'], self.weight_names)
+
+
+def _see_input(name: str, frame: Frame, x: Tensor) -> Tensor:
+    """Keep the input of a layer for its path."""
+    frame.values[name] = x
+    return x
 
 
 def _owner(weight: str) -> str:
