@@ -13,6 +13,7 @@ EXTRAS = {
     'analysis': ('matplotlib', 'sklearn'),
     'onnx': ('onnx',),
     'quickstart': ('matplotlib', 'sklearn'),
+    'ray': ('ray', 'fastapi', 'prometheus_client'),
 }
 
 

@@ -109,6 +109,8 @@ def check_command(words, parsers, written=()):
             name.replace('dist_', '').replace('.sh', '.py'),
             [*arguments[:number], *arguments[number + 1 :]],
         )
+    if name == 'tools/dist_predict.sh':  # ... PROCESSES ARGUMENTS
+        name, arguments = 'tools/predict.py', arguments[1:]
     if name.endswith('.py'):
         if name not in parsers:
             parsers[name] = parser_of_tool(name)

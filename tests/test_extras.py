@@ -110,7 +110,11 @@ def test_extras_are_those_of_the_distribution():
             else:
                 yield requirement.name
 
-    projects = {'sklearn': 'scikit-learn', 'markdown_it': 'markdown-it-py'}
+    projects = {
+        'sklearn': 'scikit-learn',
+        'markdown_it': 'markdown-it-py',
+        'prometheus_client': 'prometheus-client',
+    }
     for extra, packages in EXTRAS.items():
         assert {projects.get(package, package) for package in packages} <= set(names(extra)), extra
     assert {Requirement(line).name for line in project['dependencies']} == {

@@ -18,7 +18,7 @@ LAYERS = (
     ('datasets', 'models'),
     ('engine',),
     ('inference',),
-    ('analysis',),
+    ('analysis', 'serving'),
     ('comparison',),
     ('reports',),
     ('cli',),

@@ -14,6 +14,7 @@ COMMANDS = {
     'train': ('train', 'train a model, with a PEFT method from the config or by --peft'),
     'test': ('test', 'test a checkpoint'),
     'predict': ('predict', 'predict on images with an adapter, and draw the predictions'),
+    'serve': ('serve', 'serve the adapters of a folder over HTTP, from one base'),
     'inspect': ('inspect', 'show what a config would adapt, train and cost, before any training'),
     'adapter': ('adapter', 'show, extract, apply, compare and check adapter files'),
     'convert': ('convert', 'make an adapter file of an adapter that another program trained'),

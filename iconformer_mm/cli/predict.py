@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import argparse
 import glob
-import math
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from iconformer_mm.engine import load_config
+from iconformer_mm.extras import require_extra
 from iconformer_mm.files import expanded, write_json
-from iconformer_mm.inference import AdapterInferencer
-from iconformer_mm.inference.predictions import SCORE_THRESHOLD, describe_prediction, draw_prediction, write_maps
+from iconformer_mm.inference.image_files import FilePredictor
+from iconformer_mm.inference.journal import Journal, describe_file, hash_text
+from iconformer_mm.inference.peers import Peers, in_torchrun
+from iconformer_mm.inference.predictions import SCORE_THRESHOLD
+from iconformer_mm.inference.ray_cluster import connected
+from iconformer_mm.inference.ray_prediction import predict_with_ray
 from iconformer_mm.messages import one_line
+from iconformer_mm.version import __version__
 
 from .errors import user_errors
 from .parser import TRUST, Parser, guard
@@ -29,8 +36,12 @@ from .parser import TRUST, Parser, guard
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
 
 
-def find_images(names: Iterable[str]) -> list[Path]:
+def find_images(names: Iterable[str], out: Path | None = None) -> list[Path]:
     """The image files that names stand for: files, folders (with all below them) and patterns.
+
+    Args:
+        names: The names.
+        out: A folder whose files are left out: those that an earlier run wrote.
 
     Raises:
         SystemExit: A name stands for nothing.
@@ -40,6 +51,8 @@ def find_images(names: Iterable[str]) -> list[Path]:
         path = Path(name)
         if path.is_dir():
             files = sorted(p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES and p.is_file())
+            if out is not None and out.resolve() != path.resolve():
+                files = [file for file in files if not file.resolve().is_relative_to(out.resolve())]
         else:
             files = [path] if path.is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
         if not files:
@@ -59,36 +72,9 @@ def output_names(images: list[Path]) -> list[Path]:
     return [path.relative_to(common) for path in paths]
 
 
-def read_image(path: Path, console: Console, skipped: list[str]) -> np.ndarray | None:
-    """An image (H, W, 3), BGR; if it cannot be read, None, which is said and noted."""
-    try:
-        image = cv2.imread(str(path))
-    except cv2.error:  # more pixels than OpenCV takes
-        image = None
-    if image is None:
-        skip(path, 'is no image that can be read', console, skipped)
-    return image
-
-
-def skip(path: Path, reason: str, console: Console, skipped: list[str]) -> None:
-    """Note an image that is left out, and say why."""
-    skipped.append(str(path))
+def say_skipped(path: Path, reason: str, console: Console) -> None:
+    """Say why an image is left out."""
     console.print(one_line(f'skipped: {path} {reason}'), style='yellow', soft_wrap=True, markup=False)
-
-
-def check_finite(content: Any) -> None:
-    """See that all numbers of a prediction are finite.
-
-    Raises:
-        ValueError: One is not.
-    """
-    if isinstance(content, dict):
-        content = list(content.values())
-    if isinstance(content, list):
-        for part in content:
-            check_finite(part)
-    elif isinstance(content, float) and not math.isfinite(content):
-        raise ValueError('the prediction holds numbers that are not finite')
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -106,42 +92,122 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--score', type=float, default=SCORE_THRESHOLD, help=f'smallest score of instances ({SCORE_THRESHOLD})'
     )
-    return parser.parse_args(argv)
+    parser.add_argument('--restart', action='store_true', help='drop what a run that ended early has done')
+    parser.add_argument(
+        '--engine',
+        choices=['local', 'ray'],
+        default='local',
+        help='local: in this process, or in those of torchrun; ray: on a Ray cluster',
+    )
+    parser.add_argument('--ray-address', help='address of a Ray cluster (default: one is started on this machine)')
+    parser.add_argument('--workers', type=int, help='processes of Ray (default: one per GPU, or per CPU core)')
+    args = parser.parse_args(argv)
+    for name in ('ray_address', 'workers'):
+        if getattr(args, name) is not None and args.engine != 'ray':
+            parser.error(f'--{name.replace("_", "-")} is for --engine ray')
+    if args.workers is not None and args.workers < 1:
+        parser.error(f'--workers must be 1 or more, got {args.workers}')
+    if args.engine == 'ray' and in_torchrun():
+        parser.error('--engine ray starts its own processes; run it without torchrun')
+    return args
+
+
+def describe_run(args: argparse.Namespace) -> dict[str, Any]:
+    """What the results depend on, beside the images."""
+    for file, what in ((args.adapter, 'adapter file'), (args.base, 'base')):
+        if file is not None and not expanded(file).is_file():
+            raise FileNotFoundError(f'the {what} {file} does not exist')
+    return dict(
+        config=hash_text(load_config(args.config).pretty_text),
+        adapter=describe_file(args.adapter),
+        base=describe_file(args.base),
+        score=args.score,
+        version=__version__,
+    )
+
+
+def predict_here(
+    images: Sequence[tuple[Path, Path]], arguments: dict[str, Any]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Predict in this process."""
+    predictor = FilePredictor(**arguments)
+    for index, (image, target) in enumerate(images):
+        yield index, predictor(image, target)
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; the status is 1 if an image was skipped."""
+    """Run the command; the status is 1 if an image was skipped. Under torchrun it is 0, since 1 is a failure there."""
     args = parse_args(argv)
-    console = Console(stderr=True)
+    if args.engine == 'ray':
+        require_extra('ray', 'predicting with --engine ray')
     guard(args)
-    images = find_images(args.images)
-    inferencer = AdapterInferencer(args.config, args.adapter, args.base, args.device, args.trust_checkpoints)
+    skipped = predict(args, Console(stderr=True))
+    sys.exit(1 if skipped and not in_torchrun() else 0)
+
+
+def predict(args: argparse.Namespace, console: Console) -> int:
+    """Predict on what is not yet done, and write the results of all.
+
+    Returns:
+        The number of images that were skipped.
+    """
+    peers = Peers()
+    # One process looks, since the others could see pictures that it has already written.
+    images = peers.on_first(lambda: find_images(args.images, args.out))
+    run = peers.on_first(lambda: describe_run(args))
     args.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]] = {}
-    skipped: list[str] = []
+    journal = Journal(args.out, run)
+    peers.on_first(lambda: journal.begin(args.restart))
+    targets = dict(zip(images, (args.out / name for name in output_names(images))))
+    done = peers.on_first(lambda: set(journal.results(images)))
+    rest = [image for image in images if image not in done][peers.rank :: peers.size]
+    if done and peers.rank == 0:
+        console.print(f'going on: {len(done)} of {len(images)} images are done', soft_wrap=True)
+    if rest:
+        _predict_rest(args, console, journal, [(image, targets[image]) for image in rest], quiet=peers.rank > 0)
+    journal.close()
+    peers.meet()
+    return peers.on_first(lambda: _finish(args, console, journal, images))
+
+
+def _predict_rest(
+    args: argparse.Namespace, console: Console, journal: Journal, images: list[tuple[Path, Path]], quiet: bool
+) -> None:
+    device = args.device
+    if device is None and in_torchrun() and torch.cuda.is_available():
+        device = f'cuda:{int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()}'
+    arguments = dict(
+        config=args.config,
+        adapter=args.adapter,
+        base=args.base,
+        device=device,
+        trust=args.trust_checkpoints,
+        score_threshold=args.score,
+    )
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        for path, name in zip(progress.track(images, description='predicting'), output_names(images)):
-            image = read_image(path, console, skipped)
-            if image is None:
-                continue
-            target = args.out / name
-            try:
-                (prediction,) = inferencer([image])
-                prediction = prediction.cpu()
-                described = describe_prediction(prediction, inferencer.classes, args.score)
-                check_finite(described)
-                draw_prediction(image[..., ::-1].copy(), prediction, f'{target}.png', inferencer.meta, args.score)
-                write_maps(prediction, target)
-            except Exception as error:  # of any library; the other images are not to suffer from it
-                height, width = image.shape[:2]
-                reason = f'({height} x {width}) cannot be taken by the model ({type(error).__name__}: {error})'
-                skip(path, reason, console, skipped)
-                for left in (f'{target}.png', f'{target}_labels.png', f'{target}_depth.npy'):
-                    Path(left).unlink(missing_ok=True)
-                continue
-            results[str(path)] = described
-    write_json(args.out / 'predictions.json', dict(predictions=results, skipped=skipped))
-    console.print(f'{len(results)} predictions in {args.out}, {len(skipped)} images skipped', soft_wrap=True)
-    sys.exit(1 if skipped else 0)
+    on_ray = args.engine == 'ray'
+    with (
+        connected(args.ray_address) if on_ray else nullcontext(),
+        Progress(*columns, console=console, disable=quiet) as progress,
+    ):
+        results = predict_with_ray(images, arguments, args.workers) if on_ray else predict_here(images, arguments)
+        for index, record in progress.track(results, total=len(images), description='predicting'):
+            image, _ = images[index]
+            journal.append(image, record)
+            if 'skipped' in record:
+                say_skipped(image, record['skipped'], console)
+
+
+def _finish(args: argparse.Namespace, console: Console, journal: Journal, images: list[Path]) -> int:
+    """Write the one file of results; return the number of skipped images."""
+    results = journal.results(images)
+    changed = [image for image in images if image not in results]
+    if changed:
+        raise ValueError(f'{len(changed)} images changed while they were read, such as {changed[0]}; run it again')
+    predictions = {str(image): record['prediction'] for image, record in results.items() if 'prediction' in record}
+    skipped = [str(image) for image, record in results.items() if 'skipped' in record]
+    write_json(args.out / 'predictions.json', dict(predictions=predictions, skipped=skipped))
+    journal.remove()
+    console.print(f'{len(predictions)} predictions in {args.out}, {len(skipped)} images skipped', soft_wrap=True)
+    return len(skipped)

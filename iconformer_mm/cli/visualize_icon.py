@@ -26,11 +26,12 @@ from iconformer_mm.checkpoint.reading import guard_loading
 from iconformer_mm.extras import require_extra
 from iconformer_mm.files import write_json
 from iconformer_mm.inference import AdapterInferencer
+from iconformer_mm.inference.image_files import UNREADABLE, read_image
 from iconformer_mm.tuning import get_injection
 
 from .errors import user_errors
 from .parser import Parser
-from .predict import find_images, output_names, read_image, skip
+from .predict import find_images, output_names, say_skipped
 
 OTHER = 'compare'
 LAYERS_OF_FEATURES = 6
@@ -161,15 +162,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     looks: list[dict[str, AdapterTrace]] = []
     skipped: list[str] = []
     for path, name in zip(track(paths, description='looking at kernels', console=console), output_names(paths)):
-        image = read_image(path, console, skipped)
+        image = read_image(path)
         if image is None:
+            skipped.append(str(path))
+            say_skipped(path, UNREADABLE, console)
             continue
         try:
             look = look_at_adapters(inferencer, image)
         except Exception as error:  # of any library; the other images are not to suffer from it
             height, width = image.shape[:2]
             reason = f'({height} x {width}) cannot be taken by the model ({type(error).__name__}: {error})'
-            skip(path, reason, console, skipped)
+            skipped.append(str(path))
+            say_skipped(path, reason, console)
             continue
         images.append(image[..., ::-1].copy())
         names.append(str(name))

@@ -46,6 +46,8 @@ class AdapterInferencer:
         device: Device to run on. Defaults to None: the best one available.
         trust: Whether to unpickle a base (``.pth``) that holds more than tensors and plain data. This can execute code
             in the file. Defaults to False.
+        bare: Whether to build the base alone, for a caller that adds adapters to :attr:`model` later. Its neck and head
+            may be in no file, so it does not predict before that. Defaults to False.
 
     Attributes:
         model: The model.
@@ -71,8 +73,9 @@ class AdapterInferencer:
         base: str | os.PathLike | None = None,
         device: str | None = None,
         trust: bool = False,
+        bare: bool = False,
     ) -> None:
-        self._trust = trust
+        self._trust, self._bare = trust, bare
         self.cfg = copy.deepcopy(config) if isinstance(config, Config) else load_config(os.fspath(config))
         self.scope = self.cfg.get('default_scope')
         if self.scope not in _INFERENCERS:
@@ -81,9 +84,11 @@ class AdapterInferencer:
             )
         init_default_scope(self.scope)
         specs = _by_name(adapter)
-        self.model = self._make_model(base, as_config=not specs)
+        if bare and specs:
+            raise ValueError('a bare base takes no `adapter`: add it later, or leave out `bare`')
+        self.model = self._make_model(base, as_config=not specs and not bare)
         self._metas = {name: {**_metainfo(self.cfg), **self._load(name, spec)} for name, spec in specs.items()}
-        if not specs:
+        if not specs and not bare:
             self._require_all()
         self._record.close()
         self._inferencer = _INFERENCERS[self.scope](self.cfg, self.model, device or get_device())
@@ -226,7 +231,23 @@ class AdapterInferencer:
         if adapter is not None:
             self.set_adapter(adapter)
         batches = self.batches(images, batch_size)
-        return [prediction for batch in batches for prediction in self._inferencer.forward(batch)]
+        return [prediction for batch in batches for prediction in self.forward(batch)]
+
+    def forward(self, batch: dict) -> list[BaseDataElement]:
+        """Predict on one of :meth:`batches`, with the adapter that is active.
+
+        Args:
+            batch: What :meth:`batches` yields.
+
+        Returns:
+            The library's data samples, one per image.
+
+        Raises:
+            ValueError: The base is bare, and no adapter was added to it.
+        """
+        if self._bare and active_adapter(self.model) is None:
+            raise ValueError('there is no adapter, and the head of the base is untrained: add an adapter first')
+        return self._inferencer.forward(batch)
 
     def _predict_mixed(
         self, images: list[Any], adapters: Sequence[str | None], batch_size: int

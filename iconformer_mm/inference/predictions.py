@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,8 @@ from .drawing import draw_classes, draw_depth, draw_instances, enlarge
 
 SCORE_THRESHOLD = 0.3
 TOP_INSTANCES = 10
+TOP_LABELS = 5
+MILLIMETRE = 0.001
 
 
 class PredictionKind:
@@ -39,6 +43,17 @@ class PredictionKind:
         self, prediction: BaseDataElement, classes: Sequence[str] | None, score_threshold: float
     ) -> dict[str, Any]:
         """A prediction as plain data; see :func:`describe_prediction`."""
+        raise NotImplementedError
+
+    def encode(
+        self,
+        prediction: BaseDataElement,
+        classes: Sequence[str] | None,
+        score_threshold: float,
+        top_k: int,
+        maps: bool,
+    ) -> dict[str, Any]:
+        """A prediction as data for JSON; see :func:`encode_prediction`."""
         raise NotImplementedError
 
     def caption(self, described: Mapping[str, Any]) -> str:
@@ -94,6 +109,22 @@ class Depth(PredictionKind):
         depth = prediction.pred_depth_map.data.float()
         return dict(depth_m=dict(min=depth.min().item(), median=depth.median().item(), max=depth.max().item()))
 
+    def encode(
+        self,
+        prediction: BaseDataElement,
+        classes: Sequence[str] | None,
+        score_threshold: float,
+        top_k: int,
+        maps: bool,
+    ) -> dict[str, Any]:
+        """The depths as a grey PNG of 16 bits, and the metres that one step of it stands for."""
+        content = dict(task='depth', **self.describe(prediction, classes, score_threshold))
+        if maps:
+            depth = prediction.pred_depth_map.data.float().squeeze().cpu().numpy()
+            step = max(MILLIMETRE, float(depth.max()) / 65535)
+            content['map'] = dict(png=png(np.rint(depth.clip(0) / step).astype(np.uint16)), metres_per_step=step)
+        return content
+
     def caption(self, described: Mapping[str, Any]) -> str:
         """From where to where."""
         depth = described['depth_m']
@@ -143,6 +174,24 @@ class Segmentation(PredictionKind):
         labels, counts = prediction.pred_sem_seg.data.unique(return_counts=True)
         shares = (counts / counts.sum()).tolist()
         return dict(area={str(name_of(label, classes)): share for label, share in zip(labels.tolist(), shares)})
+
+    def encode(
+        self,
+        prediction: BaseDataElement,
+        classes: Sequence[str] | None,
+        score_threshold: float,
+        top_k: int,
+        maps: bool,
+    ) -> dict[str, Any]:
+        """The class indices as a grey PNG: 8 bits, or 16 where an index is above 255."""
+        content = dict(task='segmentation', **self.describe(prediction, classes, score_threshold))
+        if maps:
+            labels = prediction.pred_sem_seg.data.squeeze(0).cpu().numpy()
+            found = np.unique(labels).tolist()
+            dtype = np.uint8 if found[-1] < 256 else np.uint16
+            names = {str(label): str(name_of(label, classes)) for label in found}
+            content['map'] = dict(png=png(labels.astype(dtype)), classes=names)
+        return content
 
     def caption(self, described: Mapping[str, Any]) -> str:
         """The three classes with the largest shares."""
@@ -197,6 +246,26 @@ class Instances(PredictionKind):
         rows = zip(found.labels.tolist(), found.scores.tolist(), found.bboxes.tolist())
         return dict(instances=[dict(name=name_of(label, classes), score=score, box=box) for label, score, box in rows])
 
+    def encode(
+        self,
+        prediction: BaseDataElement,
+        classes: Sequence[str] | None,
+        score_threshold: float,
+        top_k: int,
+        maps: bool,
+    ) -> dict[str, Any]:
+        """Label, name, score and box of each instance, with its mask in COCO's compressed run-length encoding."""
+        found = prediction.pred_instances
+        found = found[found.scores >= score_threshold].cpu()
+        rows = zip(found.labels.tolist(), found.scores.tolist(), found.bboxes.tolist())
+        instances: list[dict[str, Any]] = [
+            dict(label=label, name=name_of(label, classes), score=score, box=box) for label, score, box in rows
+        ]
+        if maps and 'masks' in found:
+            for instance, mask in zip(instances, found.masks):
+                instance['mask'] = run_lengths(np.asarray(mask))
+        return dict(task='detection', instances=instances)
+
     def caption(self, described: Mapping[str, Any]) -> str:
         """How many there are."""
         return f'{len(described["instances"])} instances'
@@ -244,6 +313,22 @@ class Classification(PredictionKind):
         label = int(prediction.pred_label)
         return dict(label=label, name=name_of(label, classes), score=prediction.pred_score.max().item())
 
+    def encode(
+        self,
+        prediction: BaseDataElement,
+        classes: Sequence[str] | None,
+        score_threshold: float,
+        top_k: int,
+        maps: bool,
+    ) -> dict[str, Any]:
+        """The labels of the largest scores, the largest first."""
+        scores, labels = prediction.pred_score.sort(descending=True, stable=True)
+        best = list(zip(labels[:top_k].tolist(), scores[:top_k].tolist()))
+        return dict(
+            task='classification',
+            labels=[dict(label=label, name=name_of(label, classes), score=score) for label, score in best],
+        )
+
     def caption(self, described: Mapping[str, Any]) -> str:
         """Name and score."""
         return f'{described["name"]} ({described["score"]:.2f})'
@@ -275,6 +360,19 @@ def kind_of(prediction: BaseDataElement) -> PredictionKind:
 def name_of(label: int, classes: Sequence[str] | None) -> str | int:
     """The name of a class, or its index where no name is known."""
     return classes[label] if classes is not None and label < len(classes) else label
+
+
+def png(image: np.ndarray) -> str:
+    """An image or map, uint8 or uint16, as base64 of a PNG."""
+    return base64.b64encode(cv2.imencode('.png', image)[1].tobytes()).decode('ascii')
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    """A mask (H, W) in COCO's compressed run-length encoding: ``size`` (height, width) and ``counts``."""
+    from pycocotools import mask as coco
+
+    encoded = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return dict(size=[int(side) for side in encoded['size']], counts=encoded['counts'].decode('ascii'))
 
 
 def draw_prediction(
@@ -319,6 +417,32 @@ def describe_prediction(
     return kind_of(prediction).describe(prediction, classes, score_threshold)
 
 
+def encode_prediction(
+    prediction: BaseDataElement,
+    classes: Sequence[str] | None = None,
+    score_threshold: float = SCORE_THRESHOLD,
+    top_k: int = TOP_LABELS,
+    maps: bool = True,
+) -> dict[str, Any]:
+    """All of a prediction as data that JSON can hold.
+
+    Args:
+        prediction: Data sample of MMPretrain, MMDetection or MMSegmentation.
+        classes: Names of the classes, where they are known.
+        score_threshold: Instances of a smaller score are left out. Defaults to 0.3.
+        top_k: Number of labels of a classification. Defaults to 5.
+        maps: Whether masks and maps are included. Defaults to True.
+
+    Returns:
+        ``task``, and by task: ``labels``; ``instances`` with boxes (x1, y1, x2, y2) in pixels and masks as COCO's
+        run-length encoding; ``area`` and a ``map`` of class indices as PNG; ``depth_m`` and a ``map`` of depths as PNG.
+
+    Raises:
+        ValueError: The data sample holds no prediction that is known.
+    """
+    return kind_of(prediction).encode(prediction, classes, score_threshold, top_k, maps)
+
+
 def caption(described: Mapping[str, Any]) -> str:
     """A few words on what :func:`describe_prediction` gave.
 
@@ -342,3 +466,18 @@ def write_maps(prediction: BaseDataElement, path: Path) -> list[Path]:
         The files.
     """
     return kind_of(prediction).write_maps(prediction, path)
+
+
+def check_finite(content: Any) -> None:
+    """Check that all numbers of a description are finite.
+
+    Raises:
+        ValueError: One is not.
+    """
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list):
+        for part in content:
+            check_finite(part)
+    elif isinstance(content, float) and not math.isfinite(content):
+        raise ValueError('the prediction holds numbers that are not finite')

@@ -1,0 +1,1 @@
+"""Serving the adapters of a folder over HTTP. It needs the extra ``[ray]``."""
