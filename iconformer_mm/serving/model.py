@@ -21,7 +21,8 @@ from iconformer_mm.checkpoint.reading import guard_loading
 from iconformer_mm.engine.config import build_model
 from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.messages import one_line
-from iconformer_mm.tuning import active_adapter, delete_adapter, get_injection, set_adapter
+from iconformer_mm.tuning import active_adapter, delete_adapter, get_injection, mixed, set_adapter
+from iconformer_mm.tuning.mixed import check_mixable
 from iconformer_mm.tuning.selection import Selection
 from iconformer_mm.tuning.switching import add_selected
 
@@ -72,6 +73,7 @@ class _Loaded:
     key: str  # its name in the model
     version: str
     meta: dict[str, Any]
+    mixable: bool  # whether its method allows other adapters in the same batch
 
 
 class ServedModel:
@@ -179,12 +181,37 @@ class ServedModel:
     def _run(self, batches: list[dict], adapters: list[_Loaded]) -> list[Prediction | Exception]:
         """Run images of one shape. If the batch fails, its images are run one by one."""
         try:
-            samples = predict_mixed(self._inferencer, batches, [adapter.key for adapter in adapters])
+            samples = self._forward(batches, adapters)
         except Exception as error:  # of any library
             if len(batches) > 1:
                 return [self._run([batch], [adapter])[0] for batch, adapter in zip(batches, adapters)]
             return [_not_taken(batches[0]['data_samples'][0].metainfo.get('ori_shape'), error)]
         return [Prediction(s.cpu(), a.version, a.meta) for s, a in zip(samples, adapters)]
+
+    def _forward(self, batches: Sequence[dict], adapters: Sequence[_Loaded]) -> list[Any]:
+        """Run images of one shape.
+
+        Adapters whose methods allow it share one batch. The others have batches of their own.
+
+        Returns:
+            One data sample per image.
+        """
+        groups: dict[str | None, list[int]] = {}
+        for index, adapter in enumerate(adapters):
+            groups.setdefault(None if adapter.mixable else adapter.key, []).append(index)
+        samples: list[Any] = [None] * len(batches)
+        for indices in groups.values():
+            names = [adapters[index].key for index in indices]
+            batch = join([batches[index] for index in indices])
+            if len(set(names)) == 1:
+                self._inferencer.set_adapter(names[0])
+                found = self._inferencer.forward(batch)
+            else:
+                with mixed(self._model, names):
+                    found = self._inferencer.forward(batch)
+            for index, sample in zip(indices, found):
+                samples[index] = sample
+        return samples
 
     def _load_all(self, names: Iterable[str]) -> dict[str, _Loaded | Exception]:
         """Have these adapters in memory, in their current versions."""
@@ -253,7 +280,11 @@ class ServedModel:
         palette = meta.get('palette')
         if palette is not None and len(palette) < len(meta.get('classes') or ()):
             del meta['palette']
-        return _Loaded(key, version, meta)
+        try:
+            check_mixable(self._model, [key])
+        except ValueError:
+            return _Loaded(key, version, meta, mixable=False)
+        return _Loaded(key, version, meta, mixable=True)
 
     def _unload(self, name: str) -> None:
         loaded = self._loaded.pop(name, None)
@@ -295,26 +326,6 @@ class ServedModel:
                     _replace_num_classes(part, own, num_classes)
             self._templates[num_classes] = self._parts(build_model(cfg))
         return self._templates[num_classes]
-
-
-def predict_mixed(inferencer: AdapterInferencer, batches: Sequence[dict], adapters: Sequence[str]) -> list[Any]:
-    """Predict on images of one shape, each with its own adapter.
-
-    Args:
-        inferencer: The model with all adapters.
-        batches: Batches of one image each.
-        adapters: Name of the adapter of each image.
-
-    Returns:
-        One data sample per image.
-    """
-    samples: list[Any] = [None] * len(batches)
-    for name in dict.fromkeys(adapters):
-        inferencer.set_adapter(name)
-        indices = [index for index, adapter in enumerate(adapters) if adapter == name]
-        for index, sample in zip(indices, inferencer.forward(join([batches[index] for index in indices]))):
-            samples[index] = sample
-    return samples
 
 
 def join(batches: Sequence[dict]) -> dict[str, Any]:

@@ -357,8 +357,8 @@ def test_an_image_that_the_model_cannot_take_harms_no_other(root, files, expecte
     assert second.code == 'image_not_taken' and 'RuntimeError: output size is too small' in str(second)
 
 
-def test_methods_of_any_kind_in_one_batch(root, tmp_path):
-    """Those that can share a batch, and those that cannot."""
+def test_methods_of_any_kind_in_one_batch(root, tmp_path, monkeypatch):
+    """Those that can share a batch do, and the others have batches of their own."""
     from families import stir
     from mmengine.registry import MODELS
 
@@ -378,7 +378,15 @@ def test_methods_of_any_kind_in_one_batch(root, tmp_path):
     model = ServedModel(Settings(str(root / DIGITS), str(tmp_path), device='cpu'))
     model.folder.scan()
     cases = [(names[index % len(names)], picture(index)) for index in range(2 * len(names))]
+    forward, sizes = model._inferencer.forward, []
+
+    def count(batch):
+        sizes.append(len(batch['data_samples']))
+        return forward(batch)
+
+    monkeypatch.setattr(model._inferencer, 'forward', count)
     predictions = model.predict([Job(name, model.prepare(image)) for name, image in cases])
+    assert sorted(sizes) == [2, 2, 8]  # vpt, ssf, and the four others
     for (name, image), prediction in zip(cases, predictions):
         (expected,) = truth([image], adapter=name)
         torch.testing.assert_close(prediction.sample.pred_score, expected.pred_score, msg=name)
