@@ -49,7 +49,7 @@ from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import find_backbone
 
 BACKBONE = 'backbone.'
-BASE_KEYS = ('base_fingerprint', 'base_parameters', 'base_buffers_fingerprint', 'base_buffers')
+BASE_KEYS = ('base_fingerprint', 'base_parameters', 'base_buffers_fingerprint', 'base_buffers', 'base_dtype')
 NOTE = 'iconformer_mm'  # where AdapterCheckpointHook keeps its own
 FITS, DIFFERS, FAILED = 0, 1, 3
 

@@ -24,6 +24,7 @@ from iconformer_mm.engine import load_config
 from iconformer_mm.engine.config import build_model, method_of, names_weights
 from iconformer_mm.files import expanded
 from iconformer_mm.tuning import active_adapter, get_injection, inject, list_adapters, set_adapter
+from iconformer_mm.tuning.frozen_precision import check_frozen_dtype
 from iconformer_mm.tuning.accounting import LoadRecord, check_training, require_all
 from iconformer_mm.tuning.injection import DEFAULT_NAME, find_backbone
 
@@ -45,6 +46,8 @@ class AdapterInferencer:
         device: Device to run on. Defaults to None: the best one available.
         trust: Whether to unpickle a base (``.pth``) that holds more than tensors and plain data. This can execute code
             in the file. Defaults to False.
+        frozen_dtype: The precision to hold the base in, see :func:`iconformer_mm.inject`. Defaults to None: the one
+            of the config's PEFTHook, if it names one.
 
     Attributes:
         model: The model.
@@ -70,6 +73,7 @@ class AdapterInferencer:
         base: str | os.PathLike | None = None,
         device: str | None = None,
         trust: bool = False,
+        frozen_dtype: str | None = None,
     ) -> None:
         self._trust = trust
         self.cfg = copy.deepcopy(config) if isinstance(config, Config) else load_config(os.fspath(config))
@@ -79,6 +83,9 @@ class AdapterInferencer:
                 f"the config's default_scope is {self.scope!r}; prediction supports {', '.join(_INFERENCERS)}"
             )
         init_default_scope(self.scope)
+        self._frozen_dtype = frozen_dtype or (method_of(self.cfg) or {}).get('frozen_dtype')
+        if self._frozen_dtype is not None:
+            check_frozen_dtype(self._frozen_dtype)
         specs = _by_name(adapter)
         self.model = self._make_model(base, as_config=not specs)
         self._metas = {name: {**_metainfo(self.cfg), **self._load(name, spec)} for name, spec in specs.items()}
@@ -102,7 +109,7 @@ class AdapterInferencer:
         model = build_model(cfg)
         method = method_of(cfg)
         if as_config and method is not None:
-            inject(model, **method)
+            inject(model, **{**method, 'frozen_dtype': self._frozen_dtype})
         self._record = LoadRecord(model)
         if getattr(find_backbone(model), 'is_init', False):  # timm initialised it when the model was built
             self._record.note(_names_of_backbone(model))
@@ -148,7 +155,10 @@ class AdapterInferencer:
             )
         loaded = self._record.loaded()
         content, tensors = read_adapter(file)
-        put_adapter(self.model, content, tensors, file, name=None if born else name, parts=parts)
+        precision = self._frozen_dtype if get_injection(self.model) is None else None
+        put_adapter(
+            self.model, content, tensors, file, name=None if born else name, parts=parts, frozen_dtype=precision
+        )
         set_adapter(self.model, name)
         # The fingerprint verified the base. Copied parts are as complete as their originals.
         own = [n for n in loaded if n.partition('.')[0] not in (parts or {})]

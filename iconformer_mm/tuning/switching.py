@@ -127,9 +127,10 @@ def add_selected(
     method: str | dict,
     parts: dict[str, nn.Module | dict] | None,
     selection: Selection,
+    frozen_dtype: str | None = None,
     **options: Any,
 ) -> None:
-    """Do what :func:`add_adapter` does, with a complete selection.
+    """Do what :func:`add_adapter` does, with a complete selection, and a precision for the base of the first adapter.
 
     Raises:
         ValueError: See :func:`add_adapter`.
@@ -148,7 +149,7 @@ def add_selected(
         for part, module in own.items():
             _set_part(model, part, module)
         try:
-            injection = adapt(model, built, selection)
+            injection = adapt(model, built, selection, frozen_dtype)
         except Exception:
             for part, module in before.items():
                 _set_part(model, part, module)
