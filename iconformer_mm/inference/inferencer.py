@@ -24,8 +24,8 @@ from iconformer_mm.engine import load_config
 from iconformer_mm.engine.config import build_model, method_of, names_weights
 from iconformer_mm.files import expanded
 from iconformer_mm.tuning import active_adapter, get_injection, inject, list_adapters, set_adapter
-from iconformer_mm.tuning.frozen_precision import check_frozen_dtype
 from iconformer_mm.tuning.accounting import LoadRecord, check_training, require_all
+from iconformer_mm.tuning.frozen_precision import check_frozen_dtype
 from iconformer_mm.tuning.injection import DEFAULT_NAME, find_backbone
 
 AdapterSpec = str | os.PathLike | Mapping[str, Any]

@@ -959,8 +959,8 @@ def merge(model: nn.Module, safe: bool = True, keep_base: bool = True, dequantiz
             rounded values. Defaults to False, an error for such a base.
 
     Raises:
-        ValueError: The model is not adapted, its base is quantised and ``dequantize`` is False, it has other adapters on the same
-            base, its method computes what no weight of the base can, or the
+        ValueError: The model is not adapted, its base is quantised and ``dequantize`` is False, it has other
+            adapters on the same base, its method computes what no weight of the base can, or the
             weights would not be finite. The model is unchanged then.
     """
     injection = get_injection(model)

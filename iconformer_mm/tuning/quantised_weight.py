@@ -261,7 +261,7 @@ class _FrozenMap(torch.autograd.Function):
             of_input = _map(gradient, ctx.form.unpack(packed, gradient.dtype).transpose(0, 1), None)
         if ctx.needs_input_grad[1]:
             is_map = len(ctx.form.shape) > 2
-            of_bias = gradient.sum((0, 2, 3)) if is_map else gradient.flatten(0, -2).sum(0)
+            of_bias = gradient.sum((0, 2, 3) if is_map else 0)
         return of_input, of_bias, None, None, None
 
 
@@ -436,7 +436,11 @@ def _run(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
     """Run a layer on its packed weight, in the dtype that autocast asks for."""
     dtype = autocast_dtype(x.device.type) or x.dtype
     bias = None if bias is None else bias.to(dtype)
-    return _FrozenMap.apply(x.to(dtype), bias, weight.packed, weight.form, dtype)
+    if weight.dim() > 2:
+        return _FrozenMap.apply(x.to(dtype), bias, weight.packed, weight.form, dtype)
+    # On rows, so that the result is no view: hosts may write to it.
+    rows = x.to(dtype).reshape(-1, x.shape[-1])
+    return _FrozenMap.apply(rows, bias, weight.packed, weight.form, dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 class _LayersInside(TorchFunctionMode):
@@ -520,7 +524,7 @@ def linear_weights(backbone: nn.Module, names: Iterable[str], kind: str) -> dict
     users: dict[int, int] = {}
     found: dict[str, QuantisedWeight] = {}
     for path, module in backbone.named_modules():
-        for local, parameter in module._parameters.items():
+        for parameter in module._parameters.values():
             if parameter is not None:
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
         local = 'in_proj_weight' if isinstance(module, nn.MultiheadAttention) else 'weight'
