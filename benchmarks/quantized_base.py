@@ -100,7 +100,9 @@ def memory_rows(name: str, case: Case, args: argparse.Namespace, progress: Progr
         rows.append(dict(case=name, contestant=contestant, **row))
         print(rows[-1], flush=True)
     full = next((row for row in rows if row['contestant'] == FULL), None)
-    for row in rows if full else ():
+    if full is None:
+        return rows
+    for row in rows:
         row['weights to float32'] = row['weights (MiB)'] / full['weights (MiB)']
         row['peak to full'] = row['peak (MiB)'] / full['peak (MiB)']
     return rows
@@ -193,7 +195,7 @@ def means_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for method in dict.fromkeys(row['method'] for row in rows):
         own = [row for row in rows if row['method'] == method]
         names = dict.fromkeys(row['precision'] for row in own)
-        seeds = [set(row['seed'] for row in own if row['precision'] == name) for name in names]
+        seeds = [{row['seed'] for row in own if row['precision'] == name} for name in names]
         common = set.intersection(*seeds)
         values = {
             name: [row['accuracy'] for row in own if row['precision'] == name and row['seed'] in common]
@@ -227,7 +229,8 @@ def main() -> None:
     def write() -> None:
         memory = {'case': '', 'contestant': '', 'weights (MiB)': ',.1f', 'weights to float32': '.3f'}
         peak = {'peak (MiB)': ',.0f', 'peak to full': '.3f'}
-        times = {'case': '', 'contestant': '', 'ms': '.0f', 'to float32': '.3f', 'to full': '.3f', 'output error': '.2e'}
+        times = {'case': '', 'contestant': '', 'ms': '.0f', 'to float32': '.3f', 'to full': '.3f'}
+        times['output error'] = '.2e'
         scores = {'method': '', 'precision': '', 'seeds': '', 'accuracy (%)': '.2f', 'to bfloat16 (points)': '+.2f'}
         tables = [
             Table('memory of a training step', {**memory, **peak}, found['memory']),

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .backbones import is_below
 from .freezing import is_adapter
 from .methods import build_method
-from .quantised_weight import is_packed, kind_of
+from .packing import is_packed, kind_of
 from .selection import Selection
 
 NOTE = 'iconformer_mm'  # the key of our entry in checkpoints

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .quantised_weight import is_packed, recorded_fingerprints
+from .packing import is_packed, recorded_fingerprints
 
 DIGITS = 64
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,15 +17,8 @@ from .accounting import WeightsError, output_norms
 from .backbones import is_below, near
 from .fingerprint import hash_names, hash_sets
 from .freezing import is_adapter
-from .quantised_weight import (
-    KINDS,
-    QuantisedWeight,
-    check_torchao,
-    is_packed,
-    kind_of,
-    linear_weights,
-    write_head,
-)
+from .packing import KINDS, check_torchao, is_packed, kind_of, write_head
+from .quantised_weight import QuantisedWeight, linear_weights
 from .replacement import Replacement
 
 NAMES = ('bfloat16', *KINDS)
@@ -130,6 +124,13 @@ class FrozenPrecision(Replacement):
         with torch.autocast(device, self.dtype):
             out = self.host_forward(*args, **kwargs)
         return tree_map(lambda t: t.float() if isinstance(t, Tensor) and t.dtype == self.dtype else t, out)
+
+    def rounded(self, name: str, value: Tensor) -> Tensor:
+        """Return what a value of the base is once it is held, for a parameter's name."""
+        if name in self.weights:
+            form = self.weights[name].form
+            return form.unpack(form.pack(value), value.dtype)
+        return value.to(self.dtype) if name in self._originals else value
 
     def packed(self) -> dict[str, Tensor]:
         """Return copies of the packed weights by name."""
@@ -247,12 +248,15 @@ def _register_info(weight: QuantisedWeight) -> None:
         )
 
 
-def tell_rounded(injection_precisions: Sequence[FrozenPrecision]) -> None:
-    """Log that a base keeps the values it was rounded to."""
-    for precision in injection_precisions[:1]:
+def tell_rounded(name: str | None) -> None:
+    """Log that a base keeps the values it was rounded to.
+
+    Args:
+        name: The precision that it was held in; None for that of its weights, of which nothing is to be said.
+    """
+    if name is not None:
         print_log(
-            f'the base was held in {precision.name} and keeps the rounded values; load its weights again for the '
-            'original ones',
+            f'the base was held in {name} and keeps the rounded values; load its weights again for the original ones',
             logger='current',
-            level=30,
+            level=logging.WARNING,
         )

@@ -33,8 +33,9 @@ from .freezing import ADAPTER, Freezing, FrozenParts, is_adapter
 from .frozen_precision import FrozenPrecision, check_frozen_dtype, tell_rounded
 from .grids import GridTracker, PatchEmbedTap
 from .methods import PEFTMethod, build_method
+from .packing import KINDS
 from .quantised import check_gradients_pass
-from .quantised_weight import KINDS, named_weights
+from .quantised_weight import named_weights
 from .recomputation import Recomputation
 from .selection import Selection
 from .sites import Site, find_sites, no_site_error
@@ -913,7 +914,7 @@ def remove(model: nn.Module) -> None:
     for base in injection.trained.values():
         base.check()
     _undo_all(unwrap(model))
-    tell_rounded(injection.precisions)
+    tell_rounded(injection.frozen_dtype)
 
 
 @dataclass

@@ -202,9 +202,9 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
     found: dict[str, Target] = {}
     for name, weight in weights.items():
         for role, (first, last) in _roles(site, name, weight, found).items():
-            found[role] = Target(name, role, (first, last), weight[0].numel())
+            found[role] = Target(name, role, (first, last), weight.shape[1:].numel())
     for role, (name, first, last, groups) in (site.family.rows(site.block) if site.family.rows else {}).items():
-        found[role] = Target(name, role, (first, last), weights[name][0].numel(), groups)
+        found[role] = Target(name, role, (first, last), weights[name].shape[1:].numel(), groups)
     missing = [role for role in roles if role not in found]
     if missing:
         raise ValueError(
