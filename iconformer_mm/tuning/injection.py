@@ -1011,24 +1011,16 @@ def merge(model: nn.Module, safe: bool = True, keep_base: bool = True, dequantiz
         if follower is not injection:
             attachments += [a for a in follower.attachments if isinstance(a, WeightMergingAttachment)]
     backbone = next(iter(injection.backbones.values()))
-    merged = [pair for a in attachments for pair in _merged_in_place(a, record.base)]
+    merged = [pair for a in attachments for pair in a.merged_weights().values()]
     _undo_all(host, restore=False)
+    if record.base is not None:
+        record.base += [(parameter, parameter.detach().clone()) for parameter, _ in merged]
     with torch.no_grad():
         for parameter, value in merged:
             parameter.copy_(value)
     if keep_base:
         record.digest = _digest(injection.backbones)
     setattr(backbone, _MERGED, record)
-
-
-def _merged_in_place(
-    attachment: Any, base: list[tuple[nn.Parameter, Tensor]] | None
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """What merging an attachment changes; what is there before joins ``base``."""
-    pairs = list(attachment.merged_weights().values())
-    if base is not None:
-        base += [(parameter, parameter.detach().clone()) for parameter, _ in pairs]
-    return pairs
 
 
 def unmerge(model: nn.Module) -> None:

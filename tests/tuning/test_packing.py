@@ -6,9 +6,7 @@ from torch import nn
 
 from iconformer_mm.tuning.packing import KINDS, Format, is_packed, kind_of, recorded_fingerprints, write_head
 
-torchao = pytest.importorskip(
-    'torchao', reason='the original stack has no torchao; test_frozen_precision has its message'
-)
+pytest.importorskip('torchao', reason='the original stack has none; test_frozen_precision has its message')
 
 each_kind = pytest.mark.parametrize('kind', KINDS)
 SHAPES = [(96, 32), (48, 16), (192, 64), (64, 48, 1, 1)]
@@ -62,7 +60,9 @@ def test_errors_are_within_the_bounds_of_the_format(kind):
 
 @each_kind
 @pytest.mark.parametrize(
-    'weight', [torch.zeros(64, 64), torch.eye(64), torch.full((64, 64), 0.5), -torch.ones(64, 64)], ids=str
+    'weight',
+    [torch.zeros(64, 64), torch.eye(64), torch.full((64, 64), 0.5), -torch.ones(64, 64)],
+    ids=['zeros', 'eye', 'halves', 'minus'],
 )
 def test_extreme_matrices_stay_finite_and_close(kind, weight):
     form = Format(kind, weight.shape)
