@@ -1,13 +1,11 @@
 """A base in 8 or 4 bits: what it computes, what it keeps, and how it is loaded, saved, merged and taken out."""
 
 import copy
-import logging
 import pickle
 
 import pytest
 import torch
 from families import FAMILIES, MORE_FAMILIES, VIT, flatten, image, stir
-from mmengine.logging import MMLogger
 from mmengine.model import BaseModule, ExponentialMovingAverage
 from mmengine.registry import MODELS
 
@@ -36,18 +34,6 @@ METHODS = sorted(set(PEFT_METHODS.module_dict) - {'full', 'frozen'})
 # They give a linear layer tensors with gaps, for which torch rounds once more before it adds the bias.
 ROUNDED = ('timm PiT', 'T2T-ViT', 'XCiT', 'DaViT')
 each_kind = pytest.mark.parametrize('kind', KINDS)
-
-
-@pytest.fixture
-def logged():
-    """The messages of MMEngine's logger."""
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = MMLogger.get_current_instance()
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
 
 
 def family(name):
