@@ -106,13 +106,10 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
         ``base_fingerprint`` and ``base_parameters``, the fingerprint and the names of the parameters. If the base has
         learned buffers (running statistics), also ``base_buffers_fingerprint`` and ``base_buffers``. Counters and
         indices are left out: evaluation does not read counters, and indices follow from the architecture.
-        ``base_dtype`` is the precision that the base is held in, None for that of its weights.
     """
     parameters, own = base_parameters(model), base_state(model)
     buffers = {n: v for n, v in own.items() if n not in parameters and v.is_floating_point() and not is_derived(n)}
     base: dict[str, Any] = dict(base_fingerprint=hash_parameters(parameters), base_parameters=sorted(parameters))
-    injection = get_injection(model)
-    base['base_dtype'] = None if injection is None else injection.frozen_dtype
     if buffers:
         base.update(base_buffers_fingerprint=hash_parameters(buffers), base_buffers=sorted(buffers))
     return base
@@ -207,6 +204,7 @@ def save_adapter(
         notes=metadata,
         selection=(adapter or injection).selection.config,
         backbones=list(backbones_of(model)),
+        base_dtype=injection.frozen_dtype,
     )
     write_adapter(path, content, tuned_state(model, name))
 
@@ -220,6 +218,7 @@ def describe_adapter(
     notes: dict | None = None,
     selection: dict | None = None,
     backbones: Sequence[str] | None = None,
+    base_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Build the metadata of an adapter file.
 
@@ -232,6 +231,7 @@ def describe_adapter(
         notes: Any other data (JSON).
         selection: Config of the :class:`~iconformer_mm.tuning.selection.Selection`.
         backbones: Paths of the backbones in the model.
+        base_dtype: The precision that the base was held in, None for that of its weights.
     """
     return dict(
         format_version=FORMAT_VERSION,
@@ -239,6 +239,7 @@ def describe_adapter(
         method=method,
         sites=list(sites),
         **base,
+        base_dtype=base_dtype,
         task=task,
         classes=None if classes is None else [str(name) for name in classes],
         notes=notes or {},
