@@ -6,7 +6,8 @@
 
 Weights are the bytes of the backbone's frozen tensors, to float32. The peak is that of live tensors in a training step,
 each contestant in a fresh process, see ``step.LiveTensors``. The error is that of the backbone's outputs to those in
-float32, on random images. Accuracy is that of a real DINOv2-S on Fashion-MNIST with 20 images a class, as in
+float32, on random images. The probe is a linear classifier on DINOv2-S's class tokens, fitted to several draws of 20
+images a class of Fashion-MNIST. Accuracy is that of iCoN trained on one such draw, as in
 ``iconformer quickstart --real``; each run uses the same seeds and images. Results are written as they come.
 """
 
@@ -19,14 +20,17 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
+from PIL import Image
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from iconformer_mm import inject
+from iconformer_mm.analysis import inspection
 from iconformer_mm.checkpoint.real_base import cache_folder, fetch_base
 from iconformer_mm.cli.quickstart_real import BLOCKS, CONFIG, settings_of
 from iconformer_mm.datasets.few_shot import find_fashion_mnist, write_fashion_mnist
@@ -47,7 +51,7 @@ from step import CASES, MIB, Case, LiveTensors, build, make_data, training
 
 PRECISIONS = (None, 'bfloat16', 'int8', 'float8', 'nf4')
 FULL = 'full fine-tuning'
-PARTS = ('memory', 'time', 'giant', 'accuracy')
+PARTS = ('memory', 'time', 'giant', 'probe', 'accuracy')
 STEPS = 2  # the optimizer's state appears in the first
 DEFAULT_CASES = ('vit-b', 'upernet-swin-l')
 
@@ -156,6 +160,49 @@ def giant_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def features_of(folder: Path, precision: str | None, base: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Compute DINOv2-S's class tokens of all images in a folder of folders, and their labels."""
+    cfg: Config = load_config(str(CONFIG))
+    cfg.model.backbone.init_cfg.checkpoint = str(base)
+    model = inspection.build_model(cfg)
+    model.backbone.init_weights()
+    inject(model, 'frozen', frozen_dtype=precision)
+    model.eval()
+    tokens, labels = [], []
+    for label, images in enumerate(sorted(folder.iterdir())):
+        pixels = [
+            Image.open(path).convert('RGB').resize((84, 84), Image.Resampling.BICUBIC) for path in images.iterdir()
+        ]
+        batch = [torch.from_numpy(np.array(image)[:, :, ::-1].copy()).permute(2, 0, 1) for image in pixels]
+        with torch.no_grad():
+            inputs = model.data_preprocessor(dict(inputs=batch))['inputs']
+            tokens.append(model.extract_feat(inputs)[-1].float())
+        labels += [label] * len(batch)
+    return torch.cat(tokens).numpy(), np.array(labels)
+
+
+def probe_rows(args: argparse.Namespace, write: Any) -> list[dict[str, Any]]:
+    """Fit a linear classifier to the tokens of each precision, for several draws of 20 images a class."""
+    from sklearn.linear_model import LogisticRegression
+
+    base = fetch_base('mmpretrain')
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder)
+        write_fashion_mnist(find_fashion_mnist(cache_folder()), data, 20 * args.seeds, args.test_images)
+        for precision in args.precisions:
+            own = None if precision == 'float32' else precision
+            (x, y), (tests, truth) = (features_of(data / part, own, base) for part in ('train', 'test'))
+            for seed in range(args.seeds):
+                draw = slice(seed, None, args.seeds)
+                fit = LogisticRegression(max_iter=2000).fit(x[draw], y[draw])
+                value = 100 * float((fit.predict(tests) == truth).mean())
+                rows.append(dict(method='linear probe', precision=precision, seed=seed, accuracy=value))
+            print(rows[-args.seeds :], flush=True)
+            write(rows)
+    return rows
+
+
 def train_few_shot(method: str, precision: str | None, seed: int, base: Path, data: Path, classes: list[str]) -> float:
     """Train DINOv2-S on a few images, and return the accuracy on the test images in percent."""
     cfg: Config = load_config(str(CONFIG))
@@ -241,8 +288,10 @@ def main() -> None:
         ]
         write_results(args.out, [table for table in tables if table.rows], machine_settings(args))
 
+    probed: list[dict[str, Any]] = []
+
     def keep(rows: list[dict[str, Any]]) -> None:
-        found['accuracy'] = rows
+        found['accuracy'] = [*probed, *rows]
         write()
 
     with progress_bar() as progress:
@@ -256,6 +305,8 @@ def main() -> None:
             if 'time' in args.parts and args.rounds:
                 found['time'] += time_rows(name, CASES[name], args, progress)
                 write()
+    if 'probe' in args.parts:
+        probed += probe_rows(args, keep)
     if 'accuracy' in args.parts:
         accuracy_rows(args, keep)
 

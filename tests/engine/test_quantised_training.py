@@ -1,6 +1,7 @@
 """Runs over a base in 8 or 4 bits: checkpoints, resuming, averages, several processes, prediction."""
 
 import gc
+import logging
 
 import pytest
 import torch
@@ -53,26 +54,32 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore')
-def test_adapter_checkpoints_and_averages(tmp_path, logged):
+def test_adapter_checkpoints_and_averages(tmp_path):
     """They hold no base, so they are resumed over any precision: the same exactly, another with a warning."""
     own = dict(
         default_hooks=dict(checkpoint=dict(type='AdapterCheckpointHook', interval=1)),
         custom_hooks=[*hook('int8'), dict(type='EMAHook', momentum=0.1)],
     )
+    init_default_scope('mmpretrain')
+    torch.save(MODELS.build(config(tmp_path).model).backbone.state_dict(), tmp_path / 'base.pth')
+    pretrained = dict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth'))
     runs = {}
     for name in ('whole', 'part', 'other'):
         cfg = config(tmp_path / name)
-        cfg.merge_from_dict(own)
+        cfg.merge_from_dict({**own, 'model.backbone.init_cfg': pretrained})
         if name != 'whole':
             cfg.merge_from_dict(dict(resume=True, load_from=str(tmp_path / 'whole' / 'epoch_1.safetensors')))
         if name == 'other':
             cfg.custom_hooks[0].frozen_dtype = 'nf4'
         cfg.experiment_name = f'quantised {name}'
         runs[name] = build_runner(cfg)
-        logged.clear()
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record, said=said: said.append(record.getMessage())
+        runs[name].logger.addHandler(handler)  # each run has its own
         runs[name].train()
         words = 'was trained over a base in int8, and the model has a base in nf4'
-        assert (words in ' '.join(logged)) == (name == 'other')
+        assert (words in ' '.join(said)) == (name == 'other')
     assert equal(runs['whole'], runs['part']) and not equal(runs['whole'], runs['other'])
     average = next(h for h in runs['whole'].hooks if type(h).__name__ == 'EMAHook').ema_model
     assert len(dict(held_weights(average.module))) == 8
