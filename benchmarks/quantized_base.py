@@ -171,7 +171,7 @@ def features_of(folder: Path, precision: str | None, base: Path) -> tuple[np.nda
     tokens, labels = [], []
     for label, images in enumerate(sorted(folder.iterdir())):
         pixels = [
-            Image.open(path).convert('RGB').resize((84, 84), Image.Resampling.BICUBIC) for path in images.iterdir()
+            Image.open(path).convert('RGB').resize((84, 84), Image.Resampling.BICUBIC) for path in sorted(images.iterdir())
         ]
         batch = [torch.from_numpy(np.array(image)[:, :, ::-1].copy()).permute(2, 0, 1) for image in pixels]
         with torch.no_grad():
