@@ -34,7 +34,15 @@ from iconformer_mm.tuning.backbones import find_backbones, join
 from iconformer_mm.tuning.fingerprint import UnknownBaseError, hash_parameters, same_base
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.frozen_precision import check_frozen_dtype
-from iconformer_mm.tuning.injection import adapt, adapter_shapes, backbones_of, get_injection, remove, unwrap
+from iconformer_mm.tuning.injection import (
+    adapt,
+    adapter_shapes,
+    backbones_of,
+    get_injection,
+    hold_base,
+    remove,
+    unwrap,
+)
 from iconformer_mm.tuning.methods import build_method
 from iconformer_mm.tuning.quantised_weight import named_weights
 from iconformer_mm.tuning.selection import Selection, matches
@@ -559,9 +567,9 @@ def put_adapter(
     parts_before = {part: model.get_submodule(part) for part in parts or {}}
     try:
         if name is not None:
-            add_selected(model, name, content['method'], parts, selection, frozen_dtype)
+            add_selected(model, name, content['method'], parts, selection, frozen_dtype, hold=False)
         elif injection is None:
-            adapt(model, build_method(content['method']), selection, frozen_dtype)
+            adapt(model, build_method(content['method']), selection, frozen_dtype, hold=False)
     except ValueError as error:
         if injection is None:
             raise AdapterFileError(f'{path} does not fit: {error}') from error
@@ -584,6 +592,7 @@ def put_adapter(
         else:
             delete_adapter(model, name)
         raise
+    hold_base(model)  # an error before this leaves the base as it was
     tell_precision(content, adapted.frozen_dtype, str(path))
 
 

@@ -81,6 +81,7 @@ class FrozenPrecision(Replacement):
         self._originals = {n: p.dtype for n, p in matrices.items() if n not in self.weights}
         # A file may lack output norms, so its fingerprint may be without them.
         self._sets = [set(base), set(base) - output_norms(backbone)]
+        self.is_active = False
         self._held = False
         self._arrived: dict[str, Tensor] = {}
         self._host_init: Any = None
@@ -92,7 +93,10 @@ class FrozenPrecision(Replacement):
             ]
 
     def hold(self) -> None:
-        """Round the matrices."""
+        """Round the matrices, unless they are already."""
+        if self.is_active:
+            return
+        self.is_active = True
         self._pack()
         parameters = dict(self.module.named_parameters())
         for name in self._originals:
@@ -104,9 +108,12 @@ class FrozenPrecision(Replacement):
 
     def release(self) -> None:
         """Give the matrices their dtype back. Their values stay rounded."""
-        self.restore()
         for handle in self._handles:
             handle.remove()
+        if not self.is_active:
+            return
+        self.is_active = False
+        self.restore()
         if 'init_weights' in self.module.__dict__ and self.weights:
             del self.module.__dict__['init_weights']
             if self._host_init is not None:

@@ -211,8 +211,6 @@ class Injection:
         self.trained = {path: TrainedBase(b, trained[path]) for path, b in items if trained[path] and not follows}
         for backbone in self.backbones.values() if method.freezes else ():
             self.recomputations.append(Recomputation(backbone, find_sites(backbone), self.joint))
-        for precision in self.precisions:
-            precision.hold()
         for backbone in self.backbones.values():
             setattr(backbone, _KEY, self)
 
@@ -794,8 +792,18 @@ def adapt(
     selection: Selection,
     frozen_dtype: str | None = None,
     with_cp: bool = False,
+    hold: bool = True,
 ) -> Injection:
     """Do what :func:`inject` does, for a method that is made and an unadapted model.
+
+    Args:
+        model: The model.
+        method: The method.
+        selection: What is adapted and trained beside the method's own choice.
+        frozen_dtype: Name of the precision to hold frozen matrices in. Defaults to None, their own.
+        with_cp: Whether blocks are recomputed in the backward pass. Defaults to False.
+        hold: Whether the matrices are rounded now. If not, :func:`hold_base` does so once nothing can fail any more.
+            Defaults to True.
 
     Raises:
         ValueError: See there.
@@ -821,7 +829,18 @@ def adapt(
         raise
     if frozen:
         FrozenParts(host, frozen)
+    if hold:
+        hold_base(host)
     return injection
+
+
+def hold_base(model: nn.Module) -> None:
+    """Round the frozen matrices of an adapted model to the precision that they are to be held in."""
+    host = unwrap(model)
+    for injection in injections_of(host):
+        for precision in injection.precisions:
+            precision.hold()
+    _refresh_averages(host)
 
 
 def check_trainable(backbones: Mapping[str, nn.Module], method: PEFTMethod, selection: Selection) -> None:
@@ -914,7 +933,8 @@ def remove(model: nn.Module) -> None:
     for base in injection.trained.values():
         base.check()
     _undo_all(unwrap(model))
-    tell_rounded(injection.frozen_dtype)
+    if any(precision.is_active for precision in injection.precisions):
+        tell_rounded(injection.frozen_dtype)
 
 
 @dataclass

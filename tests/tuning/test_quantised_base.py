@@ -459,3 +459,19 @@ def test_several_backbones_are_refused():
     with pytest.raises(ValueError, match="frozen_dtype='int8' holds one backbone, and 'first', 'second' are"):
         inject(model, frozen_dtype='int8', backbones=['first', 'second'])
     inject(model, frozen_dtype='bfloat16', backbones=['first', 'second'])
+
+
+def test_an_error_leaves_the_base_as_it_was(tmp_path, logged):
+    """Also one that shows after the adapters are in place."""
+    model = Classifier(build())
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match='freeze'):
+        inject(model, frozen_dtype='nf4', freeze=['neck.*'])
+    donor = Classifier(build())
+    donor.head = torch.nn.Linear(32, 3)
+    inject(donor)
+    save_adapter(donor, tmp_path / 'three.safetensors')
+    with pytest.raises(ValueError, match='of another shape'):
+        load_adapter(model, tmp_path / 'three.safetensors', frozen_dtype='nf4')
+    assert model.state_dict().keys() == before.keys() and not logged
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
