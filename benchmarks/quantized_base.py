@@ -170,9 +170,8 @@ def features_of(folder: Path, precision: str | None, base: Path) -> tuple[np.nda
     model.eval()
     tokens, labels = [], []
     for label, images in enumerate(sorted(folder.iterdir())):
-        pixels = [
-            Image.open(path).convert('RGB').resize((84, 84), Image.Resampling.BICUBIC) for path in sorted(images.iterdir())
-        ]
+        opened = [Image.open(path).convert('RGB') for path in sorted(images.iterdir())]
+        pixels = [image.resize((84, 84), Image.Resampling.BICUBIC) for image in opened]
         batch = [torch.from_numpy(np.array(image)[:, :, ::-1].copy()).permute(2, 0, 1) for image in pixels]
         with torch.no_grad():
             inputs = model.data_preprocessor(dict(inputs=batch))['inputs']

@@ -932,9 +932,9 @@ def remove(model: nn.Module) -> None:
     backbones_of(model)  # all of what was adapted together
     for base in injection.trained.values():
         base.check()
+    held = [precision.name for precision in injection.precisions if precision.is_active]
     _undo_all(unwrap(model))
-    if any(precision.is_active for precision in injection.precisions):
-        tell_rounded(injection.frozen_dtype)
+    tell_rounded(held[0] if held else None)
 
 
 @dataclass
