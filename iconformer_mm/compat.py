@@ -97,6 +97,11 @@ def is_autocast_enabled(device: str) -> bool:
         return torch.is_autocast_cpu_enabled() if device == 'cpu' else torch.is_autocast_enabled()
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast computes in on a device type, None where it is off; for torch 2.4 or newer."""
+    return torch.get_autocast_dtype(device) if is_autocast_enabled(device) else None
+
+
 # Whether torch.compile is at work; torch 2.1 has it under another name.
 is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
 # Whether torch.export is; older releases, torch 2.1 among them, do not tell.

@@ -12,6 +12,7 @@ EXTRAS = {
     'report': ('matplotlib', 'jinja2', 'markdown_it'),
     'analysis': ('matplotlib', 'sklearn'),
     'onnx': ('onnx',),
+    'quant': ('torchao',),
     'quickstart': ('matplotlib', 'sklearn'),
     'ray': ('ray', 'fastapi', 'prometheus_client'),
 }

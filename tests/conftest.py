@@ -1,12 +1,15 @@
+import logging
 import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -47,6 +50,18 @@ def _fresh_state():
     """No test sees the seed or the default scope that another left."""
     torch.manual_seed(0)
     init_default_scope('mmpretrain')
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """The messages of MMEngine's logger."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

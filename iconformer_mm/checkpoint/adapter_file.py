@@ -8,7 +8,6 @@ whose value is JSON.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -29,11 +28,23 @@ from iconformer_mm.tuning.accounting import (
     complete_method,
     is_derived,
     method_difference,
+    tell_precision,
 )
 from iconformer_mm.tuning.backbones import find_backbones, join
+from iconformer_mm.tuning.fingerprint import UnknownBaseError, hash_parameters, same_base
 from iconformer_mm.tuning.freezing import is_adapter
-from iconformer_mm.tuning.injection import adapt, adapter_shapes, backbones_of, get_injection, remove, unwrap
+from iconformer_mm.tuning.frozen_precision import check_frozen_dtype
+from iconformer_mm.tuning.injection import (
+    adapt,
+    adapter_shapes,
+    backbones_of,
+    get_injection,
+    hold_base,
+    remove,
+    unwrap,
+)
 from iconformer_mm.tuning.methods import build_method
+from iconformer_mm.tuning.quantised_weight import named_weights
 from iconformer_mm.tuning.selection import Selection, matches
 from iconformer_mm.tuning.switching import add_selected, delete_adapter
 from iconformer_mm.version import __version__
@@ -60,7 +71,8 @@ def fingerprint(model: nn.Module) -> str:
 
     Names and values are hashed. The values are rounded once to bfloat16 and
     once to float16, so a copy in half precision is recognised, too. The result
-    does not depend on the device or on the order of the parameters.
+    does not depend on the device or on the order of the parameters. A quantised base
+    (``frozen_dtype='int8'``) has the fingerprint that it had before.
 
     Args:
         model: A model, or a backbone alone.
@@ -83,7 +95,7 @@ def base_parameters(model: nn.Module, selection: Selection | None = None) -> dic
     """
     backbones = backbones_of(model) if selection is None else _backbones_for(model, selection)
     several = len(backbones) > 1
-    parameters = {join(p, n) if several else n for p, b in backbones.items() for n, _ in b.named_parameters()}
+    parameters = {join(p, n) if several else n for p, b in backbones.items() for n, _ in named_weights(b)}
     return {n: v for n, v in base_state(model, selection).items() if n in parameters}
 
 
@@ -133,7 +145,10 @@ def base_difference(content: dict[str, Any], tensors: dict[str, Tensor]) -> str 
             return (
                 f'the base has no {shortened(missing[0])} ({len(missing)} of {len(content[names])} tensors are missing)'
             )
-        actual = hash_parameters({name: tensors[name] for name in content[names]})
+        try:
+            actual = hash_parameters({name: tensors[name] for name in content[names]})
+        except UnknownBaseError as error:
+            return str(error)
         if not same_base(content[prints], actual):
             needed = shortened(content[prints][:12])
             return f'the base {what} fingerprint {actual[:12]}, the adapter needs {needed}'
@@ -148,24 +163,6 @@ def base_of(model: nn.Module, selection: Selection | None = None) -> dict[str, T
         selection: The selection that an unadapted model would be adapted with. Defaults to None.
     """
     return base_state(model, selection, with_trained=True)
-
-
-def hash_parameters(parameters: dict[str, Tensor]) -> str:
-    """Compute the fingerprint of parameters by name; see :func:`fingerprint`."""
-    halves = []
-    for dtype in (torch.bfloat16, torch.float16):
-        digest = hashlib.sha256()
-        for name, value in sorted(parameters.items()):
-            digest.update(f'{name} {tuple(value.shape)}\n'.encode())
-            value = value.to(device='cpu', dtype=dtype).contiguous()
-            digest.update(value.view(torch.int16).numpy().data)
-        halves.append(digest.hexdigest()[:32])
-    return ''.join(halves)
-
-
-def same_base(first: str, second: str) -> bool:
-    """Whether two fingerprints identify the same weights. One of the copies may be in half precision."""
-    return len(first) == len(second) == 64 and (first[:32] == second[:32] or first[32:] == second[32:])
 
 
 def save_adapter(
@@ -215,6 +212,7 @@ def save_adapter(
         notes=metadata,
         selection=(adapter or injection).selection.config,
         backbones=list(backbones_of(model)),
+        base_dtype=injection.frozen_dtype,
     )
     write_adapter(path, content, tuned_state(model, name))
 
@@ -228,6 +226,7 @@ def describe_adapter(
     notes: dict | None = None,
     selection: dict | None = None,
     backbones: Sequence[str] | None = None,
+    base_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Build the metadata of an adapter file.
 
@@ -240,6 +239,7 @@ def describe_adapter(
         notes: Any other data (JSON).
         selection: Config of the :class:`~iconformer_mm.tuning.selection.Selection`.
         backbones: Paths of the backbones in the model.
+        base_dtype: The precision that the base was held in, None for that of its weights.
     """
     return dict(
         format_version=FORMAT_VERSION,
@@ -247,6 +247,7 @@ def describe_adapter(
         method=method,
         sites=list(sites),
         **base,
+        base_dtype=base_dtype,
         task=task,
         classes=None if classes is None else [str(name) for name in classes],
         notes=notes or {},
@@ -357,6 +358,7 @@ _PROPER: dict[str, Callable[[Any], bool]] = {
     'base_parameters': _are_texts,
     'base_buffers_fingerprint': lambda value: value is None or _is_text(value),
     'base_buffers': lambda value: value is None or _are_texts(value),
+    'base_dtype': lambda value: value is None or _is_text(value),
     'selection': lambda value: value is None or isinstance(value, dict),
     'backbones': lambda value: value is None or (_are_texts(value) and bool(value)),
     'package_version': lambda value: value is None or _is_text(value),
@@ -443,6 +445,7 @@ def load_adapter(
     strict: bool = True,
     name: str | None = None,
     parts: dict[str, nn.Module | dict] | None = None,
+    frozen_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Load an adapter file into a model.
 
@@ -463,6 +466,9 @@ def load_adapter(
         parts: Neck and head for the new adapter, where they differ from the
             model's current ones; see :func:`iconformer_mm.add_adapter`. They
             require a name.
+        frozen_dtype: The precision to hold the base of an unadapted model in, see
+            :func:`iconformer_mm.inject`. If it differs from the one that the file was trained
+            under, outputs differ by rounding, and a warning says so. Defaults to None, as it is.
 
     Returns:
         The file's metadata.
@@ -470,8 +476,9 @@ def load_adapter(
     Raises:
         AdapterFileError: The file cannot be read or does not fit.
         FileNotFoundError: The file does not exist.
-        ValueError: The name is taken, ``parts`` are given without a name, or
-            no adapter is active to load into.
+        MissingExtraError: ``frozen_dtype`` needs torchao, which is not installed or too old.
+        ValueError: The name is taken, ``parts`` are given without a name,
+            no adapter is active to load into, or ``frozen_dtype`` is given for an adapted model.
     """
     if parts and name is None:
         raise ValueError(
@@ -479,7 +486,7 @@ def load_adapter(
             "load_adapter(model, path, name='cars', parts=...)"
         )
     content, tensors = read_adapter(path)
-    put_adapter(model, content, tensors, path, strict, name, parts)
+    put_adapter(model, content, tensors, path, strict, name, parts, frozen_dtype)
     return content
 
 
@@ -491,6 +498,7 @@ def put_adapter(
     strict: bool = True,
     name: str | None = None,
     parts: dict[str, nn.Module | dict] | None = None,
+    frozen_dtype: str | None = None,
 ) -> None:
     """Load the content of an adapter file into a model; see :func:`load_adapter`.
 
@@ -502,13 +510,23 @@ def put_adapter(
         strict: Whether anything that does not fit is an error. Defaults to True.
         name: Name of the adapter to add. Defaults to None: load into the active one.
         parts: Neck and head for the new adapter. Defaults to None.
+        frozen_dtype: The precision to hold the base of an unadapted model in. Defaults to None, as it is.
 
     Raises:
         AdapterFileError: The file does not fit.
-        ValueError: The name is taken, or no adapter is active to load into.
+        MissingExtraError: ``frozen_dtype`` needs torchao, which is not installed or too old.
+        ValueError: The name is taken, no adapter is active to load into, or ``frozen_dtype`` is unknown or given for
+            an adapted model.
     """
     model = unwrap(model)
     injection = get_injection(model)
+    if frozen_dtype is not None:
+        check_frozen_dtype(frozen_dtype)
+    if frozen_dtype is not None and injection is not None and frozen_dtype != injection.frozen_dtype:
+        raise ValueError(
+            f'frozen_dtype={frozen_dtype!r} holds the base of an unadapted model, and this one is adapted with '
+            f'frozen_dtype={injection.frozen_dtype!r}; call remove(model) first, or leave the option out'
+        )
     if injection is not None and name is None:
         try:
             check_selection(content, injection, str(path))
@@ -549,9 +567,9 @@ def put_adapter(
     parts_before = {part: model.get_submodule(part) for part in parts or {}}
     try:
         if name is not None:
-            add_selected(model, name, content['method'], parts, selection)
+            add_selected(model, name, content['method'], parts, selection, frozen_dtype, hold=False)
         elif injection is None:
-            adapt(model, build_method(content['method']), selection)
+            adapt(model, build_method(content['method']), selection, frozen_dtype, hold=False)
     except ValueError as error:
         if injection is None:
             raise AdapterFileError(f'{path} does not fit: {error}') from error
@@ -574,6 +592,8 @@ def put_adapter(
         else:
             delete_adapter(model, name)
         raise
+    hold_base(model)  # an error before this leaves the base as it was
+    tell_precision(content, adapted.frozen_dtype, str(path))
 
 
 def _base_names(model: nn.Module, tensors: dict[str, Tensor], selection: Selection) -> set[str]:

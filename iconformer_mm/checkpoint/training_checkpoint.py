@@ -285,6 +285,7 @@ _LATER_NOTE: dict[str, Callable[[Any], bool]] = {
     'backbones': lambda value: _are_texts(value) and bool(value),
     'selection': lambda value: isinstance(value, dict),
     'base_buffers': _are_texts,
+    'base_dtype': lambda value: isinstance(value, str),
     'base_buffers_fingerprint': lambda value: isinstance(value, str),
     'scores': lambda value: isinstance(value, dict),
 }

@@ -96,7 +96,10 @@ def read_any(path: Path, raw: bool = False) -> tuple[dict[str, Any], dict[str, T
         notes={'epoch': checkpoint['meta'].get('epoch'), 'iter': checkpoint['meta'].get('iter'), **notes},
         selection=note.get('selection'),
         backbones=note.get('backbones'),
+        base_dtype=note.get('base_dtype'),
     )
+    if 'base_dtype' not in note:  # checkpoints of earlier releases do not say
+        del content['base_dtype']
     if note.get('scores'):
         content['notes']['scores'] = note['scores']
     names = file_names(state, content['backbones'], note.get('heads') or ())

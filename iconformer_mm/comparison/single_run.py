@@ -36,6 +36,7 @@ from iconformer_mm.inference.predictions import kind_of
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import find_backbone
+from iconformer_mm.tuning.quantised_weight import held_weights
 
 from .image_scores import ImageScores, observe
 from .spec import ROOT
@@ -226,8 +227,11 @@ def check_frozen_weights(model: nn.Module, base: Path) -> bool:
     injection = get_injection(model)
     if injection is None or not injection.method.freezes:
         return False
-    state = {name: p.detach().cpu() for name, p in find_backbone(model).named_parameters() if not is_adapter(name)}
-    weights = load_base(base)
+    backbone, weights = find_backbone(model), load_base(base)
+    state = {name: p.detach().cpu() for name, p in backbone.named_parameters() if not is_adapter(name)}
+    for precision in injection.precisions:
+        weights = {name: precision.rounded(name, value) for name, value in weights.items()}
+        state |= {name: weight.unpacked().cpu() for name, weight in held_weights(backbone)}
     missing = [name for name in state if name not in weights]
     if missing:
         raise RuntimeError(f'{base} lacks {missing[0]}, which is frozen: it is not the base of this backbone')

@@ -25,6 +25,7 @@ from iconformer_mm.engine.config import build_model, method_of, names_weights
 from iconformer_mm.files import expanded
 from iconformer_mm.tuning import active_adapter, get_injection, inject, list_adapters, mixed, set_adapter
 from iconformer_mm.tuning.accounting import LoadRecord, check_training, require_all
+from iconformer_mm.tuning.frozen_precision import check_frozen_dtype
 from iconformer_mm.tuning.injection import DEFAULT_NAME, find_backbone
 from iconformer_mm.tuning.mixed import check_mixable
 
@@ -48,6 +49,8 @@ class AdapterInferencer:
             in the file. Defaults to False.
         bare: Whether to build the base alone, for a caller that adds adapters to :attr:`model` later. Its neck and head
             may be in no file, so it does not predict before that. Defaults to False.
+        frozen_dtype: The precision to hold the base in, see :func:`iconformer_mm.inject`. Defaults to None: the one
+            of the config's PEFTHook, if it names one.
 
     Attributes:
         model: The model.
@@ -74,6 +77,7 @@ class AdapterInferencer:
         device: str | None = None,
         trust: bool = False,
         bare: bool = False,
+        frozen_dtype: str | None = None,
     ) -> None:
         self._trust, self._bare = trust, bare
         self.cfg = copy.deepcopy(config) if isinstance(config, Config) else load_config(os.fspath(config))
@@ -83,6 +87,9 @@ class AdapterInferencer:
                 f"the config's default_scope is {self.scope!r}; prediction supports {', '.join(_INFERENCERS)}"
             )
         init_default_scope(self.scope)
+        self._frozen_dtype = frozen_dtype or (method_of(self.cfg) or {}).get('frozen_dtype')
+        if self._frozen_dtype is not None:
+            check_frozen_dtype(self._frozen_dtype)
         specs = _by_name(adapter)
         if bare and specs:
             raise ValueError('a bare base takes no `adapter`: add it later, or leave out `bare`')
@@ -108,7 +115,7 @@ class AdapterInferencer:
         model = build_model(cfg)
         method = method_of(cfg)
         if as_config and method is not None:
-            inject(model, **method)
+            inject(model, **{**method, 'frozen_dtype': self._frozen_dtype})
         self._record = LoadRecord(model)
         if getattr(find_backbone(model), 'is_init', False):  # timm initialised it when the model was built
             self._record.note(_names_of_backbone(model))
@@ -154,7 +161,10 @@ class AdapterInferencer:
             )
         loaded = self._record.loaded()
         content, tensors = read_adapter(file)
-        put_adapter(self.model, content, tensors, file, name=None if born else name, parts=parts)
+        precision = self._frozen_dtype if get_injection(self.model) is None else None
+        put_adapter(
+            self.model, content, tensors, file, name=None if born else name, parts=parts, frozen_dtype=precision
+        )
         set_adapter(self.model, name)
         # The fingerprint verified the base. Copied parts are as complete as their originals.
         own = [n for n in loaded if n.partition('.')[0] not in (parts or {})]

@@ -12,6 +12,7 @@ The functions compare a checkpoint's PEFT method with the model's before anythin
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .backbones import is_below
 from .freezing import is_adapter
 from .methods import build_method
+from .packing import is_packed, kind_of
 from .selection import Selection
 
 NOTE = 'iconformer_mm'  # the key of our entry in checkpoints
@@ -195,6 +197,11 @@ class BaseAccount:
             value = state_dict.get(prefix + name)
             if not isinstance(value, Tensor) or value.shape == own.shape:
                 continue
+            if is_packed(value):
+                raise WeightsError(
+                    f'the weights hold the base in {kind_of(value)}, such as {name}, and the model does not. Adapt it '
+                    f'with frozen_dtype={kind_of(value)!r}, or load the base in floating point'
+                )
             if is_derived(name):
                 del state_dict[prefix + name]  # the model's own tensor is correct for its size
             elif name in trained:
@@ -436,6 +443,7 @@ def describe_training(injection: Any) -> dict[str, Any]:
     """Describe how a model was adapted, as plain data for a checkpoint's ``meta['iconformer_mm']``."""
     return dict(
         method=injection.method.config,
+        base_dtype=injection.frozen_dtype,
         trained=injection.trained_norms(),
         selection=injection.selection.config,
         sites=list(injection.named_attachments()),
@@ -465,6 +473,26 @@ def check_selection(note: Mapping[str, Any], injection: Any, source: str) -> Non
                 f'{source} was trained with {option}={there!r}, but the model is adapted with {option}={here!r}. Use '
                 'the config that it was trained with'
             )
+
+
+def tell_precision(note: Mapping[str, Any], own: str | None, source: str) -> None:
+    """Log a warning if a file was trained over a base in another precision than the model's.
+
+    Args:
+        note: Result of :func:`describe_training`, or metadata of an adapter file. Older ones do not say.
+        own: Name of the precision of the model's base, None for that of its weights.
+        source: Name of the file.
+    """
+    theirs = note.get('base_dtype')
+    if 'base_dtype' not in note or theirs == own:
+        return
+    there, here = (f'a base in {name}' if name else 'a base in full precision' for name in (theirs, own))
+    print_log(
+        f'{source} was trained over {there}, and the model has {here}: outputs differ by rounding. For the same ones, '
+        f'adapt the model with frozen_dtype={theirs!r}',
+        logger='current',
+        level=logging.WARNING,
+    )
 
 
 def recorded_training(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -540,6 +568,8 @@ def check_training(checkpoint: Mapping[str, Any], model: nn.Module, injection: A
                 'it was trained with'
             )
         check_selection(note, injection, source)
+        if 'adapter_file' not in checkpoint:
+            tell_precision(note, injection.frozen_dtype, source)
     if not held and own:
         raise WeightsError(
             f"{source} holds no adapters, but the model is adapted by '{ours['type']}'. Leave the method out, or use "

@@ -30,10 +30,12 @@ from .backbones import (
 )
 from .families import BlockFamily, FromPatchEmbed, NoGrid, class_path, family_of, register_families
 from .freezing import ADAPTER, Freezing, FrozenParts, is_adapter
-from .frozen_precision import FrozenPrecision, check_frozen_dtype
+from .frozen_precision import FrozenPrecision, check_frozen_dtype, tell_rounded
 from .grids import GridTracker, PatchEmbedTap
 from .methods import PEFTMethod, build_method
+from .packing import KINDS
 from .quantised import check_gradients_pass
+from .quantised_weight import named_weights
 from .recomputation import Recomputation
 from .replacement import Replacement
 from .selection import Selection
@@ -125,7 +127,7 @@ class Injection:
         backbones: The backbones to adapt, by their path in the model, or one alone.
         method: The method of the first adapter.
         name: The name of the first adapter.
-        frozen_dtype: What frozen matrices are held in; None for what they are in.
+        frozen_dtype: Name of the precision that frozen matrices are held in; None for their own.
         with_cp: Whether blocks are recomputed in the backward pass.
         selection: What is adapted and trained beside the method's own choice.
         follows: Whether the backbones follow others by averaging, and learn nothing themselves.
@@ -144,7 +146,7 @@ class Injection:
         backbones: dict[str, nn.Module] | nn.Module,
         method: PEFTMethod,
         name: str = DEFAULT_NAME,
-        frozen_dtype: torch.dtype | None = None,
+        frozen_dtype: str | None = None,
         with_cp: bool = False,
         selection: Selection = Selection(),  # noqa: B008 - it cannot be changed
         follows: bool = False,
@@ -181,8 +183,13 @@ class Injection:
         if not method.freezes and selection.unfreeze:
             raise ValueError(f"method '{method.name}' trains the whole backbone: there is nothing to unfreeze")
         self._check(method, selection)
+        if frozen_dtype in KINDS and len(items) > 1:
+            raise ValueError(
+                f'frozen_dtype={frozen_dtype!r} holds one backbone, and {", ".join(map(repr, self.backbones))} are '
+                "adapted together; use frozen_dtype='bfloat16'"
+            )
         self.precisions = [
-            FrozenPrecision(b, frozen_dtype, [*trained[path], *self.outside[path]])
+            FrozenPrecision(b, frozen_dtype, trained[path], self.outside[path])
             for path, b in items
             if frozen_dtype is not None
         ]
@@ -206,8 +213,6 @@ class Injection:
         self.trained = {path: TrainedBase(b, trained[path]) for path, b in items if trained[path] and not follows}
         for backbone in self.backbones.values() if method.freezes else ():
             self.recomputations.append(Recomputation(backbone, find_sites(backbone), self.joint))
-        for precision in self.precisions:
-            precision.hold()
         for backbone in self.backbones.values():
             setattr(backbone, _KEY, self)
 
@@ -231,6 +236,11 @@ class Injection:
     def current(self) -> NamedAdapter | None:
         """The active adapter, None while there is none."""
         return None if self.active is None else self.adapters[self.active]
+
+    @property
+    def frozen_dtype(self) -> str | None:
+        """Name of the precision that frozen matrices are held in, None for their own."""
+        return self.precisions[0].name if self.precisions else None
 
     @property
     def method(self) -> PEFTMethod:
@@ -697,9 +707,10 @@ def inject(
             method: ``icon``, ``icon-static``, ``adaptformer``, ``adapter``, ``convpass``,
             ``lorand``, ``mona``, ``lora``, ``dora``, ``ssf``, ``vpt``, ``bitfit``, ``norm``,
             ``partial``, ``frozen``, ``full``.
-        frozen_dtype: ``'bfloat16'`` holds the frozen matrices of the backbone in half the
-            memory, and runs the backbone under autocast; outputs are rounded by that, and
-            :func:`remove` gives the rounded weights back. Defaults to None, as they are.
+        frozen_dtype: The precision that frozen matrices of the backbone are held in. ``'bfloat16'`` takes half the
+            memory of float32. ``'int8'``, ``'float8'`` (a quarter) and ``'nf4'`` (an eighth) quantise the weights of
+            linear layers by torchao, and hold other matrices in bfloat16. The backbone runs under bfloat16 autocast,
+            outputs are rounded, and :func:`remove` gives the rounded weights back. Defaults to None, as they are.
         with_cp: Whether adapted blocks are recomputed in the backward pass (gradient
             checkpointing), also where the backbone has no such option. Defaults to False,
             which leaves it to the backbone.
@@ -723,6 +734,7 @@ def inject(
         What is trained now. Print it for a table.
 
     Raises:
+        MissingExtraError: ``frozen_dtype`` needs torchao, which is not installed or too old.
         ValueError: The method or an option is unknown or out of range, the
             model is adapted already or wrapped, has no known block or several backbones, or does not have what was
             selected. The model is unchanged then.
@@ -744,13 +756,25 @@ def inject(
     current = get_injection(model)
     if current is not None:
         raise ValueError(f"the model is adapted already, by '{current.method.name}'; call remove(model) first")
-    dtype = None if frozen_dtype is None else check_frozen_dtype(frozen_dtype)
-    if dtype is not None and not built.freezes:
-        raise ValueError(f"method '{built.name}' freezes nothing that could be held in frozen_dtype={frozen_dtype!r}")
+    check_holdable(frozen_dtype, built)
     paths = None if backbones is None else backbones if isinstance(backbones, str) else tuple(backbones)
     selection = Selection(blocks, unfreeze, freeze, paths)  # type: ignore[arg-type]
-    adapt(model, built, selection, dtype, with_cp)
+    adapt(model, built, selection, frozen_dtype, with_cp)
     return summarize(model)
+
+
+def check_holdable(frozen_dtype: str | None, method: PEFTMethod) -> None:
+    """Check that the frozen matrices of a method can be held in a precision.
+
+    Raises:
+        MissingExtraError: The precision needs a package that is not installed.
+        ValueError: There is no such precision, or the method freezes nothing.
+    """
+    if frozen_dtype is None:
+        return
+    check_frozen_dtype(frozen_dtype)
+    if not method.freezes:
+        raise ValueError(f"method '{method.name}' freezes nothing that could be held in frozen_dtype={frozen_dtype!r}")
 
 
 def _refuse_unmatched(model: nn.Module, family: BlockFamily) -> None:
@@ -774,10 +798,20 @@ def adapt(
     model: nn.Module,
     method: PEFTMethod,
     selection: Selection,
-    frozen_dtype: torch.dtype | None = None,
+    frozen_dtype: str | None = None,
     with_cp: bool = False,
+    hold: bool = True,
 ) -> Injection:
     """Do what :func:`inject` does, for a method that is made and an unadapted model.
+
+    Args:
+        model: The model.
+        method: The method.
+        selection: What is adapted and trained beside the method's own choice.
+        frozen_dtype: Name of the precision to hold frozen matrices in. Defaults to None, their own.
+        with_cp: Whether blocks are recomputed in the backward pass. Defaults to False.
+        hold: Whether the matrices are rounded now. If not, :func:`hold_base` does so once nothing can fail any more.
+            Defaults to True.
 
     Raises:
         ValueError: See there.
@@ -795,7 +829,7 @@ def adapt(
     try:
         frozen = selection.frozen_names(beside(host, injection))
         for copy_path, original in copies.items():
-            _follow(host.get_submodule(copy_path), backbones[original], method, selection)
+            _follow(host.get_submodule(copy_path), backbones[original], method, selection, frozen_dtype)
         _refresh_averages(host)
         _check_state(host)
     except Exception:
@@ -803,7 +837,18 @@ def adapt(
         raise
     if frozen:
         FrozenParts(host, frozen)
+    if hold:
+        hold_base(host)
     return injection
+
+
+def hold_base(model: nn.Module) -> None:
+    """Round the frozen matrices of an adapted model to the precision that they are to be held in."""
+    host = unwrap(model)
+    for injection in injections_of(host):
+        for precision in injection.precisions:
+            precision.hold()
+    _refresh_averages(host)
 
 
 def check_trainable(backbones: Mapping[str, nn.Module], method: PEFTMethod, selection: Selection) -> None:
@@ -817,10 +862,14 @@ def check_trainable(backbones: Mapping[str, nn.Module], method: PEFTMethod, sele
             check_gradients_pass(backbone, method.name)
 
 
-def _follow(copy: nn.Module, original: nn.Module, method: PEFTMethod, selection: Selection) -> None:
-    """Give a copy that follows by averaging the adapters of its original."""
+def _follow(
+    copy: nn.Module, original: nn.Module, method: PEFTMethod, selection: Selection, frozen_dtype: str | None
+) -> None:
+    """Give a copy that follows by averaging the adapters of its original, and its quantised weights."""
     plain = Selection(blocks=selection.blocks, classifiers=selection.classifiers)
-    Injection(copy, method, selection=plain, follows=True)
+    # What the original trains in place is averaged, so it must have the same form in both.
+    quantised = frozen_dtype if frozen_dtype in KINDS else None
+    Injection(copy, method, frozen_dtype=quantised, selection=plain, follows=True)
     values = original.state_dict()
     with torch.no_grad():
         for name, value in copy.state_dict().items():
@@ -891,7 +940,9 @@ def remove(model: nn.Module) -> None:
     backbones_of(model)  # all of what was adapted together
     for base in injection.trained.values():
         base.check()
+    held = [precision.name for precision in injection.precisions if precision.is_active]
     _undo_all(unwrap(model))
+    tell_rounded(held[0] if held else None)
 
 
 @dataclass
@@ -901,12 +952,13 @@ class _Merged:
     name: str
     method: PEFTMethod
     selection: Selection
-    frozen_dtype: torch.dtype | None
+    frozen_dtype: str | None
     with_cp: bool
     adapter: dict[str, Tensor]
     unfrozen: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]
     norms: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]
     base: list[tuple[nn.Parameter, Tensor]] | None
+    packed: list[dict[str, Tensor]]  # of the quantised base
     digest: str = ''  # of the merged backbones
 
 
@@ -919,7 +971,7 @@ def _digest(backbones: Mapping[str, nn.Module]) -> str:
     return digest.hexdigest()
 
 
-def merge(model: nn.Module, safe: bool = True, keep_base: bool = True) -> None:
+def merge(model: nn.Module, safe: bool = True, keep_base: bool = True, dequantize: bool = False) -> None:
     """Fold the adapter into the base weights, for methods that make weights of them.
 
     The model is a stock one afterwards: its own parameters and names, outputs
@@ -932,10 +984,12 @@ def merge(model: nn.Module, safe: bool = True, keep_base: bool = True) -> None:
             the base. Defaults to True.
         keep_base: Whether to keep a copy of the weights that change, so that
             :func:`unmerge` can give them back. Defaults to True.
+        dequantize: Whether a base that is held in 8 or 4 bits may take its floating-point size again, with the
+            rounded values. Defaults to False, an error for such a base.
 
     Raises:
-        ValueError: The model is not adapted, has other adapters on the same
-            base, its method computes what no weight of the base can, or the
+        ValueError: The model is not adapted, its base is quantised and ``dequantize`` is False, it has other
+            adapters on the same base, its method computes what no weight of the base can, or the
             weights would not be finite. The model is unchanged then.
     """
     injection = get_injection(model)
@@ -947,6 +1001,11 @@ def merge(model: nn.Module, safe: bool = True, keep_base: bool = True) -> None:
             'delete_adapter(model, name) those first, or merge a copy of the model'
         )
     ((name, adapter),) = injection.adapters.items()
+    if injection.frozen_dtype in KINDS and not dequantize:
+        raise ValueError(
+            f'the base is held in {injection.frozen_dtype}, and merging would turn it into floating point with the '
+            'rounded values; pass dequantize=True for that'
+        )
     attachments = [a for a in adapter.attachments if isinstance(a, WeightMergingAttachment)]
     if not attachments or len(attachments) < len(adapter.attachments):
         raise ValueError(
@@ -968,19 +1027,22 @@ def merge(model: nn.Module, safe: bool = True, keep_base: bool = True) -> None:
         name,
         adapter.method,
         adapter.selection,
-        injection.precisions[0].dtype if injection.precisions else None,
+        injection.frozen_dtype,
         injection.with_cp,
         {n: t.detach().clone() for n, t in adapter.state().items()},
         {path: (base.base_values(), base.trained_values()) for path, base in injection.trained.items()},
         {path: account.norm_values() for path, account in injection.accounts.items() if account.norms},
         [] if keep_base else None,
+        [precision.packed() for precision in injection.precisions] if keep_base else [],
     )
     for follower in injections_of(model):
         if follower is not injection:
             attachments += [a for a in follower.attachments if isinstance(a, WeightMergingAttachment)]
     backbone = next(iter(injection.backbones.values()))
-    merged = [pair for a in attachments for pair in _merged_in_place(a, record.base)]
+    merged = [pair for a in attachments for pair in a.merged_weights().values()]
     _undo_all(host, restore=False)
+    if record.base is not None:
+        record.base += [(parameter, parameter.detach().clone()) for parameter, _ in merged]
     with torch.no_grad():
         for parameter, value in merged:
             parameter.copy_(value)
@@ -993,16 +1055,6 @@ def merged_adapter(model: nn.Module) -> str | None:
     """Name of the adapter that was merged into the base weights of a model; None if there is none."""
     records = [vars(module)[_MERGED] for module in unwrap(model).modules() if _MERGED in vars(module)]
     return records[0].name if records else None
-
-
-def _merged_in_place(
-    attachment: Any, base: list[tuple[nn.Parameter, Tensor]] | None
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """What merging an attachment changes; what is there before joins ``base``."""
-    pairs = list(attachment.merged_weights().values())
-    if base is not None:
-        base += [(parameter, parameter.detach().clone()) for parameter, _ in pairs]
-    return pairs
 
 
 def unmerge(model: nn.Module) -> None:
@@ -1040,6 +1092,8 @@ def unmerge(model: nn.Module) -> None:
     for path, (base, _) in (*record.unfrozen.items(), *record.norms.items()):
         set_values(backbones[path], base)
     injection = adapt(host, record.method, record.selection, record.frozen_dtype, record.with_cp)
+    for precision, values in zip(injection.precisions, record.packed):
+        precision.set_packed(values)
     if record.name != DEFAULT_NAME:
         injection.rename(DEFAULT_NAME, record.name)
     injection.adapters[record.name].load(record.adapter)
@@ -1067,7 +1121,7 @@ def summarize(model: nn.Module) -> Summary:
     kinds: dict[int, str] = {}
     for backbone in backbones.values():
         outside = [] if injection is None else outside_of(injection, backbone)
-        for name, parameter in backbone.named_parameters():
+        for name, parameter in named_weights(backbone):
             if not is_below(name, outside):
                 kinds[id(parameter)] = 'adapters' if injection is not None and is_adapter(name) else 'backbone'
     paths = list(backbones)
@@ -1084,7 +1138,7 @@ def summarize(model: nn.Module) -> Summary:
     adapters_of = injection.adapters.values() if injection else ()
     kinds.update((id(p), 'inactive adapters') for adapter in adapters_of if adapter.trained for p in adapter.trained)
     parts: dict[str, tuple[int, int]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_weights(model):
         part = kinds.get(id(parameter)) or part_of(name)
         trained, total = parts.get(part, (0, 0))
         parts[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())

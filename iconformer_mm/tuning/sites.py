@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -20,6 +21,7 @@ from .families import (
     why_refused,
 )
 from .freezing import is_adapter
+from .quantised_weight import named_weights
 
 __all__ = [
     'FAMILIES',
@@ -81,9 +83,9 @@ def host_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, child) for name, child in module.named_modules() if not is_adapter(name))
 
 
-def host_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's own parameters by name, without adapters; like ``named_parameters``."""
-    return ((name, parameter) for name, parameter in module.named_parameters() if not is_adapter(name))
+def host_parameters(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A module's own parameters by name, without adapters; like ``named_parameters``, quantised ones included."""
+    return ((name, parameter) for name, parameter in named_weights(module) if not is_adapter(name))
 
 
 def _width(block: nn.Module, family: BlockFamily) -> int:

@@ -127,9 +127,13 @@ def add_selected(
     method: str | dict,
     parts: dict[str, nn.Module | dict] | None,
     selection: Selection,
+    frozen_dtype: str | None = None,
+    hold: bool = True,
     **options: Any,
 ) -> None:
-    """Do what :func:`add_adapter` does, with a complete selection.
+    """Do what :func:`add_adapter` does, with a complete selection, and a precision for the base of the first adapter.
+
+    See :func:`~.injection.adapt` for ``hold``.
 
     Raises:
         ValueError: See :func:`add_adapter`.
@@ -148,7 +152,7 @@ def add_selected(
         for part, module in own.items():
             _set_part(model, part, module)
         try:
-            injection = adapt(model, built, selection)
+            injection = adapt(model, built, selection, frozen_dtype, hold=hold)
         except Exception:
             for part, module in before.items():
                 _set_part(model, part, module)

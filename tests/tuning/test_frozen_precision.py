@@ -7,8 +7,10 @@ import torch
 from families import FAMILIES, SWIN, flatten, image, stir
 from mmengine.registry import MODELS
 
-from iconformer_mm import add_adapter, inject, load_adapter, remove, save_adapter, set_adapter
+from iconformer_mm import add_adapter, extras, inject, load_adapter, remove, save_adapter, set_adapter
+from iconformer_mm.engine import PEFTHook
 from iconformer_mm.registry import PEFT_METHODS
+from iconformer_mm.tuning import packing
 
 some = pytest.mark.parametrize('name', ['ViT', 'Swin', 'SwinV2', 'timm ViT'])
 
@@ -96,7 +98,9 @@ def test_born_adapted_backbones_take_it():
 @pytest.mark.parametrize(
     ('method', 'dtype', 'message'),
     [
-        ('icon', 'int8', "frozen_dtype must be None or one of 'bfloat16', got 'int8'"),
+        ('icon', 'int16', r"one of 'bfloat16', 'int8', 'nf4', 'float8', got 'int16' \(did you mean 'int8'\?\)"),
+        ('icon', 'fp8', r"got 'fp8'"),
+        ('icon', 8, r'got 8'),
         ('full', 'bfloat16', "method 'full' freezes nothing"),
     ],
 )
@@ -107,3 +111,31 @@ def test_mistakes_leave_the_model_alone(method, dtype, message):
         inject(model, method, frozen_dtype=dtype)
     assert list(model.state_dict()) == keys
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ('versions', 'message'),
+    [
+        (dict(torch='2.1.2+cu121'), r'needs torch 2.5 or newer and torchao 0.18 or newer; this is torch 2.1.2\+cu121'),
+        (dict(torchao=None), "frozen_dtype='nf4' needs torchao, which is not installed; install the extra 'quant'"),
+        (dict(torchao='0.9.0'), "needs torchao 0.18 or newer, and 0.9.0 is installed; install the extra 'quant'"),
+    ],
+)
+def test_what_is_missing_is_one_sentence(versions, message, monkeypatch, tmp_path):
+    """Of torch and torchao, before anything is changed."""
+    torchao = versions.get('torchao', '0.18.0')
+    donor, file = family('ViT').build(), tmp_path / 'adapter.safetensors'
+    inject(donor)
+    save_adapter(donor, file)
+    monkeypatch.setattr(torch, '__version__', versions.get('torch', '2.12.1'))
+    monkeypatch.setattr(extras, 'find_spec', lambda name: None if torchao is None else name)
+    monkeypatch.setattr(packing.metadata, 'version', lambda name: torchao)
+    model = family('ViT').build()
+    for call in (
+        lambda: inject(model, frozen_dtype='nf4'),
+        lambda: PEFTHook(frozen_dtype='nf4'),
+        lambda: load_adapter(model, file, frozen_dtype='nf4'),
+    ):
+        with pytest.raises(extras.MissingExtraError, match=message):
+            call()
+    assert not any('adapter' in name for name in model.state_dict())

@@ -17,6 +17,7 @@ from iconformer_mm.checkpoint import save_adapter
 from iconformer_mm.datasets.checks import check_dataset
 from iconformer_mm.files import write_json
 from iconformer_mm.tuning import get_injection, inject, summarize
+from iconformer_mm.tuning.frozen_precision import check_frozen_dtype
 from iconformer_mm.tuning.injection import Injection, unwrap
 from iconformer_mm.tuning.summary import SUMMARY_FILE
 
@@ -49,8 +50,8 @@ class PEFTHook(WeightsHook):
         method: Name or config of the PEFT method. Defaults to ``'icon'``.
         save_adapter: Whether to write the adapter file after training. ``'raw'`` writes the
             weights themselves if validation measured their average. Defaults to True.
-        frozen_dtype: ``'bfloat16'`` stores the frozen matrices in half the memory, see
-            :func:`iconformer_mm.inject`. Defaults to None, their own dtype.
+        frozen_dtype: Precision to hold the frozen matrices in: ``'bfloat16'``, ``'int8'``, ``'nf4'`` or
+            ``'float8'``, see :func:`iconformer_mm.inject`. Defaults to None, their own dtype.
         with_cp: Whether adapted blocks are recomputed in the backward pass (gradient
             checkpointing). Defaults to False, the backbone's own setting.
         blocks: The blocks to adapt, see :func:`iconformer_mm.inject`. Defaults to ``'all'``.
@@ -64,6 +65,7 @@ class PEFTHook(WeightsHook):
             :class:`~iconformer_mm.engine.prefix_cache.PrefixCacheOptions`. Defaults to None, no cache.
 
     Raises:
+        MissingExtraError: ``frozen_dtype`` needs torchao, which is not installed or too old.
         ValueError: The model is already adapted or lacks what was selected, an option is unknown, the runner has no
             config to rebuild its parts from, or it is a FlexibleRunner.
         WeightsError: A tensor is not accounted for, or a checkpoint is of another method.
@@ -92,6 +94,8 @@ class PEFTHook(WeightsHook):
         super().__init__()
         if save_adapter not in (True, False, 'raw'):
             raise ValueError(f"save_adapter must be True, False or 'raw', got {save_adapter!r}")
+        if frozen_dtype is not None:
+            check_frozen_dtype(frozen_dtype)
         self.method = method
         self.save_adapter = save_adapter
         self.frozen_dtype = frozen_dtype

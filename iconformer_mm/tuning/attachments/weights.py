@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from iconformer_mm.adapters import WeightAdapter
 
+from ..quantised_weight import stored_parameter
 from ..replacement import parameter_of, with_parameters
 from .base import Attachment, WeightMergingAttachment
 
@@ -49,6 +50,6 @@ class WeightAttachment(WeightMergingAttachment, Attachment):
 
 def merged_weights(module: nn.Module, adapter: Any, names: tuple[str, ...]) -> dict[str, tuple[nn.Parameter, Tensor]]:
     """Return parameters of a module by name, each with the value that a weight adapter computes for it."""
-    weights = {name: module.get_parameter(name) for name in names}
+    weights = {name: parameter_of(module, name) for name in names}
     made = adapter({name: weight.detach() for name, weight in weights.items()})
-    return {name: (weight, made[name]) for name, weight in weights.items()}
+    return {name: (stored_parameter(module, name), made[name]) for name in names}

@@ -16,6 +16,8 @@ from iconformer_mm.adapters.base import check_count, check_flag, check_number
 from iconformer_mm.registry import PEFT_METHODS
 
 from ..attachments import Attachment, LowRankAttachment, WeightAttachment
+from ..quantised_weight import own_weights
+from ..replacement import parameter_of
 from ..sites import Site, host_modules, host_parameters
 from .base import PEFTMethod, TrackerOf
 
@@ -53,7 +55,7 @@ def find_layers(module: nn.Module, idle: Sequence[str] = ()) -> list[Layer]:
     for name, layer in host_modules(module):
         if name.partition('.')[0] in idle:
             continue
-        names = {n: f'{name}.{n}'.removeprefix('.') for n, _ in layer.named_parameters(recurse=False)}
+        names = {n: f'{name}.{n}'.removeprefix('.') for n in own_weights(layer)}
         is_norm = isinstance(layer, _NORMS) or bool('weight' in names and _NORM_NAMES.search(type(layer).__name__))
         if isinstance(layer, nn.MultiheadAttention) and 'in_proj_weight' in names:
             rows = layer.in_proj_weight.shape[0]
@@ -98,7 +100,7 @@ class WeightMethod(PEFTMethod):
 
 
 def _deltas(module: nn.Module, names: Iterable[str]) -> DeltaAdapter | None:
-    shapes = {name: module.get_parameter(name).shape for name in names}
+    shapes = {name: parameter_of(module, name).shape for name in names}
     return DeltaAdapter(shapes) if shapes else None
 
 
@@ -200,9 +202,9 @@ def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
     found: dict[str, Target] = {}
     for name, weight in weights.items():
         for role, (first, last) in _roles(site, name, weight, found).items():
-            found[role] = Target(name, role, (first, last), weight[0].numel())
+            found[role] = Target(name, role, (first, last), weight.shape[1:].numel())
     for role, (name, first, last, groups) in (site.family.rows(site.block) if site.family.rows else {}).items():
-        found[role] = Target(name, role, (first, last), weights[name][0].numel(), groups)
+        found[role] = Target(name, role, (first, last), weights[name].shape[1:].numel(), groups)
     missing = [role for role in roles if role not in found]
     if missing:
         raise ValueError(
