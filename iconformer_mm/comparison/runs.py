@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import iconformer_mm
 
 from .results import Results
-from .spec import ROOT, Run
+from .spec import Run
 
 COLUMNS = (
     TextColumn('{task.description}'),
@@ -97,7 +97,7 @@ class Scheduler:
             first = run.seed == self.results.comparison.seeds[0] and not run.search
             pictures = run.task.pictures if first else ()
             files = (self.results.work_dir(run), self.results.file(run))
-            job = (run.settings, ROOT / run.task.base, *files, first, pictures)
+            job = (run.settings, run.task.base_file(), *files, first, pictures)
             process = self.context.Process(target=run_in_child, args=job)
             process.start()
             self.running[process.sentinel] = (run, process)

@@ -122,7 +122,7 @@ def train_and_validate(
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
-    runner = build_runner(make_config(settings, folder, keep_adapter))
+    runner = build_runner(make_config(settings, base, folder, keep_adapter))
     runner.register_hook(DivergenceHook())
     image_scores = ImageScoresHook(settings['metric'])
     runner.register_hook(image_scores)
@@ -150,12 +150,14 @@ def train_and_validate(
     shutil.rmtree(folder)
 
 
-def make_config(settings: dict[str, Any], folder: Path, save_adapter: bool = False) -> Config:
-    """The config of a run, which writes no checkpoints."""
+def make_config(settings: dict[str, Any], base: Path, folder: Path, save_adapter: bool = False) -> Config:
+    """The config of a run, which writes no checkpoints. A base that was fetched is loaded into the backbone."""
     cfg = load_config(str(ROOT / settings['config']))
     add_peft(cfg, settings['method'])
     cfg.default_hooks.peft.save_adapter = save_adapter
     cfg.merge_from_dict(settings['options'])
+    if 'base' in settings:
+        cfg.merge_from_dict({'model.backbone.init_cfg': dict(type='Pretrained', checkpoint=str(base))})
     cfg.merge_from_dict(
         {
             'optim_wrapper.optimizer.lr': settings['learning_rate'],
@@ -229,6 +231,9 @@ def check_frozen_weights(model: nn.Module, base: Path) -> bool:
         return False
     backbone, weights = find_backbone(model), load_base(base)
     state = {name: p.detach().cpu() for name, p in backbone.named_parameters() if not is_adapter(name)}
+    if not weights.keys() & state.keys():  # the backbone wraps another library's model, as TIMMFeatures does
+        wrapper = next(iter(state)).partition('.')[0]
+        weights = {f'{wrapper}.{name}': value for name, value in weights.items()}
     for precision in injection.precisions:
         weights = {name: precision.rounded(name, value) for name, value in weights.items()}
         state |= {name: weight.unpacked().cpu() for name, weight in held_weights(backbone)}

@@ -13,8 +13,11 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from iconformer_mm.checkpoint.real_base import fetch_base
 from iconformer_mm.compat import config_folder
 
+FETCHED = 'fetched:'
+FETCHABLE = ('mmpretrain', 'mmseg', 'timm')
 ROOT = config_folder('iconformer_mm').parent  # the checkout; of an installed package its .mim
 
 
@@ -29,7 +32,8 @@ class Task:
     Attributes:
         name: Its key in the YAML file.
         config: Config file, from the repository's root; its PEFTHook is replaced by the method's.
-        base: File of the pre-trained weights, which frozen weights are compared with.
+        base: File of the pre-trained weights, which frozen weights are compared with. ``'fetched:TARGET'`` stands for
+            the DINOv2-S of :func:`iconformer_mm.checkpoint.real_base.fetch_base`, which the backbone then loads.
         metric: Name of the score in mmengine's log.
         title: Title of the score in tables and plots.
         learning_rates: The rates that are searched, for every method that has none of its own;
@@ -54,6 +58,16 @@ class Task:
     options: dict[str, Any] = field(default_factory=dict)
     search_options: dict[str, Any] = field(default_factory=dict)
     pictures: tuple[int, ...] = ()
+
+    def base_file(self) -> Path:
+        """The file of the base, which is fetched if it is one to be fetched.
+
+        Raises:
+            FetchError: It cannot be fetched.
+        """
+        if self.base.startswith(FETCHED):
+            return fetch_base(self.base.removeprefix(FETCHED))
+        return ROOT / self.base
 
     def key(self, score: float | None) -> float:
         """Sorts scores, the best first; that of a diverged run, None, comes last."""
@@ -104,7 +118,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """All that determines the result."""
         options = {**self.task.options, **self.method.options, **(self.task.search_options if self.search else {})}
-        return dict(
+        settings = dict(
             config=self.task.config,
             method=self.method.method,
             learning_rate=self.learning_rate,
@@ -112,6 +126,7 @@ class Run:
             metric=self.task.metric,
             options=options,
         )
+        return {**settings, 'base': self.task.base} if self.task.base.startswith(FETCHED) else settings
 
 
 @dataclass(frozen=True)
@@ -212,8 +227,13 @@ def _comparison(content: Any, folder: Path) -> Comparison:
 def _task(name: str, content: Any, folder: Path) -> Task:
     where = f'tasks.{name}'
     content = _check_keys(where, content, Task)
-    for key in ('config', 'base'):
-        content[key] = _file(f'{where}.{key}', content[key], folder)
+    content['config'] = _file(f'{where}.config', content['config'], folder)
+    if str(content['base']).startswith(FETCHED):
+        target = content['base'].removeprefix(FETCHED)
+        if target not in FETCHABLE:
+            raise ComparisonError(f"{where}.base: unknown target '{target}'{_hint(target, FETCHABLE)}")
+    else:
+        content['base'] = _file(f'{where}.base', content['base'], folder)
     content['learning_rates'] = _list(f'{where}.learning_rates', content['learning_rates'], float)
     for key, kind in (('metric', str), ('title', str), ('factor', float), ('digits', int), ('higher_is_better', bool)):
         if key in content:

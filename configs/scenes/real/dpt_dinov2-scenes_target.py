@@ -1,5 +1,5 @@
-# A real DINOv2 ViT-S/14 with DPT for depth on the target scenes; benchmarks/dinov2_scenes.py gives the weights and the
-# method. Images are enlarged to 9 x 12 patches of 14 pixels.
+# A real DINOv2 ViT-S/14 with DPT for depth on the target scenes, for configs/comparison/dinov2_scenes.yaml, which names
+# the weights. Images are enlarged to 9 x 12 patches of 14 pixels.
 _base_ = [
     '../../_base_/models/depth_swin-base.py',
     '../../_base_/datasets/scenes_depth.py',

@@ -1,5 +1,6 @@
-# A real DINOv2 ViT-S/14 with Mask R-CNN on ViTDet's pyramid on the target scenes; benchmarks/dinov2_scenes.py gives the
-# weights and the method. Images are enlarged to 9 x 12 patches of 14 pixels: the strides are 3.5 to 28.
+# A real DINOv2 ViT-S/14 with Mask R-CNN on ViTDet's pyramid on the target scenes, for
+# configs/comparison/dinov2_scenes.yaml, which names the weights. Images are enlarged to 9 x 12 patches of 14 pixels, so
+# the strides are 3.5 to 28.
 _base_ = [
     '../../_base_/models/mask-rcnn_swin-scenes_fpn.py',
     '../../_base_/datasets/scenes_instance.py',
