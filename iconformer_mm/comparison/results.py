@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -93,16 +94,29 @@ class Results:
 
     def searched(self, task: Task, method: Method) -> bool:
         """Whether all learning rates were tried."""
+        if task.rates_of is not None:
+            return self.searched(self.comparison.tasks[task.rates_of], method)
         return all(run.name in self.finished for run in self.comparison.searches(task, method))
 
     def best_rate(self, task: Task, method: Method) -> float | None:
-        """The best learning rate of a finished search, of equal ones the smallest; None if all diverged."""
+        """The rate with the best mean score in a finished search, of equal ones the smallest; None if all diverged.
+
+        A rate at which a run diverged counts as diverged.
+        """
+        if task.rates_of is not None:
+            return self.best_rate(self.comparison.tasks[task.rates_of], method)
         rates = self.comparison.rates(task, method)
         if len(rates) == 1:
             return rates[0]
-        scores = {run.learning_rate: self.finished[run.name]['score'] for run in self.comparison.searches(task, method)}
+        scores = {rate: self.search_score(task, method, rate) for rate in rates}
         best = min(scores, key=lambda rate: (task.key(scores[rate]), rate))
         return None if scores[best] is None else best
+
+    def search_score(self, task: Task, method: Method, rate: float) -> float | None:
+        """The mean score of the search at a rate; None if a run diverged."""
+        searches = self.comparison.searches(task, method)
+        scores = [self.finished[run.name]['score'] for run in searches if run.learning_rate == rate]
+        return None if None in scores else statistics.mean(scores)
 
     def of_seeds(self, task: Task, method: Method) -> list[dict]:
         """What the finished runs of a method on a task gave, one a seed, without the search."""

@@ -38,6 +38,8 @@ class Task:
         title: Title of the score in tables and plots.
         learning_rates: The rates that are searched, for every method that has none of its own;
             a single one is taken as it is.
+        rates_of: Name of another task. Every method takes the rate that the search found for it there, and nothing is
+            searched here. Defaults to None.
         factor: What the score is multiplied by for tables and plots.
         digits: Digits after the point.
         higher_is_better: Whether a higher score is the better one.
@@ -51,7 +53,8 @@ class Task:
     base: str
     metric: str
     title: str
-    learning_rates: tuple[float, ...]
+    learning_rates: tuple[float, ...] = ()
+    rates_of: str | None = None
     factor: float = 1.0
     digits: int = 1
     higher_is_better: bool = True
@@ -106,13 +109,15 @@ class Run:
     learning_rate: float
     seed: int
     search: bool
+    first: bool = True  # whether the seed is the first of the search
 
     @property
     def name(self) -> str:
-        """``task/method/search_lr0.001`` or ``task/method/seed0``."""
-        return f'{self.task.name}/{self.method.name}/' + (
-            f'search_lr{self.learning_rate:g}' if self.search else f'seed{self.seed}'
-        )
+        """``task/method/search_lr0.001`` or ``task/method/seed0``; of a further search seed ``..._seed101``."""
+        if not self.search:
+            return f'{self.task.name}/{self.method.name}/seed{self.seed}'
+        name = f'{self.task.name}/{self.method.name}/search_lr{self.learning_rate:g}'
+        return name if self.first else f'{name}_seed{self.seed}'
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -136,7 +141,7 @@ class Comparison:
     Attributes:
         title: Title of the tables.
         seeds: Seeds of the runs that are compared.
-        search_seed: Seed of the search, none of ``seeds``.
+        search_seed: Seed of the search, none of ``seeds``. The file may have a list.
         tasks: The tasks by name.
         methods: The methods by name.
         reference: Name of the method whose differences from the others are tabulated. Defaults to None: iCoN, or the
@@ -145,7 +150,7 @@ class Comparison:
 
     title: str
     seeds: tuple[int, ...]
-    search_seed: int
+    search_seed: tuple[int, ...]
     tasks: dict[str, Task]
     methods: dict[str, Method]
     reference: str | None = None
@@ -161,14 +166,17 @@ class Comparison:
 
     def rates(self, task: Task, method: Method) -> tuple[float, ...]:
         """The learning rates that are searched for a method on a task; a single one is taken as it is."""
+        if task.rates_of is not None:
+            return self.rates(self.tasks[task.rates_of], method)
         return method.learning_rates.get(task.name, task.learning_rates)
 
     def searches(self, task: Task, method: Method) -> list[Run]:
         """The search of a method's learning rate on a task; none of a single rate."""
         rates = self.rates(task, method)
-        if len(rates) == 1:
+        if len(rates) == 1 or task.rates_of is not None:
             return []
-        return [Run(task, method, rate, self.search_seed, search=True) for rate in rates]
+        seeds = self.search_seed
+        return [Run(task, method, rate, seed, search=True, first=seed == seeds[0]) for rate in rates for seed in seeds]
 
     def runs(self, task: Task, method: Method, learning_rate: float) -> list[Run]:
         """The compared runs of a method on a task, at the rate that the search found."""
@@ -215,13 +223,33 @@ def _comparison(content: Any, folder: Path) -> Comparison:
         if titles.count(title) > 1:
             raise ComparisonError(f"two methods have the title '{title}'; give each its own")
     seeds = _list('seeds', content['seeds'], int)
-    search_seed = _value('search_seed', content['search_seed'], int)
-    if search_seed in seeds:
-        raise ComparisonError(f'search_seed {search_seed} is one of the seeds; the search needs a seed of its own')
+    given = content['search_seed']
+    search_seed = _list('search_seed', given if isinstance(given, list) else [given], int)
+    for seed in search_seed:
+        if seed in seeds:
+            raise ComparisonError(f'search_seed {seed} is one of the seeds; the search needs a seed of its own')
+    _check_rates(tasks, methods)
     reference = content.get('reference')
     if reference is not None and reference not in methods:
         raise ComparisonError(f"reference: unknown method '{reference}'{_hint(reference, methods)}")
     return Comparison(str(content['title']), seeds, search_seed, tasks, methods, reference)
+
+
+def _check_rates(tasks: dict[str, Task], methods: dict[str, Method]) -> None:
+    """Refuse tasks that take their rates from a task that has none for them."""
+    for task in tasks.values():
+        where, source = f'tasks.{task.name}.rates_of', task.rates_of
+        if source is None:
+            continue
+        if source not in tasks:
+            raise ComparisonError(f"{where}: unknown task '{source}'{_hint(source, tasks)}")
+        if tasks[source].rates_of is not None:
+            raise ComparisonError(f"{where}: task '{source}' has no rates of its own either")
+        for method in methods.values():
+            if task.name in method.tasks and source not in method.tasks:
+                raise ComparisonError(f"{where}: method '{method.name}' is not compared on '{source}'")
+            if task.name in method.learning_rates:
+                raise ComparisonError(f'methods.{method.name}.learning_rates.{task.name}: the task has rates_of')
 
 
 def _task(name: str, content: Any, folder: Path) -> Task:
@@ -234,7 +262,10 @@ def _task(name: str, content: Any, folder: Path) -> Task:
             raise ComparisonError(f"{where}.base: unknown target '{target}'{_hint(target, FETCHABLE)}")
     else:
         content['base'] = _file(f'{where}.base', content['base'], folder)
-    content['learning_rates'] = _list(f'{where}.learning_rates', content['learning_rates'], float)
+    if ('learning_rates' in content) == ('rates_of' in content):
+        raise ComparisonError(f'{where} needs either learning_rates or rates_of')
+    if 'learning_rates' in content:
+        content['learning_rates'] = _list(f'{where}.learning_rates', content['learning_rates'], float)
     for key, kind in (('metric', str), ('title', str), ('factor', float), ('digits', int), ('higher_is_better', bool)):
         if key in content:
             content[key] = _value(f'{where}.{key}', content[key], kind)

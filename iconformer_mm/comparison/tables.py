@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -191,7 +191,9 @@ def mean_rank(ranks: list[float], tasks: int) -> str:
 def search_text(results: Results) -> str:
     """The searched rates and their scores, a Markdown table a task."""
     parts = ['# Search of the learning rates\n']
-    parts.append(f"Seed {results.comparison.search_seed}, on data apart from the comparison's. Bold: taken.\n")
+    seeds = results.comparison.search_seed
+    named = f'Seed {seeds[0]}' if len(seeds) == 1 else f'Means over the seeds {", ".join(map(str, seeds))}'
+    parts.append(f"{named}, on data apart from the comparison's. Bold: taken.\n")
     for task in results.comparison.tasks.values():
         methods = [method for _, method in results.comparison.pairs([task.name], results.comparison.methods)]
         searches = {method.title: results.comparison.searches(task, method) for method in methods}
@@ -199,8 +201,11 @@ def search_text(results: Results) -> str:
         lines = []
         for method in methods:
             best = results.best_rate(task, method) if results.searched(task, method) else None
-            found = {run.learning_rate: results.finished.get(run.name) for run in searches[method.title]}
-            lines.append([method.title, *(rate_text(task, found.get(rate), best) for rate in rates)])
+            own = searches[method.title]
+            left = {run.learning_rate for run in own if run.name not in results.finished}
+            tried = {run.learning_rate for run in own} - left
+            found = {rate: results.search_score(task, method, rate) for rate in tried}
+            lines.append([method.title, *(rate_text(task, found, rate, best) for rate in rates)])
         if rates:
             parts.append(f'## {task.title}\n')
             parts.append(to_markdown(['method', *(f'{rate:g}' for rate in rates)], lines))
@@ -209,14 +214,15 @@ def search_text(results: Results) -> str:
     return '\n'.join(parts)
 
 
-def rate_text(task: Task, content: dict | None, best: float | None) -> str:
-    """The score at one rate."""
-    if content is None:
+def rate_text(task: Task, scores: Mapping[float, float | None], rate: float, best: float | None) -> str:
+    """The score at one rate, as the table of the search shows it."""
+    if rate not in scores:
         return '-'
-    if content['score'] is None:
+    score = scores[rate]
+    if score is None:
         return 'diverged'
-    text = f'{task.factor * content["score"]:.{task.digits}f}'
-    return f'**{text}**' if content['settings']['learning_rate'] == best else text
+    text = f'{task.factor * score:.{task.digits}f}'
+    return f'**{text}**' if rate == best else text
 
 
 def axis_title(task: Task) -> str:

@@ -167,6 +167,59 @@ def test_a_method_has_rates_of_its_own(tmp_path):
     )
 
 
+def test_a_search_over_several_seeds(tmp_path):
+    """The rate with the best mean is taken. The first seed's files keep their names."""
+    content = deepcopy(COMPARISON)
+    content['search_seed'] = [100, 101]
+    content['tasks']['digits']['learning_rates'] = [1e-3, 3e-3]
+    results = Results(load_comparison(write(tmp_path / 'c.yaml', content)), tmp_path)
+    pair = results.comparison.tasks['digits'], results.comparison.methods['icon']
+    searches = results.comparison.searches(*pair)
+    names = ('search_lr0.001', 'search_lr0.001_seed101', 'search_lr0.003', 'search_lr0.003_seed101')
+    assert [run.name for run in searches] == [f'digits/icon/{name}' for name in names]
+    assert [run.settings['seed'] for run in searches] == [100, 101, 100, 101]
+    for run, score in zip(searches, (60.0, 20.0, 50.0, 45.0)):
+        finish(results, run, score)
+    assert results.best_rate(*pair) == 3e-3  # the single best run was at the other
+    text = search_text(results)
+    assert '| iCoN | 40.0 | **47.5** |' in text and 'Means over the seeds 100, 101,' in text
+    finish(results, searches[3], None)
+    again = Results(results.comparison, tmp_path)
+    assert again.best_rate(*pair) == 1e-3 and '| iCoN | **40.0** | diverged |' in search_text(again)
+
+
+def test_rates_are_carried_over_from_another_task(tmp_path):
+    """Held-out tasks are run with what was found on development tasks, and nothing is searched on them."""
+    content = deepcopy(COMPARISON)
+    content['tasks']['digits']['learning_rates'] = [1e-3, 3e-3]
+    held_out = {**content['tasks']['digits'], 'rates_of': 'digits', 'title': 'held out (%)'}
+    del held_out['learning_rates']
+    content['tasks']['held_out'] = held_out
+    results = Results(load_comparison(write(tmp_path / 'c.yaml', content)), tmp_path)
+    assert results.ready(['held_out'], ['icon']) == [] and results.left(['held_out'], ['icon']) == 1
+    finish_pair(results, 'digits', 'icon', [30.0, 40.0], [])
+    (run,) = results.ready(['held_out'], ['icon'])
+    assert run.name == 'held_out/icon/seed0' and run.settings['learning_rate'] == 3e-3
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(rates_of='digts'), "rates_of: unknown task 'digts' .did you mean 'digits'"),
+        (dict(rates_of='digits', learning_rates=[1e-3]), 'needs either learning_rates or rates_of'),
+        (dict(), 'needs either learning_rates or rates_of'),
+        (dict(rates_of='held_out'), "task 'held_out' has no rates of its own either"),
+    ],
+)
+def test_rates_that_cannot_be_carried_over(change, message, tmp_path):
+    content = deepcopy(COMPARISON)
+    held_out = {**content['tasks']['digits'], 'title': 'held out (%)'}
+    del held_out['learning_rates']
+    content['tasks']['held_out'] = {**held_out, **change}
+    with pytest.raises(ComparisonError, match=message):
+        load_comparison(write(tmp_path / 'c.yaml', content))
+
+
 def test_runs_of_version_0_1_count(tmp_path):
     """They were in a folder `cells`."""
     results = make_results(tmp_path)

@@ -18,7 +18,7 @@ def make_comparison(**changes):
     tasks = {name: make_task(name, name == 'up') for name in ('up', 'down')}
     types = {'frozen': 'frozen', 'icon': 'icon', 'lora': 'lora'}
     methods = {name: Method(name, name.title(), dict(type=kind), ('up', 'down')) for name, kind in types.items()}
-    return Comparison('title', (0, 1), 100, tasks, methods, **changes)
+    return Comparison('title', (0, 1), (100,), tasks, methods, **changes)
 
 
 def finish(results, task, method, scores, images=None):
