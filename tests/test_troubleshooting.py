@@ -323,7 +323,10 @@ def tell(tmp_path, checkpoint, prefix=None):
     """Load weights as a command does."""
     torch.save(dict(cls_token=torch.zeros(1)), tmp_path / 'alone.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(checkpoint), prefix=prefix)
-    user_errors(build_backbone(dict(type='VisionTransformer', arch=VIT, init_cfg=init_cfg)).init_weights)()
+    try:
+        user_errors(build_backbone(dict(type='VisionTransformer', arch=VIT, init_cfg=init_cfg)).init_weights)()
+    except SystemExit as end:
+        raise ValueError(end.code) from None
 
 
 def frozen_vit():
