@@ -27,7 +27,7 @@ from iconformer_mm.tuning import active_adapter, get_injection, inject, list_ada
 from iconformer_mm.tuning.accounting import LoadRecord, check_training, require_all
 from iconformer_mm.tuning.frozen_precision import check_frozen_dtype
 from iconformer_mm.tuning.injection import DEFAULT_NAME, find_backbone
-from iconformer_mm.tuning.mixed import check_mixable
+from iconformer_mm.tuning.mixing import check_mixable
 
 AdapterSpec = str | os.PathLike | Mapping[str, Any]
 

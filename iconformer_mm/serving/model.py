@@ -22,7 +22,7 @@ from iconformer_mm.engine.config import build_model
 from iconformer_mm.inference import AdapterInferencer
 from iconformer_mm.messages import one_line
 from iconformer_mm.tuning import active_adapter, delete_adapter, get_injection, mixed, set_adapter
-from iconformer_mm.tuning.mixed import check_mixable
+from iconformer_mm.tuning.mixing import check_mixable
 from iconformer_mm.tuning.selection import Selection
 from iconformer_mm.tuning.switching import add_selected
 

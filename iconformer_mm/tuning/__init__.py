@@ -2,7 +2,7 @@ from .accounting import WeightsError
 from .families import FAMILIES, BlockFamily, register_family
 from .injection import get_injection, inject, merge, remove, summarize, unmerge
 from .methods import PEFTMethod, build_method
-from .mixed import MixedBatch, mixed
+from .mixing import MixedBatch, mixed
 from .summary import Summary
 from .switching import active_adapter, add_adapter, delete_adapter, disabled, list_adapters, set_adapter
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -119,7 +120,8 @@ def test_a_killed_process_is_replaced(arguments, tmp_path):
     """Under torchrun, two processes share the images. What the killed one had not done is done; there is one result."""
     images, out = make_images(tmp_path / 'images', 80), tmp_path / 'out'
     command = ['bash', ROOT / 'tools' / 'dist_predict.sh', 2, images, *arguments, '--out', out]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': free_port(), 'RESTARTS': '1'}
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'  # the script runs `python`
+    environment = {**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1', 'PORT': free_port(), 'RESTARTS': '1'}
     with open(tmp_path / 'log', 'w') as log:
         process = subprocess.Popen([str(word) for word in command], env=environment, stdout=log, stderr=log)
     while sum(path.stat().st_size > 0 for path in (out / '.predictions').glob('*.jsonl')) < 2:

@@ -13,6 +13,7 @@ def test_options_are_text(tmp_path, monkeypatch):
     from iconformer_mm.serving.settings import Settings
 
     monkeypatch.setenv('ICONFORMER_MM_TOKEN', 'secret')
+    monkeypatch.delenv('ICONFORMER_MM_CACHE', raising=False)
     trained(ROOT, DIGITS, tmp_path / 'a.safetensors')
     options = dict(config=str(ROOT / DIGITS), adapters=str(tmp_path))
     application = build({**options, 'replicas': '3', 'gpus': '0.5', 'max_waiting': '10', 'metrics_dir': '/counts'})
