@@ -79,8 +79,8 @@ def _view(module: nn.Module) -> nn.Module:
     return view
 
 
-def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
-    """Return a view of a module in which some parameters are replaced by other tensors.
+def with_values(module: nn.Module, values: Mapping[str, Tensor | nn.Module]) -> nn.Module:
+    """Return a view of a module in which some parameters are replaced by other tensors, or submodules by others.
 
     The view shares everything else with the module. The module does not change, so any
     number of threads can run views of it with their own values. Attributes that the
@@ -88,18 +88,22 @@ def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
 
     Args:
         module: The module.
-        values: Tensors by the names of the parameters that they replace.
+        values: Tensors by the names of the parameters that they replace, and modules by
+            the paths of those that they replace.
 
     Raises:
         RuntimeError: The ``forward`` of a module in the view was replaced on the
             instance by a function that runs the original module.
     """
     view = _view(module)
-    below: dict[str, dict[str, Tensor]] = {}
+    below: dict[str, dict[str, Tensor | nn.Module]] = {}
+    modules: dict[str, nn.Module] = {}
     for name, value in values.items():
         head, _, rest = name.partition('.')
         if rest:
             below.setdefault(head, {})[rest] = value
+        elif isinstance(value, nn.Module):
+            modules[head] = value
         elif head in view.__dict__:  # FSDP replaces parameters by plain tensors while it runs
             view.__dict__[head] = value
         else:
@@ -107,38 +111,13 @@ def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     for head, inner in below.items():
         child = module._modules[head]
         assert child is not None
-        view.__dict__['_modules'][head] = with_parameters(child, inner)
+        modules[head] = with_values(child, inner)
+    view.__dict__['_modules'].update(modules)
     # Some modules also keep their children in a list, and call them from there.
-    views = {id(module._modules[head]): view.__dict__['_modules'][head] for head in below}
+    views = {id(module._modules[head]): value for head, value in modules.items()}
     for name, kept in module.__dict__.items() if views else ():
         if type(kept) in (list, tuple) and any(id(each) in views for each in kept):
             view.__dict__[name] = type(kept)(views.get(id(each), each) for each in kept)
-    return view
-
-
-def with_modules(module: nn.Module, values: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a view of a module in which some submodules are replaced by others, see :func:`with_parameters`.
-
-    Args:
-        module: The module.
-        values: Modules by the paths of those that they replace.
-
-    Raises:
-        RuntimeError: The ``forward`` of a module in the view was replaced on the
-            instance by a function that runs the original module.
-    """
-    view = _view(module)
-    below: dict[str, dict[str, nn.Module]] = {}
-    for name, value in values.items():
-        head, _, rest = name.partition('.')
-        if rest:
-            below.setdefault(head, {})[rest] = value
-        else:
-            view.__dict__['_modules'][head] = value
-    for head, inner in below.items():
-        child = module._modules[head]
-        assert child is not None
-        view.__dict__['_modules'][head] = with_modules(child, inner)
     return view
 
 

@@ -17,7 +17,7 @@ from iconformer_mm.compat import left_to_python
 
 from .attachments import Joint, Override, Switch
 from .attachments.mixed import Mixing, RowProbe, Rows, put
-from .replacement import Replacement, with_forward, with_modules
+from .replacement import Replacement, with_forward, with_values
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ class _Call:
         if samples is not None:
             bound.arguments['data_samples'] = samples
         original = self.model.get_submodule(self.backbone)
-        view = with_modules(self.model, {**parts, self.backbone: with_forward(original, backbone)})
+        view = with_values(self.model, {**parts, self.backbone: with_forward(original, backbone)})
         return view.forward(*bound.args[1:], **bound.kwargs)
 
     def _join(self, outputs: Iterable[Any]) -> Any:

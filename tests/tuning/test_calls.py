@@ -25,7 +25,7 @@ from iconformer_mm import (
 from iconformer_mm.adapters import HoulsbyAdapter
 from iconformer_mm.registry import PEFT_METHODS
 from iconformer_mm.tuning import get_injection
-from iconformer_mm.tuning.replacement import with_parameters
+from iconformer_mm.tuning.replacement import with_values
 
 METHODS = [m for m in PEFT_METHODS.module_dict if m != 'full']
 HOSTS = ['ViT', 'Swin', 'timm ViT']
@@ -472,12 +472,12 @@ def test_merging_refuses_what_diverged():
 def test_views_share_everything_but_the_parameters():
     layer = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     other = torch.zeros(3, 2)
-    view = with_parameters(layer, {'0.weight': other})
+    view = with_values(layer, {'0.weight': other})
     assert view[0].weight is other and view[0].bias is layer[0].bias and view[1] is layer[1]
     assert layer[0].weight is not other and list(layer.state_dict()) == list(view.state_dict())
     layer[0].forward = lambda x: x
     with pytest.raises(RuntimeError, match='the forward of a Linear was replaced on the instance'):
-        with_parameters(layer, {'0.weight': other})
+        with_values(layer, {'0.weight': other})
 
 
 def test_gradient_checkpointing_that_would_lose_adapters_is_an_error():
@@ -513,3 +513,24 @@ def test_checkpointing_of_timm_is_switched_after_the_injection():
 def test_an_adapter_that_needs_no_grid_says_so():
     assert not HoulsbyAdapter.needs_grid
     assert HoulsbyAdapter(8, bottleneck=2)(torch.rand(2, 5, 8), None).shape == (2, 5, 8)
+
+
+class KeepsAList(nn.Module):
+    """Calls its child from a list, where it is kept a second time."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Linear(2, 2)
+        self.kept = [self.child]
+
+    def forward(self, x):
+        return self.kept[0](x)
+
+
+@pytest.mark.parametrize('path', ['child', '0.child'])
+def test_a_view_replaces_modules_that_are_called_from_a_list(path):
+    host = KeepsAList() if path == 'child' else nn.Sequential(KeepsAList())
+    other, x = nn.Linear(2, 2), torch.randn(3, 2)
+    expected = host(x)
+    assert torch.equal(with_values(host, {path: other})(x), other(x))
+    assert torch.equal(host(x), expected)

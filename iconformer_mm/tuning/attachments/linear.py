@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from iconformer_mm.adapters import LoRAAdapter, TokenGrid
 
 from ..calls import Frame, Passage, run_in_frame
-from ..replacement import parameter_of, with_parameters
+from ..replacement import parameter_of, with_values
 from ..sites import Site
 from .base import BlockAttachment, WeightMergingAttachment
 from .weights import merged_weights
@@ -78,7 +78,7 @@ class LowRankAttachment(WeightMergingAttachment, BlockAttachment):
         host_forward = self.joint.host_forward
         if self._made:
             weights = {name: parameter_of(self.module, name) for name in self._made}
-            host_forward = with_parameters(self.module, self.part('adapter')(weights)).forward
+            host_forward = with_values(self.module, self.part('adapter')(weights)).forward
         return run_in_frame(Frame(self.handlers), host_forward, *args, **kwargs)
 
     @torch.no_grad()

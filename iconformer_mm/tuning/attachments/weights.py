@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from iconformer_mm.adapters import WeightAdapter
 
 from ..quantised_weight import stored_parameter
-from ..replacement import parameter_of, with_parameters
+from ..replacement import parameter_of, with_values
 from .base import Attachment, WeightMergingAttachment
 
 
@@ -20,7 +20,7 @@ class WeightAttachment(WeightMergingAttachment, Attachment):
     So methods that tune some of the host's parameters behave like adapters. The base does
     not change. The trained tensors can be saved, switched and removed. The result can be
     merged into the base. Each call runs a view of the module, see
-    :func:`~iconformer_mm.tuning.replacement.with_parameters`.
+    :func:`~iconformer_mm.tuning.replacement.with_values`.
 
     Args:
         name: Name of the module in the backbone.
@@ -39,7 +39,7 @@ class WeightAttachment(WeightMergingAttachment, Attachment):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         made = self.part('adapter')({name: parameter_of(self.module, name) for name in self.weight_names})
-        view = with_parameters(self.module, made)
+        view = with_values(self.module, made)
         return view.forward(*args, **kwargs)
 
     @torch.no_grad()
