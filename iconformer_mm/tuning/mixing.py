@@ -17,6 +17,7 @@ from .attachments.mixed import Mixing, Rows, mix, why_not_mixed
 from .backbones import join, unwrap
 from .calls import PerThread
 from .injection import Injection, NamedAdapter, backbones_of, merged_adapter
+from .quantised_weight import stored_parameter
 from .routing import BackboneRouter, ClassifierRouter, Mixture, ModelRouter
 from .switching import require
 
@@ -229,7 +230,7 @@ def _stacked_tensors(adapter: NamedAdapter) -> list[Tensor]:
     for attachment in adapter.attachments:
         if isinstance(attachment, LowRankAttachment) and isinstance(attachment.part('adapter'), DoRAAdapter):
             # Its factors depend on the weights of the base.
-            own += [attachment.module.get_parameter(name) for name in attachment.weight_names]
+            own += [stored_parameter(attachment.module, name) for name in attachment.weight_names]
     return own
 
 

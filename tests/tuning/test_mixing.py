@@ -366,6 +366,24 @@ def test_half_precision(name):
         torch.testing.assert_close(tensor, torch.cat(expected), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize('name', ['ViT', 'Swin'])
+def test_over_a_quantised_base(name):
+    """DoRA computes its factors from packed weights, too."""
+    pytest.importorskip('torchao', reason='the original stack has none')
+    model = build(next(family for family in FAMILIES if family.name == name))
+    inject(model, 'frozen', frozen_dtype='int8')
+    for key, method in METHODS.items():
+        add(model, key, method)
+    adapters = [*METHODS, 'dora', None]
+    x = image((64, 64), len(adapters))
+    with mixed(model, adapters):
+        found = flatten(model(x))
+    alone = one_by_one(model, lambda model, i: flatten(model(x)), adapters)
+    for index, tensor in enumerate(found):
+        expected = torch.stack([outputs[index][number] for number, outputs in enumerate(alone)])
+        torch.testing.assert_close(tensor, expected, rtol=0.05, atol=0.05)  # products are in bfloat16
+
+
 class Block(nn.Module):
     """A block of a family of one's own."""
 
