@@ -154,14 +154,14 @@ def predict(args: argparse.Namespace, console: Console) -> int:
     """
     peers = Peers()
     # One process looks, since the others could see pictures that it has already written.
-    images = peers.on_first(lambda: find_images(args.images, args.out))
+    images = [Path(name) for name in peers.on_first(lambda: [str(path) for path in find_images(args.images, args.out)])]
     run = peers.on_first(lambda: describe_run(args))
     args.out.mkdir(parents=True, exist_ok=True)
     journal = Journal(args.out, run)
     peers.on_first(lambda: journal.begin(args.restart))
     targets = dict(zip(images, (args.out / name for name in output_names(images))))
-    done = peers.on_first(lambda: set(journal.results(images)))
-    rest = [image for image in images if image not in done][peers.rank :: peers.size]
+    done = set(peers.on_first(lambda: [str(image) for image in journal.results(images)]))
+    rest = [image for image in images if str(image) not in done][peers.rank :: peers.size]
     if done and peers.rank == 0:
         console.print(f'going on: {len(done)} of {len(images)} images are done', soft_wrap=True)
     if rest:

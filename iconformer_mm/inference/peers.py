@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import datetime
+import json
 import os
-import pickle
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed
 from torch.distributed import PrefixStore, Store
@@ -47,7 +46,7 @@ class Peers:
         """Do something in the first process; return its result in all of them.
 
         Args:
-            work: What to do. Its result can be pickled.
+            work: What to do. Its result is plain data that JSON can hold.
 
         Raises:
             Exception: What ``work`` raises, in the first process.
@@ -61,12 +60,12 @@ class Peers:
             try:
                 result = work()
             except BaseException:
-                self._store.set(key, _to_text((False, None)))
+                self._store.set(key, json.dumps([False, None]))
                 self.meet()
                 raise
-            self._store.set(key, _to_text((True, result)))
+            self._store.set(key, json.dumps([True, result]))
         # The store ends with the first process, so that one waits until the others have read.
-        done, shared = pickle.loads(base64.b64decode(self._store.get(key)))
+        done, shared = json.loads(self._store.get(key))
         self.meet()
         if not done:
             raise SystemExit(1)
@@ -81,7 +80,3 @@ class Peers:
         self._store.add(key, 1)
         while self._store.add(key, 0) < self.size:
             time.sleep(_POLL_S)
-
-
-def _to_text(value: Any) -> str:
-    return base64.b64encode(pickle.dumps(value)).decode('ascii')
