@@ -6,6 +6,8 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +45,32 @@ def check_sha256(path: Path, expected: str) -> None:
             f'{path.name} ({path.stat().st_size:,} bytes) has the SHA-256 {found}, expected {expected}: the download '
             'is truncated or was altered. Nothing of it is used; run again to fetch it anew'
         )
+
+
+def cached_folder(folder: Path, fill: Callable[[Path], Path]) -> Path:
+    """Find a folder of a cache, or fill it. It is there whole or not at all.
+
+    Args:
+        folder: The folder.
+        fill: Is given an empty folder beside it to work in. It returns the finished folder in there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FetchError: What ``fill`` made cannot be moved to its place.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = fill(Path(temporary))
+        try:
+            os.replace(made, folder)
+        except OSError as error:
+            if not folder.is_dir():  # else another process was faster
+                raise FetchError(f'{folder} could not be written: {error}') from error
+    return folder
 
 
 @dataclass(frozen=True)

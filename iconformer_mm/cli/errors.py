@@ -85,7 +85,7 @@ def _weights_mistake(error: BaseException) -> str | None:
         )
     in_loading = any(frame.f_globals.get('__name__') == 'mmengine.runner.checkpoint' for frame in frames)
     if isinstance(error, FileNotFoundError) and in_loading:
-        return f'error: there is no file of weights {source}'
+        return f'error: the file of weights {source} does not exist'
     if isinstance(error, AssertionError) and str(error).endswith('is not in the pretrained model'):
         prefix = str(error).split()[0]
         return (

