@@ -103,8 +103,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     failed = []
     if not args.report_only:
         render_scenes(comparison, tasks)
-        for name in tasks:
-            comparison.tasks[name].base_file()  # before any run, where it is to be fetched
         scheduler = Scheduler(results, tasks, methods, args.jobs, args.minutes, console)
         if results.left(tasks, methods):
             scheduler.run()

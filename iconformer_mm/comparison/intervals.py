@@ -12,7 +12,7 @@ from .image_scores import ImageScores
 from .markdown import to_markdown
 from .results import Results
 from .spec import Comparison, Method, Task
-from .statistics import Interval, SeedScores, cliques, critical_difference, interval, paired_difference
+from .statistics import Interval, SeedScores, cliques, critical_difference, interval, paired_difference, ranks_of
 
 
 def reference_of(comparison: Comparison) -> Method:
@@ -104,10 +104,8 @@ def average_ranks(comparison: Comparison, means: Mapping[tuple[str, str], float]
     whole = [name for name in comparison.methods if all((task.name, name) in means for task in tasks)]
     ranks: dict[str, list[float]] = {name: [] for name in whole}
     for task in tasks:
-        keys = {name: task.key(means[task.name, name]) for name in whole}
-        for name, key in keys.items():
-            better, equal = sum(k < key for k in keys.values()), sum(k == key for k in keys.values())
-            ranks[name].append(better + (equal + 1) / 2)
+        for name, rank in zip(whole, ranks_of([task.key(means[task.name, name]) for name in whole])):
+            ranks[name].append(rank)
     return {comparison.methods[name].title: statistics.mean(values) for name, values in ranks.items()}
 
 

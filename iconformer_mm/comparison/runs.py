@@ -39,6 +39,9 @@ class Scheduler:
         jobs: How many at a time, one core each.
         minutes: After so many no run is begun; None for no limit.
         console: Where progress is shown.
+
+    Raises:
+        FetchError: The base of a task cannot be fetched.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Scheduler:
         self.begun: set[str] = set()
         self.failed: list[str] = []
         self.running: dict[Any, tuple[Run, BaseProcess]] = {}  # by sentinel
+        self.bases = {name: results.comparison.tasks[name].base_file() for name in tasks}  # fetched once
         self.context = get_context('forkserver')
 
     def run(self) -> None:
@@ -97,7 +101,7 @@ class Scheduler:
             first = run.seed == self.results.comparison.seeds[0] and not run.search
             pictures = run.task.pictures if first else ()
             files = (self.results.work_dir(run), self.results.file(run))
-            job = (run.settings, run.task.base_file(), *files, first, pictures)
+            job = (run.settings, self.bases[run.task.name], *files, first, pictures)
             process = self.context.Process(target=run_in_child, args=job)
             process.start()
             self.running[process.sentinel] = (run, process)

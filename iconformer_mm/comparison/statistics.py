@@ -116,6 +116,15 @@ def paired_difference(first: SeedScores, second: SeedScores, resamples: int = RE
     return Interval(float(mean), float(low), float(high))
 
 
+def ranks_of(keys: Sequence[float]) -> list[float]:
+    """Rank keys, 1 for the smallest; equal ones share the mean of theirs.
+
+    Args:
+        keys: The keys; infinite ones are allowed.
+    """
+    return [sum(other < key for other in keys) + (keys.count(key) + 1) / 2 for key in keys]
+
+
 def critical_difference(methods: int, tasks: int) -> float:
     """How far two average ranks lie apart at least where methods differ (Nemenyi; Demsar, JMLR 2006, section 3.2.2).
 

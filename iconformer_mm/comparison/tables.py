@@ -24,6 +24,7 @@ from .plots import CurvePanel, TradeoffPanel, plot_curves, plot_tradeoff
 from .prediction_plots import PredictionRow, plot_predictions
 from .results import Results
 from .spec import Method, Task
+from .statistics import ranks_of
 
 PICTURES = 'predictions.png'  # of tasks with pictures
 FILES = ('results.json', 'results.csv', 'table.md', 'differences.md', 'search.md', 'tradeoff.png', 'curves.png')
@@ -103,9 +104,8 @@ def make_rows(results: Results) -> Rows:
     for task in results.comparison.tasks.values():
         pairs = results.comparison.pairs([task.name], results.comparison.methods)
         found = [row for pair in pairs if (row := make_row(results, *pair)) is not None]
-        keys = [task.key(row.mean) for row in found]
-        for row, key in zip(found, keys):
-            row.rank = sum(other < key for other in keys) + (keys.count(key) + 1) / 2
+        for row, rank in zip(found, ranks_of([task.key(row.mean) for row in found])):
+            row.rank = rank
             rows[task.name, row.method] = row
     return rows
 
