@@ -182,7 +182,7 @@ def find_faults(
         DataError: A label file that was checked is wrong. The message names it.
     """
     reference = None if known is None else next((c for c in map(classes_of, innermost(known)) if c), None)
-    with _random_state_kept():
+    with random_state_kept():
         for part in innermost(dataset):
             classes = classes_of(part)
             if isinstance((getattr(part, 'metainfo', None) or {}).get('classes'), str):
@@ -262,8 +262,8 @@ def _spread(number: int, limit: int) -> list[int]:
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Restore the random state afterwards, so that checking data does not change later random numbers."""
+def random_state_kept() -> Iterator[None]:
+    """Restore the random state afterwards, so that looking at data does not change later random numbers."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from iconformer_mm.datasets.checks import DataError
+from iconformer_mm.datasets.fit import random_state_kept
 from iconformer_mm.tuning.prefix import PrefixError, Values
 
 from .records import decode, encode
@@ -38,16 +39,11 @@ class Recorded(BaseDataElement):
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw the random numbers of a seed within a context. The caller's generators go on as before."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    try:
+    with random_state_kept():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
         yield
-    finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
 
 
 def random_numbers() -> tuple:
