@@ -6,6 +6,7 @@ import base64
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ SCORE_THRESHOLD = 0.3
 TOP_INSTANCES = 10
 TOP_LABELS = 5
 MILLIMETRE = 0.001
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What :func:`encode_prediction` includes; see there."""
+
+    score_threshold: float
+    top_k: int
+    maps: bool
 
 
 class PredictionKind:
@@ -46,12 +56,7 @@ class PredictionKind:
         raise NotImplementedError
 
     def encode(
-        self,
-        prediction: BaseDataElement,
-        classes: Sequence[str] | None,
-        score_threshold: float,
-        top_k: int,
-        maps: bool,
+        self, prediction: BaseDataElement, classes: Sequence[str] | None, options: EncodeOptions
     ) -> dict[str, Any]:
         """A prediction as data for JSON; see :func:`encode_prediction`."""
         raise NotImplementedError
@@ -110,16 +115,11 @@ class Depth(PredictionKind):
         return dict(depth_m=dict(min=depth.min().item(), median=depth.median().item(), max=depth.max().item()))
 
     def encode(
-        self,
-        prediction: BaseDataElement,
-        classes: Sequence[str] | None,
-        score_threshold: float,
-        top_k: int,
-        maps: bool,
+        self, prediction: BaseDataElement, classes: Sequence[str] | None, options: EncodeOptions
     ) -> dict[str, Any]:
         """The depths as a grey PNG of 16 bits, and the metres that one step of it stands for."""
-        content = dict(task='depth', **self.describe(prediction, classes, score_threshold))
-        if maps:
+        content = dict(task='depth', **self.describe(prediction, classes, options.score_threshold))
+        if options.maps:
             depth = prediction.pred_depth_map.data.float().squeeze().cpu().numpy()
             step = max(MILLIMETRE, float(depth.max()) / 65535)
             content['map'] = dict(png=png(np.rint(depth.clip(0) / step).astype(np.uint16)), metres_per_step=step)
@@ -176,21 +176,14 @@ class Segmentation(PredictionKind):
         return dict(area={str(name_of(label, classes)): share for label, share in zip(labels.tolist(), shares)})
 
     def encode(
-        self,
-        prediction: BaseDataElement,
-        classes: Sequence[str] | None,
-        score_threshold: float,
-        top_k: int,
-        maps: bool,
+        self, prediction: BaseDataElement, classes: Sequence[str] | None, options: EncodeOptions
     ) -> dict[str, Any]:
         """The class indices as a grey PNG: 8 bits, or 16 where an index is above 255."""
-        content = dict(task='segmentation', **self.describe(prediction, classes, score_threshold))
-        if maps:
-            labels = prediction.pred_sem_seg.data.squeeze(0).cpu().numpy()
-            found = np.unique(labels).tolist()
-            dtype = np.uint8 if found[-1] < 256 else np.uint16
-            names = {str(label): str(name_of(label, classes)) for label in found}
-            content['map'] = dict(png=png(labels.astype(dtype)), classes=names)
+        content = dict(task='segmentation', **self.describe(prediction, classes, options.score_threshold))
+        if options.maps:
+            labels = label_map(prediction)
+            names = {str(label): str(name_of(label, classes)) for label in np.unique(labels).tolist()}
+            content['map'] = dict(png=png(labels), classes=names)
         return content
 
     def caption(self, described: Mapping[str, Any]) -> str:
@@ -199,9 +192,9 @@ class Segmentation(PredictionKind):
         return ', '.join(f'{name} {share:.0%}' for name, share in largest)
 
     def write_maps(self, prediction: BaseDataElement, path: Path) -> list[Path]:
-        """The class indices, as a grey picture."""
+        """The class indices, as a grey picture: 8 bits, or 16 where an index is above 255."""
         file = Path(f'{path}_labels.png')
-        cv2.imwrite(str(file), prediction.pred_sem_seg.data.squeeze(0).cpu().numpy().astype(np.uint8))
+        cv2.imwrite(str(file), label_map(prediction))
         return [file]
 
     def picture(
@@ -241,27 +234,18 @@ class Instances(PredictionKind):
         self, prediction: BaseDataElement, classes: Sequence[str] | None, score_threshold: float
     ) -> dict[str, Any]:
         """Name, score and box of each instance."""
-        found = prediction.pred_instances
-        found = found[found.scores >= score_threshold]
+        found = above(prediction, score_threshold)
         rows = zip(found.labels.tolist(), found.scores.tolist(), found.bboxes.tolist())
         return dict(instances=[dict(name=name_of(label, classes), score=score, box=box) for label, score, box in rows])
 
     def encode(
-        self,
-        prediction: BaseDataElement,
-        classes: Sequence[str] | None,
-        score_threshold: float,
-        top_k: int,
-        maps: bool,
+        self, prediction: BaseDataElement, classes: Sequence[str] | None, options: EncodeOptions
     ) -> dict[str, Any]:
         """Label, name, score and box of each instance, with its mask in COCO's compressed run-length encoding."""
-        found = prediction.pred_instances
-        found = found[found.scores >= score_threshold].cpu()
-        rows = zip(found.labels.tolist(), found.scores.tolist(), found.bboxes.tolist())
-        instances: list[dict[str, Any]] = [
-            dict(label=label, name=name_of(label, classes), score=score, box=box) for label, score, box in rows
-        ]
-        if maps and 'masks' in found:
+        found = above(prediction, options.score_threshold).cpu()
+        described = self.describe(prediction, classes, options.score_threshold)['instances']
+        instances = [dict(label=label, **each) for label, each in zip(found.labels.tolist(), described)]
+        if options.maps and 'masks' in found:
             for instance, mask in zip(instances, found.masks):
                 instance['mask'] = run_lengths(np.asarray(mask))
         return dict(task='detection', instances=instances)
@@ -282,7 +266,7 @@ class Instances(PredictionKind):
         if which == 'gt':
             truth = sample.gt_instances
             return draw_instances(image, truth.masks.masks.astype(bool), truth.labels.tolist(), palette)
-        found = sample.pred_instances[sample.pred_instances.scores >= score_threshold].cpu()
+        found = above(sample, score_threshold).cpu()
         return draw_instances(image, found.masks.numpy(), found.labels.tolist(), palette)
 
     def score(self, prediction: BaseDataElement) -> Tensor:
@@ -314,16 +298,11 @@ class Classification(PredictionKind):
         return dict(label=label, name=name_of(label, classes), score=prediction.pred_score.max().item())
 
     def encode(
-        self,
-        prediction: BaseDataElement,
-        classes: Sequence[str] | None,
-        score_threshold: float,
-        top_k: int,
-        maps: bool,
+        self, prediction: BaseDataElement, classes: Sequence[str] | None, options: EncodeOptions
     ) -> dict[str, Any]:
         """The labels of the largest scores, the largest first."""
         scores, labels = prediction.pred_score.sort(descending=True, stable=True)
-        best = list(zip(labels[:top_k].tolist(), scores[:top_k].tolist()))
+        best = list(zip(labels[: options.top_k].tolist(), scores[: options.top_k].tolist()))
         return dict(
             task='classification',
             labels=[dict(label=label, name=name_of(label, classes), score=score) for label, score in best],
@@ -360,6 +339,18 @@ def kind_of(prediction: BaseDataElement) -> PredictionKind:
 def name_of(label: int, classes: Sequence[str] | None) -> str | int:
     """The name of a class, or its index where no name is known."""
     return classes[label] if classes is not None and label < len(classes) else label
+
+
+def label_map(prediction: BaseDataElement) -> np.ndarray:
+    """The class indices of a segmentation (H, W): uint8, or uint16 where an index is above 255."""
+    labels = prediction.pred_sem_seg.data.squeeze(0).cpu().numpy()
+    return labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
+
+
+def above(prediction: BaseDataElement, score_threshold: float) -> Any:
+    """The predicted instances with a score of at least the threshold."""
+    found = prediction.pred_instances
+    return found[found.scores >= score_threshold]
 
 
 def png(image: np.ndarray) -> str:
@@ -440,7 +431,7 @@ def encode_prediction(
     Raises:
         ValueError: The data sample holds no prediction that is known.
     """
-    return kind_of(prediction).encode(prediction, classes, score_threshold, top_k, maps)
+    return kind_of(prediction).encode(prediction, classes, EncodeOptions(score_threshold, top_k, maps))
 
 
 def caption(described: Mapping[str, Any]) -> str:

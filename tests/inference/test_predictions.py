@@ -64,6 +64,13 @@ def test_maps_are_written_as_they_are(tmp_path):
     assert write_maps(SAMPLES[Classification], tmp_path / 'a') == []
 
 
+def test_indices_above_255_are_written_as_they_are(tmp_path):
+    """8 bits would turn class 300 into 44."""
+    sample = BaseDataElement(pred_sem_seg=PixelData(data=torch.tensor([[[0, 255], [256, 300]]])))
+    (file,) = write_maps(sample, tmp_path / 'a')
+    assert cv2.imread(str(file), cv2.IMREAD_UNCHANGED).tolist() == [[0, 255], [256, 300]]
+
+
 def test_what_is_no_prediction():
     with pytest.raises(ValueError, match=r"no known prediction in BaseDataElement: \['gt_label'\]"):
         kind_of(BaseDataElement(gt_label=torch.tensor(1)))
