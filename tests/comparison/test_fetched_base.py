@@ -11,6 +11,9 @@ from iconformer_mm import inject
 from iconformer_mm.comparison import spec
 from iconformer_mm.comparison.single_run import check_frozen_weights, make_config
 from iconformer_mm.comparison.spec import ComparisonError, load_comparison
+from iconformer_mm.datasets.objects import BACKGROUND
+from iconformer_mm.datasets.photographs import CATEGORIES
+from iconformer_mm.engine import load_config
 from iconformer_mm.models.timm_features import TIMMFeatures
 
 YAML = ROOT / 'configs' / 'comparison' / 'dinov2_scenes.yaml'
@@ -48,3 +51,15 @@ def test_frozen_weights_of_a_wrapped_model(tmp_path):
         model.backbone.timm_model.cls_token.add_(1)
     with pytest.raises(RuntimeError, match='frozen tensor backbone.timm_model.cls_token changed in training'):
         check_frozen_weights(model, tmp_path / 'base.safetensors')
+
+
+def test_configs_of_objects_have_the_categories_that_are_written():
+    folder = ROOT / 'configs' / 'comparison' / 'real'
+    semantic = load_config(str(folder / 'upernet_dinov2_objects.py'))
+    instance = load_config(str(folder / 'mask-rcnn_dinov2_objects.py'))
+    for part in ('train', 'val', 'test'):
+        assert semantic[f'{part}_dataloader'].dataset.metainfo.classes == (BACKGROUND, *CATEGORIES)
+        assert instance[f'{part}_dataloader'].dataset.metainfo.classes == tuple(CATEGORIES)
+    assert semantic.model.decode_head.num_classes == len(CATEGORIES) + 1
+    heads = instance.model.roi_head
+    assert heads.bbox_head.num_classes == heads.mask_head.num_classes == len(CATEGORIES)
