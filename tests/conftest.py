@@ -1,3 +1,5 @@
+import functools
+import gc
 import logging
 import multiprocessing
 import os
@@ -11,6 +13,7 @@ import pytest
 import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
+from yapf.yapflib import yapf_api
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ['PIP_NO_INDEX'] = '1'  # nothing may be installed by a test
@@ -43,6 +46,26 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         return str(probe.getsockname()[1])
+
+
+def _format_once(format_code):
+    """MMEngine formats the text of a config at every start and for every checkpoint: the same text, once."""
+
+    @functools.lru_cache(maxsize=64)
+    def formatted(text, style, **options):
+        return format_code(text, dict(style), **options)
+
+    return lambda text, style_config, **options: formatted(text, tuple(style_config.items()), **options)
+
+
+yapf_api.FormatCode = _format_once(yapf_api.FormatCode)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _frozen_imports():
+    """MMEngine collects garbage for every data set. It need not go through all that has been imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from iconformer_mm.analysis.lr_range_test import LRRangeTest, LRRangeTestHook, plot_lr_range_test, prepare_config
-from iconformer_mm.engine import build_runner, leave_process_group, load_config
+from iconformer_mm.engine import build_runner, exempt_from_collection, leave_process_group, load_config
 from iconformer_mm.engine.config import method_of
 from iconformer_mm.extras import require_extra
 from iconformer_mm.files import write_json, written_whole
@@ -53,6 +53,7 @@ def sweep(args: argparse.Namespace, console: Console) -> tuple[LRRangeTest, dict
         bar = progress.add_task('range test', total=args.iters)
         hook = LRRangeTestHook(args.min_lr, args.max_lr, args.iters, on_step=lambda: progress.advance(bar))
         runner = build_runner(cfg)
+        exempt_from_collection()
         runner.register_hook(hook)
         runner.train()
     settings = dict(

@@ -10,7 +10,7 @@ import mmengine
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
-from iconformer_mm.engine import build_runner, leave_process_group, load_config
+from iconformer_mm.engine import build_runner, exempt_from_collection, leave_process_group, load_config
 from iconformer_mm.registry import is_type
 
 from .errors import user_errors
@@ -69,6 +69,7 @@ def test(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, args.peft)
     merge_args(cfg, args)
     runner = build_runner(cfg)
+    exempt_from_collection()
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     metrics = runner.test()

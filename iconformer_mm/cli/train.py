@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mmengine.config import Config
 
 from iconformer_mm.analysis.inspection import find_mistakes
-from iconformer_mm.engine import build_runner, leave_process_group, load_config
+from iconformer_mm.engine import build_runner, exempt_from_collection, leave_process_group, load_config
 from iconformer_mm.engine.config import check_precision, use_amp
 from iconformer_mm.tuning.accounting import NO_WEIGHTS
 
@@ -65,6 +65,7 @@ def train(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, args.peft)
     merge_args(cfg, args)
     runner = build_runner(cfg)
+    exempt_from_collection()
     for mistake in find_mistakes(cfg, data=False):  # the runner looks at its data
         if mistake != NO_WEIGHTS:  # the runner says that itself, once it has seen what is loaded
             runner.logger.warning(mistake)

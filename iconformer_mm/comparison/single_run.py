@@ -30,7 +30,7 @@ from torch import nn
 
 import iconformer_mm
 from iconformer_mm import summarize
-from iconformer_mm.engine import add_peft, build_runner, load_config
+from iconformer_mm.engine import add_peft, build_runner, exempt_from_collection, load_config
 from iconformer_mm.files import written_whole
 from iconformer_mm.inference.predictions import kind_of
 from iconformer_mm.tuning import get_injection
@@ -123,6 +123,7 @@ def train_and_validate(
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     runner = build_runner(make_config(settings, base, folder, keep_adapter))
+    exempt_from_collection()
     runner.register_hook(DivergenceHook())
     image_scores = ImageScoresHook(settings['metric'])
     runner.register_hook(image_scores)

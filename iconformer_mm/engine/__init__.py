@@ -1,7 +1,7 @@
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 from .config import add_peft, load_config
 from .hooks import AdapterCheckpointHook, AdapterStatisticsHook, PEFTHook, WeightsHook
-from .launch import build_runner, leave_process_group
+from .launch import build_runner, exempt_from_collection, leave_process_group
 from .optim_wrapper_constructor import PEFTOptimWrapperConstructor
 from .runner import CheckedRunner
 
@@ -15,6 +15,7 @@ __all__ = [
     'WeightsHook',
     'add_peft',
     'build_runner',
+    'exempt_from_collection',
     'leave_process_group',
     'load_config',
 ]

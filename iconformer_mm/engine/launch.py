@@ -111,6 +111,14 @@ def build_runner(cfg: Config) -> Runner:
     return runner
 
 
+def exempt_from_collection() -> None:
+    """Exempt all that is in memory from garbage collection. Call it once, before the work of a process begins.
+
+    MMEngine collects garbage for every data set that it builds. With the libraries imported that takes a second each.
+    """
+    gc.freeze()
+
+
 def leave_process_group() -> None:
     """Destroy the process group, if there is one, after all its processes are done.
 
