@@ -20,11 +20,14 @@ import argparse
 import json
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -35,7 +38,18 @@ from torch import Tensor, nn
 
 from iconformer_mm import inject, load_adapter, save_adapter
 from iconformer_mm.checkpoint.foreign_adapters import inject_foreign, read_hf_lora, read_mmpretrain_lora
-from measure import Panel, Table, interleave, make_parser, prepare, progress_bar, rows_of, series_of, settings_of
+from measure import (
+    Panel,
+    Table,
+    interleave,
+    make_parser,
+    prepare,
+    progress_bar,
+    ratio,
+    rows_of,
+    series_of,
+    settings_of,
+)
 from measure import write_results as write_tables
 from step import MIB, LiveTensors
 
@@ -312,37 +326,32 @@ def measure(args: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
             for name in progress.track(everyone, description='memory'):
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
                     peaks[name] = pool.submit(measure_peak, name, args.width, args.batch, args.threads).result()
-        steps, trained, loads, sizes = {}, {}, {}, {}
+        steps: dict[str, Callable[[], None]] = {}
+        facts: dict[str, dict[str, Any]] = {}
         for name in everyone:
             library, adapt = adapt_of(name)
             model = adapt(build_base(library, args.width))
-            trained[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            facts[name] = dict(trained=sum(p.numel() for p in model.parameters() if p.requires_grad))
+            facts[name]['peak (MiB)'] = peaks.get(name)
             steps[name] = make_step(model, args.width, args.batch, args.device)
             if name in CONTESTANTS:
-                own = folder / f'timed_{len(sizes)}'
+                own = folder / f'timed_{len(facts)}'
                 own.mkdir()
                 path = CONTESTANTS[name].save(model, own)
-                sizes[name] = path.stat().st_size
-                loads[name] = [load_seconds(name, args.width, path) for _ in range(args.rounds)]
+                seconds = [load_seconds(name, args.width, path) for _ in range(args.rounds)]
+                facts[name] |= {'file (kB)': path.stat().st_size / 1000, 'load (ms)': 1000 * median(seconds)}
         times = interleave(steps, args.rounds, progress, 'training', args.device, min_seconds=0)
     rows = []
     for row in rows_of(times, {}):
         name = row['contestant']
-        library = LIBRARIES[adapt_of(name)[0]]
-        own, full = times[name], times[f'{FULL} of {library}']
-        row['to full'] = sorted(a / b for a, b in zip(own, full))[len(own) // 2]
-        row |= {'trained': trained[name], 'peak (MiB)': peaks.get(name)}
-        row['file (kB)'] = sizes[name] / 1000 if name in sizes else None
-        row['load (ms)'] = 1000 * sorted(loads[name])[len(loads[name]) // 2] if name in loads else None
-        row['difference'] = differences.get(name)
+        reference = f'{FULL} of {LIBRARIES[adapt_of(name)[0]]}'
+        row |= {**facts[name], 'to full': ratio(times[name], times[reference]), 'difference': differences.get(name)}
         rows.append(row)
     return rows
 
 
 def load_seconds(name: str, width: str, path: Path) -> float:
     """Time the loading of a file into a base that nothing has touched."""
-    import time
-
     base = build_base(CONTESTANTS[name].library, width)
     start = time.perf_counter()
     CONTESTANTS[name].load(base, path)
@@ -354,10 +363,8 @@ def write_results(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     columns = {'contestant': '', 'trained': ',d', 'ms': '.0f', 'to full': '.3f', 'peak (MiB)': ',.0f'}
     columns |= {'file (kB)': ',.0f', 'load (ms)': '.0f', 'difference': '.1e'}
     rows = [dict(row, case=f'ViT {args.width}') for row in rows]
-    versions = {'rank': RANK, 'maps': 'o, fc1, fc2', 'batch': args.batch}
+    versions: dict[str, Any] = {'rank': RANK, 'maps': 'o, fc1, fc2', 'batch': args.batch}
     if find_spec('peft'):
-        from importlib.metadata import version
-
         versions['peft'] = version('peft')
     panels = [Panel('training step', series_of(rows, 'case', 'to full'), 'time to full fine-tuning', line=1)]
     write_tables(args.out, [Table('LoRA', columns, rows)], {**settings_of(args), **versions}, panels)
