@@ -55,14 +55,14 @@ class Part:
 # In order of worth.
 PARTS: dict[str, Part] = {
     'operators': Part(
-        ('-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/ops', '-k', 'on_a_gpu'), 120, ('pytest',)
+        ('-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/ops', '-k', 'on_a_gpu'), 100, ('pytest',)
     ),
     'op': Part(('benchmarks/op.py', '--device', 'cuda', '--rounds', '5', '--out', 'OUT'), 60),
     'vit-b': Part((*_STEP, '--cases', 'vit-b', *_METHODS, '--out', 'OUT'), 80, ('mmpretrain',)),
     'swin-b': Part((*_STEP, '--cases', 'swin-b', *_METHODS, '--out', 'OUT'), 80, ('mmpretrain',)),
     'compiled': Part(
         (*_STEP[:-4], '--rounds', '5', '--cases', 'vit-b', '--methods', 'full', 'icon', '--compile', '--out', 'OUT'),
-        100,
+        60,
         ('mmpretrain',),
     ),
     'quantised': Part(
@@ -80,6 +80,11 @@ PARTS: dict[str, Part] = {
         + ('3', '--out', 'OUT'),
         60,
         ('mmpretrain', 'torchao'),
+    ),
+    'prefix-cache': Part(
+        ('benchmarks/prefix_cache.py', '--generated', '--views', '4', '--seeds', '1', '--steps', '40', '--out', 'OUT'),
+        60,
+        ('mmpretrain',),
     ),
     'mixed': Part(
         ('benchmarks/mixed_batch.py', '--device', 'cuda', '--cases', 'vit-b', '--rounds', '3', '--out', 'OUT'),
