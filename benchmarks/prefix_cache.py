@@ -4,9 +4,9 @@
 
 DINOv2-S with iCoN in its last 4 of 12 blocks, on 20 images of each class of Fashion-MNIST: the quickstart's config on
 real images, with random crops besides its flips. Weights and images are fetched as by ``iconformer quickstart --real``.
-On the CPU, times are CPU seconds of the process on one thread, so that other work on the machine counts little. On a GPU
-they are seconds, waiting for the GPU after each step. A run that is finished is kept, so the same command goes on after
-an interruption.
+On the CPU, times are CPU seconds of the process on one thread, so that other work on the machine counts little. On a
+GPU they are seconds, waiting for the GPU after each step. A run that is finished is kept, so the same command goes on
+after an interruption.
 
     python benchmarks/prefix_cache.py --generated --views 4 --seeds 1 --steps 40
 
