@@ -1,0 +1,118 @@
+"""Measure what an iCoN model loses when its images get kernels that are not theirs.
+
+    python tools/compare.py configs/comparison/real.yaml --out work_dirs/real
+    python benchmarks/kernel_swap.py work_dirs/real/runs/*/icon/seed0.json --out work_dirs/kernel_swap
+
+A comparison keeps the adapter file of the first seed of each method beside its result, and this script reads both. The
+validation images are seen once to record the kernels of every image, and once for each swap: all kernels of another
+image, the mean kernel over images, and random kernels of the same mean and deviation. Differences are paired, image by
+image, with 95 % bootstrap intervals over images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.evaluator import Evaluator
+from mmengine.runner import Runner
+from rich.progress import track
+
+from iconformer_mm.analysis.kernel_probe import whole_images
+from iconformer_mm.analysis.kernel_swap import SWAPS, KernelBank, given_kernels
+from iconformer_mm.checkpoint.real_base import fetch_base
+from iconformer_mm.comparison.image_scores import ImageScores, observe
+from iconformer_mm.comparison.single_run import make_config
+from iconformer_mm.comparison.spec import FETCHED, ROOT
+from iconformer_mm.inference import AdapterInferencer
+from measure import Table, write_results
+
+RESAMPLES = 10_000
+
+
+def load(result: Path) -> tuple[AdapterInferencer, Any, dict[str, Any]]:
+    """Return the adapted model of a run, the config, and the settings.
+
+    Raises:
+        SystemExit: The run kept no adapter file.
+    """
+    adapter = result.with_suffix('.safetensors')
+    if not adapter.is_file():
+        raise SystemExit(f'{adapter} does not exist: a comparison keeps the adapter of the first seed of each method')
+    settings = json.loads(result.read_text(encoding='utf-8'))['settings']
+    name = settings['base']
+    base = fetch_base(name.removeprefix(FETCHED)) if name.startswith(FETCHED) else ROOT / name
+    cfg = make_config(settings, base, result.parent)
+    return AdapterInferencer(cfg, adapter=adapter), cfg, settings
+
+
+def evaluate(model: Any, loader: Any, evaluator_cfg: Any, metric: str, progress: str) -> ImageScores:
+    """Score the images of a loader, one by one.
+
+    Raises:
+        SystemExit: The metric is no mean over images.
+    """
+    evaluator = Evaluator(evaluator_cfg)
+    evaluator.dataset_meta = loader.dataset.metainfo
+    noted = observe(evaluator, metric)
+    with torch.no_grad(), whole_images(model):
+        for batch in track(loader, description=progress):
+            evaluator.process(model.val_step(batch), batch)
+    evaluator.evaluate(len(loader.dataset))
+    if not noted:
+        raise SystemExit(f'{metric} is no mean over images, so a swap cannot be compared image by image')
+    return noted[-1]
+
+
+def difference(own: ImageScores, swapped: ImageScores, seed: int = 0) -> tuple[float, float, float]:
+    """Return the mean difference of two scores of the same images, and the bounds of its 95 % bootstrap interval."""
+    number = len(own.numerators)
+    images = np.random.default_rng(seed).integers(number, size=(RESAMPLES, number))
+    values = own.scores(images) - swapped.scores(images)
+    low, high = np.nanpercentile(values, (2.5, 97.5))
+    return own.score() - swapped.score(), float(low), float(high)
+
+
+def rows_of(result: Path) -> list[dict[str, Any]]:
+    """Measure one run."""
+    inferencer, cfg, settings = load(result)
+    model = inferencer.model.eval()
+    loader_cfg = cfg.val_dataloader
+    loader_cfg.update(num_workers=0, persistent_workers=False)
+    loader_cfg.sampler = dict(type='DefaultSampler', shuffle=False)
+    if inferencer.scope == 'mmpretrain':
+        loader_cfg.setdefault('collate_fn', dict(type='default_collate'))
+    loader = Runner.build_dataloader(loader_cfg)
+    task = result.parent.parent.name
+    bank = KernelBank()
+    with bank.recording(model):
+        own = evaluate(model, loader, cfg.val_evaluator, settings['metric'], f'{task}: own')
+    rows = [dict(task=task, kernels='own', score=own.score())]
+    for swap in SWAPS[1:]:
+        with given_kernels(model, bank.swapped(swap)):
+            found = evaluate(model, loader, cfg.val_evaluator, settings['metric'], f'{task}: {swap}')
+        lost, low, high = difference(own, found)
+        rows.append(dict(task=task, kernels=swap, score=found.score(), lost=lost, low=low, high=high))
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('results', type=Path, nargs='+', help='results of runs of iCoN with adapters beside them')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/kernel_swap'), help='folder for the results')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for result in args.results:
+        rows += rows_of(result)
+        columns = {'task': '', 'kernels': '', 'score': '.2f', 'lost': '.2f', 'low': '.2f', 'high': '.2f'}
+        write_results(args.out, [Table('swapped kernels', columns, rows)], dict(resamples=RESAMPLES))
+
+
+if __name__ == '__main__':
+    main()
