@@ -9,12 +9,11 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import ROOT, free_port
 
-# Tools that start a forkserver of their own.
-STARTS_SERVERS = ('compare.py',)
 _processes = multiprocessing.get_context('forkserver')
 
 
@@ -28,28 +27,60 @@ def call(*command, ok=True, cwd=ROOT, **environment):
     return output
 
 
-def tool(name, *arguments, **kwargs):
-    """Run a tool; return what it printed.
+def start(printed, script, *arguments, cwd=ROOT, **environment):
+    """Start a Python file as the interpreter does, with what it prints in a file.
 
-    Its process is a copy of one that has imported the libraries, which takes most of a tool's seconds. With
-    an environment of its own, or where the tool starts such a server itself, it begins from nothing.
+    Its process is a copy of one that has imported the libraries, which takes most of a tool's seconds.
     """
-    path = ROOT / 'tools' / name
-    if name in STARTS_SERVERS or kwargs.keys() - {'ok', 'cwd'}:
-        return call(sys.executable, path, *arguments, **kwargs)
+    argv = [str(script), *map(str, arguments)]
+    process = _processes.Process(target=run_script, args=(argv, str(cwd), str(printed), environment))
+    process.start()
+    return process
+
+
+def run(script, *arguments, ok=True, **kwargs):
+    """Run a Python file in a process of its own; return what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         printed = Path(folder, 'printed')
-        argv = [str(path), *map(str, arguments)]
-        process = _processes.Process(target=run_script, args=(argv, str(kwargs.get('cwd', ROOT)), str(printed)))
-        process.start()
+        process = start(printed, script, *arguments, **kwargs)
         process.join()
         output = printed.read_text() if printed.exists() else ''
-    assert (process.exitcode == 0) == kwargs.get('ok', True), output[-5000:]
+    assert (process.exitcode == 0) == ok, output[-5000:]
     return output
 
 
-def run_script(argv, cwd, printed):
-    """Run a Python file as the interpreter does, with its output in a file."""
+def tool(name, *arguments, **kwargs):
+    """Run a tool in a process of its own; return what it printed."""
+    return run(ROOT / 'tools' / name, *arguments, **kwargs)
+
+
+def start_ranks(printed, script, *arguments, processes=2):
+    """Start a tool in several processes of one training, as a launcher does; rank N prints to ``printed[N]``."""
+    environment = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE=str(processes))
+    return [
+        start(
+            printed[rank], script, *arguments, '--launcher=pytorch', RANK=str(rank), LOCAL_RANK=str(rank), **environment
+        )
+        for rank in range(processes)
+    ]
+
+
+def ranks(name, *arguments, processes=2):
+    """Run a tool in several processes of one training; return what all printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [Path(folder, str(rank)) for rank in range(processes)]
+        started = start_ranks(printed, ROOT / 'tools' / name, *arguments, processes=processes)
+        for process in started:
+            process.join()
+        output = ''.join(file.read_text() for file in printed if file.exists())
+    assert all(process.exitcode == 0 for process in started), output[-5000:]
+    return output
+
+
+def run_script(argv, cwd, printed, environment):
+    """What such a process does."""
+    os.environ.update(environment)
+    forkserver._forkserver.ensure_running = lambda: None  # its own children come from the same server
     out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)

@@ -11,17 +11,15 @@ was not disturbed, to the last bit. Every third kill waits until a file is being
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from conftest import free_port
+from commands import start, start_ranks
 
 from iconformer_mm.checkpoint import load_safetensors
 from iconformer_mm.checkpoint.filename_template import FilenameTemplate
@@ -45,28 +43,17 @@ class Training:
     def start(self, folder: Path, resume: bool) -> Processes:
         """Start its processes, as a launcher would."""
         hook = 'default_hooks.checkpoint'
-        command = [sys.executable, ROOT / 'tools' / 'train.py', CONFIG, '--work-dir', folder]
-        command += ['--resume'] * resume
-        command += ['--cfg-options', f'{hook}.type=AdapterCheckpointHook', f'{hook}.interval=1']
-        command += [f'{hook}.max_keep_ckpts=2', f'{hook}.filename_tmpl={self.template.template}']
-        command += [
-            f'{hook}.save_best=accuracy/top1',
-            'train_cfg.val_interval=2',
-            f'train_cfg.max_epochs={self.epochs}',
-        ]
-        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-        if self.processes > 1:
-            command += ['train_dataloader.batch_size=25', '--launcher', 'pytorch']
-            environment.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE=str(self.processes))
+        options = [f'{hook}.type=AdapterCheckpointHook', f'{hook}.interval=1', f'{hook}.max_keep_ckpts=2']
+        options += [f'{hook}.filename_tmpl={self.template.template}', f'{hook}.save_best=accuracy/top1']
+        options += ['train_cfg.val_interval=2', f'train_cfg.max_epochs={self.epochs}']
+        arguments = [CONFIG, '--work-dir', folder, *(['--resume'] * resume)]
         folder.mkdir(parents=True, exist_ok=True)
-        started = []
-        for rank in range(self.processes):
-            environment.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            with open(folder / f'output_{rank}.log', 'a') as log:
-                started.append(
-                    subprocess.Popen([str(c) for c in command], stdout=log, stderr=subprocess.STDOUT, env=environment)
-                )
-        return Processes(started)
+        printed = [folder / f'output_{rank}.log' for rank in range(self.processes)]
+        script = ROOT / 'tools' / 'train.py'
+        if self.processes == 1:
+            return Processes([start(printed[0], script, *arguments, '--cfg-options', *options)])
+        options.append('train_dataloader.batch_size=25')
+        return Processes(start_ranks(printed, script, *arguments, '--cfg-options', *options, processes=self.processes))
 
     def newest(self, folder: Path) -> int:
         """The newest epoch with a checkpoint, 0 without one; all files that are there must be intact."""
@@ -86,21 +73,23 @@ class Training:
 class Processes:
     """The processes of one training."""
 
-    def __init__(self, started: list[subprocess.Popen]) -> None:
+    def __init__(self, started: list[BaseProcess]) -> None:
         self.started = started
 
     def are_running(self) -> bool:
         """Whether none of them has ended."""
-        return all(process.poll() is None for process in self.started)
+        return all(process.exitcode is None for process in self.started)
 
     def wait(self) -> int:
         """Wait for the end of all; 0 if all went well."""
-        return max(abs(process.wait()) for process in self.started)
+        for process in self.started:
+            process.join()
+        return max(abs(process.exitcode or 0) for process in self.started)
 
     def kill(self) -> None:
         """End all by SIGKILL."""
         for process in self.started:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         self.wait()
 
 

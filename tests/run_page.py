@@ -14,12 +14,15 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+
+from commands import run
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ('benchmarks', 'configs', 'docs', 'examples', 'iconformer_mm', 'requirements', 'tools')
@@ -70,8 +73,29 @@ def run_python(code: str, scope: dict, name: str) -> str:
     return printed.getvalue()
 
 
+def plain_commands(code: str) -> list[list[str]] | None:
+    """The words of a block's commands, if each runs a Python file and needs no shell; else None."""
+    commands = []
+    for line in code.replace('\\\n', ' ').splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if words[0] == 'iconformer':
+            words = ['python', str(Path(sys.executable).parent / 'iconformer'), *words[1:]]
+        if words[0] != 'python' or words[1].startswith('-') or set(''.join(words)) & set('|&;<>$`*?~(){}'):
+            return None
+        commands.append(words[1:])
+    return commands
+
+
 def run_bash(code: str, name: str) -> str:
     """Run a block; return what it printed."""
+    commands = plain_commands(code)
+    if commands is not None:
+        try:
+            return ''.join(run(*words, cwd=Path.cwd()) for words in commands)
+        except AssertionError as error:
+            raise SystemExit(f'{name} fails:\n{code}\n{error}') from None
     env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'PYTHONPATH': str(ROOT)}
     result = subprocess.run(['bash', '-euo', 'pipefail', '-c', code], env=env, capture_output=True, text=True)
     printed = result.stdout + result.stderr

@@ -1,14 +1,10 @@
 """The benchmarks' own pipelines, data sets, losses and metrics, fed from scenes, on small models."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from benchmark_runs import PYRAMID, check_training_and_test, narrow_mask2former, two_iterations, write_scenes
-from conftest import ROOT, free_port
+from commands import ranks
+from conftest import ROOT
 
 from iconformer_mm.datasets.scenes import SHAPES
 from iconformer_mm.engine import add_peft, load_config
@@ -143,18 +139,14 @@ def test_vitdet_adapts_by_the_flag(data, tmp_path):
 
 @pytest.mark.parametrize('name', [CASES[0][0], CASES[4][0]])
 def test_two_processes_with_gradient_checkpointing(name, data, tmp_path):
-    """dist_train.sh on the CPU: one checkpoint, adapters trained, frozen weights equal to those of another run."""
+    """Training over two processes: one checkpoint, adapters trained, frozen weights equal to those of another run."""
     states = []
     for run in ('first', 'second'):
         cfg = small_config(name, data, tmp_path / run)
         cfg.model.backbone.with_cp = True
         cfg.optim_wrapper.optimizer.lr = 1e-3 if run == 'first' else 1e-2
         cfg.dump(tmp_path / f'{run}.py')
-        environment = {**os.environ, 'PORT': free_port(), 'OMP_NUM_THREADS': '1'}
-        environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
-        command = ['bash', ROOT / 'tools' / 'dist_train.sh', tmp_path / f'{run}.py', '2']
-        result = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+        ranks('train.py', tmp_path / f'{run}.py')
         states.append(torch.load(tmp_path / run / 'iter_2.pth', map_location='cpu', weights_only=False)['state_dict'])
     for key, value in states[0].items():
         if key.startswith('backbone.') and 'adapter' not in key:

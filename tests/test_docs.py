@@ -9,7 +9,6 @@ import io
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from commands import run
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -139,9 +139,7 @@ def test_commands():
 )
 def test_page(path, tmp_path):
     """A page's blocks do what the page says."""
-    command = [sys.executable, ROOT / 'tests' / 'run_page.py', path, tmp_path / 'page']
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run(ROOT / 'tests' / 'run_page.py', path, tmp_path / 'page')
 
 
 def test_adapters(tmp_path, monkeypatch):

@@ -1,9 +1,9 @@
 import json
 import re
-import subprocess
 import sys
 
 import pytest
+from commands import run
 from conftest import ROOT
 
 NOTEBOOK = ROOT / 'examples' / 'adapt_a_classifier.ipynb'
@@ -11,11 +11,10 @@ NOTEBOOK = ROOT / 'examples' / 'adapt_a_classifier.ipynb'
 
 def test_two_tasks():
     """One base answers two questions, far better than by chance and than without an adapter."""
-    result = subprocess.run([sys.executable, ROOT / 'examples' / 'two_tasks.py'], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    scores = {m[1]: float(m[2]) for m in re.finditer(r'^(digit|turn): ([\d.]+) %', result.stdout, re.MULTILINE)}
+    printed = run(ROOT / 'examples' / 'two_tasks.py')
+    scores = {m[1]: float(m[2]) for m in re.finditer(r'^(digit|turn): ([\d.]+) %', printed, re.MULTILINE)}
     assert scores['digit'] > 80 and scores['turn'] > 60
-    assert float(re.search(r'gets ([\d.]+) %', result.stdout)[1]) < scores['digit'] - 2
+    assert float(re.search(r'gets ([\d.]+) %', printed)[1]) < scores['digit'] - 2
 
 
 def test_the_notebook_is_stored_clean():

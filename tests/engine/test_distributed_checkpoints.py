@@ -1,12 +1,8 @@
 """Adapter checkpoints of two processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
-from conftest import ROOT, free_port
+from commands import ranks, tool
+from conftest import ROOT
 
 from iconformer_mm.checkpoint import load_safetensors
 
@@ -17,15 +13,8 @@ def train(work_dir, epochs, processes, *arguments):
     options = ['default_hooks.checkpoint.type=AdapterCheckpointHook', 'default_hooks.checkpoint.interval=1']
     options += ['default_hooks.checkpoint.max_keep_ckpts=-1', f'train_cfg.max_epochs={epochs}']
     options += ['train_cfg.val_interval=1', 'train_dataloader.batch_size=25', 'param_scheduler=None']
-    command = ['bash', ROOT / 'tools' / 'dist_train.sh', CONFIG, processes]
-    if processes == 1:
-        command = [sys.executable, ROOT / 'tools' / 'train.py', CONFIG]
-    command += ['--work-dir', work_dir, *arguments, '--cfg-options', *options]
-    environment = {**os.environ, 'PORT': free_port(), 'OMP_NUM_THREADS': '1'}
-    environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
-    result = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    return result.stdout + result.stderr
+    arguments = [CONFIG, '--work-dir', work_dir, *arguments, '--cfg-options', *options]
+    return tool('train.py', *arguments) if processes == 1 else ranks('train.py', *arguments, processes=processes)
 
 
 def final(work_dir, epoch):
