@@ -444,6 +444,24 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@each_kind
+def test_compiled_code_computes_the_same(kind):
+    """With the compiler's tracing and its own gradients, but no generated code, which takes minutes."""
+    model = build()
+    inject(model, dict(type='icon', bottleneck=8), frozen_dtype=kind)
+    stir(model)
+    results = []
+    for call in (model, torch.compile(model, backend='aot_eager')):
+        out = flatten(call(image((64, 64))))
+        sum(each.sum() for each in out).backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None]
+        model.zero_grad()
+        results.append([*out, *gradients])
+    assert len(results[0]) == len(results[1]) > 10
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
 def test_sound_weights_are_needed():
     model = build()
     model.layers[1].ffn.layers[1].weight.data[0, 0] = float('inf')
