@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
+from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -237,6 +238,15 @@ def measure_peak(name: str, width: str, batch: int, threads: int) -> float:
     return live.peak / MIB
 
 
+def measure_peaks(args: argparse.Namespace, names: list[str], progress: Progress) -> dict[str, float]:
+    """Measure the peak of each contestant, in a fresh process each."""
+    peaks = {}
+    for name in progress.track(names, description='memory'):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+            peaks[name] = pool.submit(measure_peak, name, args.width, args.batch, args.threads).result()
+    return peaks
+
+
 def quiet() -> None:
     """LoRAModel reports every layer."""
     MMLogger.get_current_instance().setLevel('ERROR')
@@ -321,11 +331,7 @@ def measure(args: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
     with progress_bar() as progress, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         differences = check_equal(args.width, names, folder)
-        peaks = {}
-        if args.device == 'cpu':
-            for name in progress.track(everyone, description='memory'):
-                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
-                    peaks[name] = pool.submit(measure_peak, name, args.width, args.batch, args.threads).result()
+        peaks = measure_peaks(args, everyone, progress) if args.device == 'cpu' else {}
         steps: dict[str, Callable[[], None]] = {}
         facts: dict[str, dict[str, Any]] = {}
         for name in everyone:
