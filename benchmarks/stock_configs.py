@@ -191,7 +191,7 @@ def main() -> int:
             except Exception as error:
                 results[name] = 'not read', f'{type(error).__name__}: {str(error)[:100]}'
                 continue
-            if cfg is None:
+            if cfg is None or 'type' not in cfg:  # a config that is made to be completed by another
                 results[name] = 'no image encoder', ''
                 continue
             kind = f'{library} {cfg["type"]}'
