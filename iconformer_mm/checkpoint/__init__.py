@@ -18,6 +18,7 @@ from .adapter_file import (
 )
 from .loading import load_safetensors
 from .safetensors_io import DamagedFileError, read_safetensors, save_safetensors
+from .shards import empty_parameters, load_shards
 
 __all__ = [
     'AdapterFileError',
@@ -27,11 +28,13 @@ __all__ = [
     'base_parameters',
     'describe_adapter',
     'describe_base',
+    'empty_parameters',
     'fingerprint',
     'hash_parameters',
     'initialise_base',
     'load_adapter',
     'load_safetensors',
+    'load_shards',
     'parse_adapter',
     'put_adapter',
     'read_adapter',

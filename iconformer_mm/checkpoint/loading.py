@@ -9,6 +9,7 @@ from mmengine.runner import CheckpointLoader
 
 from .adapter_file import is_adapter_file, parse_adapter
 from .safetensors_io import read_safetensors
+from .shards import find_stored
 from .training_checkpoint import decode_checkpoint, is_checkpoint
 
 
@@ -42,3 +43,16 @@ def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
 def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Call :func:`load_safetensors`. MMEngine logs the part of a loader's name that follows ``load_from_``."""
     return load_safetensors(filename, map_location)
+
+
+@CheckpointLoader.register_scheme(prefixes=r'(?!\w+://).*\.safetensors\.index\.json$', force=True)
+def load_from_safetensors_index(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Read all shards of an index as one state dict. :func:`~.shards.load_shards` takes less memory."""
+    state: dict[str, Any] = {}
+    stored = find_stored(filename)
+    for path in sorted({place.path for place in stored.values()}):
+        with open(path, 'rb') as file:
+            state.update({name: place.read(file) for name, place in stored.items() if place.path == path})
+    if isinstance(map_location, (str, torch.device)):
+        state = {name: value.to(map_location) for name, value in state.items()}
+    return state

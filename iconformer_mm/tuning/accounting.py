@@ -170,6 +170,16 @@ class BaseAccount:
         self.norms.intersection_update(names)  # in place, because the backbone's Freezing shares this set
         self.norms.update(names)
 
+    def note(self, arrived: set[str]) -> None:
+        """Record tensors that were put in place by other means than a state dict.
+
+        Args:
+            arrived: Their names in the backbone.
+        """
+        norms = output_norms(self._backbone) & (self._needed() | self.norms)
+        self._settle_norms(norms - arrived, norms & arrived)
+        self.loaded |= arrived & set(self._backbone.state_dict())
+
     @property
     def missing(self) -> list[str]:
         """Frozen tensors that no load has contained."""

@@ -41,20 +41,53 @@ def hash_sets(parameters: Mapping[str, Tensor], sets: Sequence[Iterable[str]]) -
         parameters: Floating-point parameters by name.
         sets: For each fingerprint, the names of its parameters.
     """
-    chosen = [set(names) for names in sets]
-    halves: list[list[str]] = [[] for _ in chosen]
-    for dtype in (torch.bfloat16, torch.float16):
-        digests = [hashlib.sha256() for _ in chosen]
-        for name, value in sorted(parameters.items()):
-            head = f'{name} {tuple(value.shape)}\n'.encode()
+    stream = FingerprintStream(sets)
+    for name, value in sorted(parameters.items()):
+        stream.update(name, value)
+    return stream.results()
+
+
+class FingerprintStream:
+    """Computes fingerprints of several sets of parameters, one parameter at a time.
+
+    Args:
+        sets: For each fingerprint, the names of its parameters.
+    """
+
+    def __init__(self, sets: Sequence[Iterable[str]]) -> None:
+        self._sets = [set(names) for names in sets]
+        self._digests = {dtype: [hashlib.sha256() for _ in sets] for dtype in (torch.bfloat16, torch.float16)}
+        self._last = ''
+        self._names: set[str] = set()
+
+    def update(self, name: str, value: Tensor) -> None:
+        """Add a parameter. Names must come in sorted order; those in none of the sets are ignored.
+
+        Args:
+            name: Its name.
+            value: Its floating-point value.
+        """
+        assert name >= self._last, f'{name} after {self._last}'
+        self._last = name
+        self._names.add(name)
+        if not any(name in names for names in self._sets):
+            return
+        head = f'{name} {tuple(value.shape)}\n'.encode()
+        for dtype, digests in self._digests.items():
             rounded = value.to(device='cpu', dtype=dtype).contiguous().view(torch.int16).numpy()
-            for digest, names in zip(digests, chosen):
+            for digest, names in zip(digests, self._sets):
                 if name in names:
                     digest.update(head)
                     digest.update(rounded.data)
-        for digest, half in zip(digests, halves):
-            half.append(digest.hexdigest()[: DIGITS // 2])
-    return [''.join(half) for half in halves]
+
+    def results(self) -> list[str]:
+        """Return the fingerprints."""
+        halves = zip(*self._digests.values())
+        return [''.join(digest.hexdigest()[: DIGITS // 2] for digest in pair) for pair in halves]
+
+    def complete(self) -> dict[bytes, str]:
+        """Return the fingerprints of the sets that are complete, by :func:`hash_names`."""
+        return {hash_names(s): f for s, f in zip(self._sets, self.results()) if s <= self._names}
 
 
 def _recorded(packed: Sequence[Tensor], names: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,6 +138,39 @@ class FrozenPrecision(Replacement):
             form = self.weights[name].form
             return form.unpack(form.pack(value), value.dtype)
         return value.to(self.dtype) if name in self._originals else value
+
+    @property
+    def sets(self) -> list[set[str]]:
+        """The sets of names whose fingerprints packed weights record."""
+        return self._sets
+
+    @torch.no_grad()
+    def take(self, name: str, value: Tensor) -> None:
+        """Pack a floating-point value, and put it where the model has the packed weight, which may be empty.
+
+        Args:
+            name: Name of the weight.
+            value: The value, on the device that the weight is to be on.
+
+        Raises:
+            ValueError: It has NaN or infinite values.
+        """
+        _check_finite(name, value, self.name)
+        weight = self.weights[name]
+        packed = weight.form.pack(value)
+        if weight.packed.is_meta:
+            weight.module._buffers[weight.name] = nn.Parameter(packed, requires_grad=False)
+        else:
+            weight.packed.copy_(packed)
+
+    def record(self, fingerprints: Mapping[bytes, str]) -> None:
+        """Record the fingerprints of the base that :meth:`take` got.
+
+        Args:
+            fingerprints: Those of :attr:`sets`, by :func:`~.fingerprint.hash_names`.
+        """
+        for weight in self.weights.values():
+            write_head(weight.packed, self.name, fingerprints)
 
     def packed(self) -> dict[str, Tensor]:
         """Return copies of the packed weights by name."""

@@ -179,6 +179,8 @@ def _quantise_rows(matrix: Tensor, kind: str) -> dict[str, Tensor]:
     layer.weight = nn.Parameter(matrix, requires_grad=False)
     quantize_(layer, config)
     weight: Any = layer.weight
+    # torchao's method refers to its layer. The cycle would hold the weight until garbage is collected.
+    vars(layer).pop('extra_repr', None)
     zeros = (matrix == 0).all(dim=1)  # whose scale would be zero
     values = weight.qdata.view(torch.uint8).masked_fill(zeros[:, None], 0).view(weight.qdata.dtype)
     return dict(scales=weight.scale.flatten().masked_fill(zeros, 1), values=values)

@@ -91,10 +91,15 @@ class TrainedBase:
 
     def _after_load(self, backbone: nn.Module, incompatible_keys: Any) -> None:
         if self._loads_base:
-            self._begun, self.known = False, True
-            self.remember()
-            if not self._gradient_handles:
-                self._watch_gradients()
+            self.renew()
+
+    def renew(self) -> None:
+        """Take the current values for base values that were just loaded."""
+        self._begun, self.known = False, True
+        self.remember()
+        for handle in self._gradient_handles:
+            handle.remove()
+        self._watch_gradients()
 
     def check(self) -> None:
         """Reject restoring base values that are unknown.

@@ -193,8 +193,10 @@ class Attachment:
         """Add the adapters to the module, on its device and in its dtype unless ``dtype`` is given."""
         self.suffix = suffix
         device, dtype = device_of(self.module), dtype or dtype_of(self.module)
+        # A module on the meta device waits for its weights. Adapters have theirs.
+        place: dict[str, Any] = dict(dtype=dtype) if device.type == 'meta' else dict(device=device, dtype=dtype)
         for key, adapter in self.adapters.items():
-            setattr(self.module, key + suffix, adapter.to(device=device, dtype=dtype))
+            setattr(self.module, key + suffix, adapter.to(**place))
 
     def unregister(self) -> None:
         """Remove the adapters from the module."""
