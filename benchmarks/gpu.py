@@ -91,6 +91,14 @@ PARTS: dict[str, Part] = {
         60,
         ('mmpretrain',),
     ),
+    # One process alone: that the strategy runs on a GPU. What it gives is tested by processes on the CPU.
+    'sharded': Part(
+        ('-m', 'torch.distributed.run', '--nproc_per_node', '1', 'tools/train.py')
+        + ('configs/quickstart/vit-quickstart_icon_digits.py', '--launcher', 'pytorch', '--work-dir', 'OUT')
+        + ('--cfg-options', 'runner_type=FlexibleRunner', 'strategy.type=FSDPStrategy', 'train_cfg.max_epochs=2'),
+        40,
+        ('mmpretrain', 'sklearn'),
+    ),
 }
 
 

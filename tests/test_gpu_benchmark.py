@@ -42,7 +42,7 @@ def test_the_commands_are_those_of_the_benchmarks(capsys):
         assert script == '-m' or (ROOT / script).is_file(), script
     assert gpu.main(['--list']) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(gpu.PARTS)
-    assert sum(part.seconds for part in gpu.PARTS.values()) <= gpu.BUDGET + 20
+    assert sum(part.seconds for part in gpu.PARTS.values()) <= gpu.BUDGET + 60
 
 
 def test_a_machine_without_a_gpu_is_one_line(tmp_path):

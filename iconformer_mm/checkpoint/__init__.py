@@ -1,5 +1,6 @@
 from .adapter_file import (
     AdapterFileError,
+    adapter_of,
     base_difference,
     base_of,
     base_parameters,
@@ -23,6 +24,7 @@ from .shards import empty_parameters, load_shards
 __all__ = [
     'AdapterFileError',
     'DamagedFileError',
+    'adapter_of',
     'base_difference',
     'base_of',
     'base_parameters',

@@ -51,6 +51,7 @@ from iconformer_mm.version import __version__
 
 from .divergence import diverged_error, find_diverged
 from .safetensors_io import DamagedFileError, parse_json, read_safetensors, save_safetensors, shortened
+from .sharded import wholes
 from .training_checkpoint import is_checkpoint
 from .tuned_state import base_state, file_names, heads_of, tuned_state
 
@@ -192,6 +193,35 @@ def save_adapter(
             diverged and tensors hold NaN or infinite values. An existing file
             is kept.
     """
+    content, tensors = adapter_of(model, metadata, task, classes, name)
+    write_adapter(path, content, tensors)
+
+
+def adapter_of(
+    model: nn.Module,
+    metadata: dict[str, Any] | None = None,
+    task: str | None = None,
+    classes: Sequence[str] | None = None,
+    name: str | None = None,
+    base: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what :func:`save_adapter` writes. A sharded model is gathered, for which all processes must call this.
+
+    Args:
+        model: An adapted model, or an adapted backbone alone.
+        metadata: Your own notes.
+        task: What it was trained for.
+        classes: Names of the classes.
+        name: The adapter. Defaults to None: the active one.
+        base: The result of :func:`describe_base` from before the model was sharded. Defaults to None: it is not
+            sharded.
+
+    Returns:
+        The metadata and the tensors.
+
+    Raises:
+        ValueError: As :func:`save_adapter`.
+    """
     injection = get_injection(model)
     if injection is None:
         raise ValueError(f'{type(unwrap(model)).__name__} is not adapted: there is no adapter to save')
@@ -206,7 +236,7 @@ def save_adapter(
     content = describe_adapter(
         adapter.method.config if adapter else injection.method.config,
         list(injection.named_attachments(name)),
-        describe_base(model),
+        describe_base(model) if base is None else base,
         task=task,
         classes=classes,
         notes=metadata,
@@ -214,7 +244,7 @@ def save_adapter(
         backbones=list(backbones_of(model)),
         base_dtype=injection.frozen_dtype,
     )
-    write_adapter(path, content, tuned_state(model, name))
+    return content, wholes(tuned_state(model, name))
 
 
 def describe_adapter(

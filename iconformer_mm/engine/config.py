@@ -27,10 +27,12 @@ from .bfloat16_optim_wrapper import AMP_OPTIONS, APEX_OPTIONS
 # Read from a config by the runner's relatives, not by its constructor.
 _MORE_SETTINGS = (
     'auto_scale_lr',
+    'compile',
     'custom_imports',
     'find_unused_parameters',
     'model_wrapper_cfg',
     'runner_type',
+    'strategy',
     'test_pipeline',
     'train_pipeline',
     'tta_model',

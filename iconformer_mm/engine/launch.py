@@ -20,6 +20,7 @@ from iconformer_mm.checkpoint.training_checkpoint import is_seed
 from iconformer_mm.files import expanded
 from iconformer_mm.registry import is_type
 
+from .flexible_runner import CheckedFlexibleRunner
 from .hooks import WeightsHook
 from .hooks.adapter_checkpoint_hook import newest_intact, on_main_process
 from .runner import CheckedRunner
@@ -84,10 +85,16 @@ def _join_process_group(cfg: Config) -> None:
         init_dist(launcher, **((cfg.get('env_cfg') or {}).get('dist_cfg') or {}))
 
 
+def _is_flexible(cfg: Config) -> bool:
+    """Whether a config asks for MMEngine's FlexibleRunner."""
+    return is_type(dict(type=cfg.get('runner_type')), 'FlexibleRunner', 'CheckedFlexibleRunner')
+
+
 def build_runner(cfg: Config) -> Runner:
     """Build the config's runner. Distributed runners work on machines without a GPU, too.
 
-    A runner without a PEFTHook gets a :class:`iconformer_mm.engine.WeightsHook`.
+    ``runner_type='FlexibleRunner'`` gives a :class:`~iconformer_mm.engine.CheckedFlexibleRunner`. A runner without a
+    PEFTHook gets a :class:`iconformer_mm.engine.WeightsHook`.
 
     Args:
         cfg: The config.
@@ -98,15 +105,18 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.get('launcher', 'none') == 'pytorch' and not torch.cuda.is_available():
         _join_process_group(cfg)
         _replace_sync_bn(cfg.model)
-        if cfg.get('model_wrapper_cfg') is None:
+        if cfg.get('model_wrapper_cfg') is None and not _is_flexible(cfg):
             cfg.model_wrapper_cfg = dict(
                 type='MMDistributedDataParallel',
                 device_ids=None,
                 broadcast_buffers=False,
                 find_unused_parameters=cfg.get('find_unused_parameters', False),
             )
-    runner = CheckedRunner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
-    if not hasattr(runner, 'strategy') and not any(isinstance(hook, WeightsHook) for hook in runner.hooks):
+    if _is_flexible(cfg):
+        runner = CheckedFlexibleRunner.from_cfg(cfg)
+    else:
+        runner = CheckedRunner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    if not any(isinstance(hook, WeightsHook) for hook in runner.hooks):
         runner.register_hook(WeightsHook())  # PEFTHook is a subclass
     return runner
 

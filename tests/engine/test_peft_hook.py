@@ -186,8 +186,8 @@ def test_a_runner_without_configs_is_refused(tmp_path):
         runner.train()
 
 
-def test_a_flexible_runner_is_refused():
-    with pytest.raises(ValueError, match='With FlexibleRunner, use a backbone with built-in adapters'):
+def test_a_flexible_runner_of_others_is_refused():
+    with pytest.raises(ValueError, match='build the runner by iconformer_mm.engine.build_runner'):
         PEFTHook().before_run(SimpleNamespace(strategy=object()))
 
 

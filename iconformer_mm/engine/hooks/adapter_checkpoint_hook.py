@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from mmengine.dist import all_gather_object, broadcast_object_list, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner, load_checkpoint
+from mmengine.runner import checkpoint as checkpoint_module
 from mmengine.runner import runner as runner_module
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
@@ -31,6 +33,7 @@ from iconformer_mm.checkpoint.divergence import diverged_error, find_diverged
 from iconformer_mm.checkpoint.filename_template import FilenameTemplate
 from iconformer_mm.checkpoint.reading import read_checkpoint, state_dict_of
 from iconformer_mm.checkpoint.safetensors_io import read_safetensors, shortened
+from iconformer_mm.checkpoint.sharded import class_name, is_sharded, placed_like, whole, wholes
 from iconformer_mm.checkpoint.training_checkpoint import (
     check_note,
     check_resumable,
@@ -49,6 +52,8 @@ from iconformer_mm.tuning.accounting import (
     describe_training,
 )
 from iconformer_mm.tuning.injection import backbones_of, unwrap
+
+from ..strategies import FullyShardStrategy
 
 BEST = 'best_'  # MMEngine's prefix for names of the best checkpoints
 
@@ -136,6 +141,20 @@ class AdapterCheckpointHook(CheckpointHook):
         self._diverged: str | None = None
 
     # Loading
+
+    def before_prepare(self, runner: Runner) -> None:
+        """Do what :meth:`before_run` does, before a CheckedFlexibleRunner wraps the model."""
+        if hasattr(runner, 'strategy') and type(runner.strategy).__name__ == 'DeepSpeedStrategy':
+            raise ValueError(
+                "AdapterCheckpointHook cannot write DeepSpeed's sharded optimizer: use MMEngine's CheckpointHook, or "
+                "strategy=dict(type='FSDPStrategy')"
+            )
+        self.before_run(runner)
+
+    def before_wrap(self, runner: Runner) -> None:
+        """Take the PEFTHook's description of the base. Once the model is sharded, no process has the whole of it."""
+        described = (getattr(hook, 'base_before_wrap', None) for hook in runner.hooks)
+        self._base = next(filter(None, described), None)
 
     def before_run(self, runner: Runner) -> None:
         """Check the model, and choose the checkpoint to resume from."""
@@ -254,7 +273,7 @@ class AdapterCheckpointHook(CheckpointHook):
             if name in state['gradients']:
                 if state['gradients'][name].shape != parameter.shape:
                     raise DamagedFileError(f'{runner._load_from}: the gradient of {name} has another shape than {name}')
-                parameter.grad = state['gradients'][name].to(parameter)
+                parameter.grad = placed_like(state['gradients'][name].to(parameter.device, parameter.dtype), parameter)
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             # The loop first draws the batches that were already trained on.
             loop = runner.train_loop
@@ -307,7 +326,10 @@ class AdapterCheckpointHook(CheckpointHook):
 
     def _has_diverged(self, runner: Runner) -> bool:
         """Whether the tensors to write hold NaN or infinite values. The first process decides; a warning is logged."""
-        self._diverged = on_main_process(lambda: diverged_in(runner))
+        if is_sharded(unwrap(runner.model)):
+            self._diverged = diverged_in(runner)  # gathers, so all processes take part
+        else:
+            self._diverged = on_main_process(lambda: diverged_in(runner))
         if self._diverged is not None:
             runner.logger.warning(f'no checkpoint is written: {self._diverged}')
         return self._diverged is not None
@@ -319,13 +341,21 @@ class AdapterCheckpointHook(CheckpointHook):
         self._rank_states = all_gather_object(state)
         self._written = []
         removal = _LateRemoval(self.file_backend, Path(self.out_dir))
-        original, backend = runner_module.save_checkpoint, self.file_backend
-        runner_module.save_checkpoint = lambda checkpoint, path, *args, **kwargs: self._write(runner, checkpoint, path)
+        original, backend = checkpoint_module.save_checkpoint, self.file_backend
+        # The first is what Runner calls, the second what strategies call.
+        for module in (runner_module, checkpoint_module):
+            module.save_checkpoint = lambda checkpoint, path, *args, **kwargs: self._write(runner, checkpoint, path)
         self.file_backend = removal
+        strategy = getattr(runner, 'strategy', None)
+        if isinstance(strategy, FullyShardStrategy):
+            strategy.left_out = frozen_state(unwrap(runner.model)).keys()
         try:
             yield
         finally:
-            runner_module.save_checkpoint, self.file_backend = original, backend
+            runner_module.save_checkpoint = checkpoint_module.save_checkpoint = original
+            self.file_backend = backend
+            if isinstance(strategy, FullyShardStrategy):
+                strategy.left_out = ()
         for path in removal.late:
             if Path(path) not in self._written:
                 Path(path).unlink(missing_ok=True)
@@ -336,7 +366,10 @@ class AdapterCheckpointHook(CheckpointHook):
             self._base = describe_base(model)
         frozen = frozen_state(model).keys()
         checkpoint = dict(checkpoint)
-        checkpoint['state_dict'] = {n: v for n, v in checkpoint['state_dict'].items() if n not in frozen}
+        state = checkpoint['state_dict']
+        if is_model_wrapper(runner.model):  # MMEngine's strategies write the wrapper's names
+            state = {n.removeprefix('module.'): v for n, v in state.items()}
+        checkpoint['state_dict'] = {n: v for n, v in state.items() if n not in frozen}
         if 'ema_state_dict' in checkpoint:
             ema = checkpoint['ema_state_dict']
             checkpoint['ema_state_dict'] = {n: v for n, v in ema.items() if n.removeprefix('module.') not in frozen}
@@ -345,7 +378,7 @@ class AdapterCheckpointHook(CheckpointHook):
         checkpoint[NOTE] = dict(
             **describe_training(injection),
             **self._base,
-            task=type(model).__name__,
+            task=class_name(model),
             backbones=list(backbones_of(model)),
             heads=heads_of(model),
             load_from=self._source,
@@ -538,7 +571,7 @@ def diverged_in(runner: Runner) -> str | None:
     for model in (unwrap(runner.model), averaged_model(runner)):
         if model is not None:
             frozen = frozen_state(model).keys()
-            names = find_diverged({n: v for n, v in model.state_dict().items() if n not in frozen})
+            names = find_diverged(wholes({n: v for n, v in model.state_dict().items() if n not in frozen}))
             if names:
                 return f'by iteration {runner.iter} {diverged_error(names)}'
     return None
@@ -549,7 +582,7 @@ def waiting_gradients(runner: Runner) -> dict[str, torch.Tensor]:
     if getattr(runner.optim_wrapper, '_accumulative_counts', 1) == 1:
         return {}
     named = unwrap(runner.model).named_parameters()
-    return {name: p.grad.detach().cpu() for name, p in named if p.grad is not None}
+    return {name: whole(p.grad.detach()).cpu() for name, p in named if p.grad is not None}
 
 
 def random_state() -> dict[str, Any]:

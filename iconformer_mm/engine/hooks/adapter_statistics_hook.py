@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from iconformer_mm.adapters import Adapter
 from iconformer_mm.adapters.icon import ICoN
+from iconformer_mm.checkpoint.sharded import whole
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.injection import backbones_of, unwrap
 
@@ -129,11 +130,11 @@ class AdapterStatisticsHook(Hook):
 
     @torch.no_grad()
     def _see_gradients(self) -> None:
-        norms = {name: _gradient_norm(adapter.parameters()) for name, adapter in self._adapters.items()}
+        norms = {name: whole(_gradient_norm(adapter.parameters())) for name, adapter in self._adapters.items()}
         self._seen['adapter_gradient'] = norms
         self._seen['adapter_gradient/total'] = {'': torch.stack(list(norms.values())).norm()}
         if self._head:
-            self._seen['head_gradient'] = {'': _gradient_norm(self._head)}
+            self._seen['head_gradient'] = {'': whole(_gradient_norm(self._head))}
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None

@@ -7,13 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process, master_only
+from mmengine.dist import is_main_process
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch import nn
 
-from iconformer_mm.checkpoint import save_adapter
+from iconformer_mm.checkpoint import adapter_of, write_adapter
+from iconformer_mm.checkpoint.sharded import class_name, is_sharded
 from iconformer_mm.datasets.checks import check_dataset
 from iconformer_mm.files import write_json
 from iconformer_mm.tuning import get_injection, inject, summarize
@@ -25,7 +27,7 @@ from ..load_log import note_fresh_adapters
 from ..prefix_cache import PrefixCache, PrefixCacheOptions
 from ..runner import CheckedRunner, check_loop
 from .adapter_checkpoint_hook import averaged_model, diverged_in
-from .weights_hook import WeightsHook
+from .weights_hook import WeightsHook, over_trainable
 
 
 @HOOKS.register_module()
@@ -41,6 +43,9 @@ class PEFTHook(WeightsHook):
     With ``EMAHook`` these are the averaged weights, which validation measured. A
     diverged run has NaN or infinite values in them. It logs a warning and does not
     overwrite an existing file.
+
+    With MMEngine's FlexibleRunner (``runner_type='FlexibleRunner'``) it adapts the model before the strategy
+    (DDP, FSDP, DeepSpeed) wraps it. See docs/several_gpus.md.
 
     It also does what :class:`WeightsHook` does: it raises an error if a tensor is in none of the files but
     should be. Output norms that the weights lack are trained with the adapters. For example, ImageNet weights
@@ -67,7 +72,7 @@ class PEFTHook(WeightsHook):
     Raises:
         MissingExtraError: ``frozen_dtype`` needs torchao, which is not installed or too old.
         ValueError: The model is already adapted or lacks what was selected, an option is unknown, the runner has no
-            config to rebuild its parts from, or it is a FlexibleRunner.
+            config to rebuild its parts from, or it is a FlexibleRunner that build_runner did not build.
         WeightsError: A tensor is not accounted for, or a checkpoint is of another method.
         DataError: The data does not fit the model.
         PrefixError: The model or the data cannot be cached, or the disk has no room.
@@ -115,13 +120,32 @@ class PEFTHook(WeightsHook):
             return  # train(), val() and test() of one runner each call this method
         if hasattr(runner, 'strategy'):
             raise ValueError(
-                'PEFTHook works with mmengine.Runner. With FlexibleRunner, use a backbone with built-in adapters, such '
-                'as ICoNSwinTransformer'
+                "FlexibleRunner has wrapped the model before PEFTHook could adapt it: set runner_type='FlexibleRunner' "
+                'and build the runner by iconformer_mm.engine.build_runner, as `iconformer train` does'
             )
         if not isinstance(runner, CheckedRunner):  # a CheckedRunner has checked its data already
             self._check_data(runner)
         wrapped = is_model_wrapper(runner.model)
         model = runner.model.module if wrapped else runner.model
+        self._inject(runner, model)
+        if wrapped:
+            runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
+        if isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
+            self.rebuild_optimization(runner)
+        super().before_run(runner)
+
+    def before_prepare(self, runner: Runner) -> None:
+        """Adapt the bare model of a CheckedFlexibleRunner, whose strategy then builds the optimizer over it."""
+        if self._cache is not None:
+            raise ValueError(
+                "prefix_cache needs MMEngine's Runner: leave runner_type out, or leave prefix_cache out of the PEFTHook"
+            )
+        self._inject(runner, runner.model)
+        if runner.optim_wrapper is not None:
+            runner.optim_wrapper = over_trainable(runner.optim_wrapper)
+        super().before_prepare(runner)
+
+    def _inject(self, runner: Runner, model: nn.Module) -> None:
         summary = inject(
             model,
             self.method,
@@ -136,12 +160,6 @@ class PEFTHook(WeightsHook):
         self._injection = get_injection(model)
         runner.logger.info(f'\n{summary}')
         note_fresh_adapters(runner.logger)
-
-        if wrapped:
-            runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
-        if isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
-            self.rebuild_optimization(runner)
-        super().before_run(runner)
 
     def before_train(self, runner: Runner) -> None:
         """Check the weights, and write the summary, which includes output norms that turned out to be new."""
@@ -191,17 +209,24 @@ class PEFTHook(WeightsHook):
             self._cache.end()
         self._save_adapter(runner)
 
-    @master_only
     def _save_adapter(self, runner: Runner) -> None:
-        if self.save_adapter and self._injection is not None and self._injection.method.freezes:
-            path = Path(runner.work_dir) / 'adapter.safetensors'
-            fault = diverged_in(runner)
-            if fault is not None:
+        if not self.save_adapter or self._injection is None or not self._injection.method.freezes:
+            return
+        path = Path(runner.work_dir) / 'adapter.safetensors'
+        fault = diverged_in(runner)
+        if fault is not None:
+            if is_main_process():
                 runner.logger.warning(f'{path} is not written because the training diverged: {fault}')
-                return
-            averaged = None if self.save_adapter == 'raw' else averaged_model(runner)
-            model = unwrap(runner.model) if averaged is None else averaged
-            classes = (getattr(runner.train_dataloader.dataset, 'metainfo', None) or {}).get('classes')
-            notes = dict(epoch=runner.epoch, iter=runner.iter, weights='raw' if averaged is None else 'averaged')
-            save_adapter(model, path, metadata=notes, task=type(model).__name__, classes=classes)
+            return
+        averaged = None if self.save_adapter == 'raw' else averaged_model(runner)
+        model = unwrap(runner.model) if averaged is None else averaged
+        classes = (getattr(runner.train_dataloader.dataset, 'metainfo', None) or {}).get('classes')
+        notes = dict(epoch=runner.epoch, iter=runner.iter, weights='raw' if averaged is None else 'averaged')
+        if not is_main_process() and not is_sharded(model):
+            return  # all processes gather a sharded model
+        content, tensors = adapter_of(
+            model, metadata=notes, task=class_name(model), classes=classes, base=self.base_before_wrap
+        )
+        if is_main_process():
+            write_adapter(path, content, tensors)
             runner.logger.info(f'Adapter file ({path.stat().st_size / 2**20:.2f} MiB) saved to {path}')

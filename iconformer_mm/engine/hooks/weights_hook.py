@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
@@ -10,7 +11,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 
-from iconformer_mm.checkpoint import initialise_base, put_adapter
+from iconformer_mm.checkpoint import describe_base, initialise_base, put_adapter
 from iconformer_mm.checkpoint.tuned_state import file_names, heads_of
 from iconformer_mm.engine.optim_wrapper_constructor import describe_groups
 from iconformer_mm.registry import is_type
@@ -31,6 +32,7 @@ from iconformer_mm.tuning.accounting import (
 from iconformer_mm.tuning.backbones import is_below, join
 from iconformer_mm.tuning.injection import backbones_of, unwrap
 
+from ..large_bases import fill
 from .adapter_checkpoint_hook import AdapterCheckpointHook
 
 
@@ -57,11 +59,31 @@ class WeightsHook(Hook):
     def __init__(self) -> None:
         self._record: LoadRecord | None = None
         self._checked = False
+        #: The base of a model that a strategy wraps, as describe_base returns it.
+        self.base_before_wrap: dict[str, Any] | None = None
 
     def before_run(self, runner: Runner) -> None:
         """Start to record what is loaded."""
         if self._record is None and not self._checked:
             self._record = LoadRecord(unwrap(runner.model))
+
+    def before_prepare(self, runner: Runner) -> None:
+        """Start to record what is loaded into the bare model of a CheckedFlexibleRunner, and load shards."""
+        self._record = LoadRecord(runner.model)
+        fill(runner.model, self._record)
+
+    def before_wrap(self, runner: Runner) -> None:
+        """Check that the bare model of a CheckedFlexibleRunner is complete, and describe its base.
+
+        Once it is sharded, no process has the whole base.
+        """
+        if not _is_training(runner):
+            self._require_all(runner)
+            return
+        self._require_trained_on(runner)
+        injection = get_injection(runner.model)
+        if injection is not None and injection.method.freezes:
+            self.base_before_wrap = describe_base(runner.model)
 
     # Loading
 
@@ -115,6 +137,9 @@ class WeightsHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Check that every frozen tensor was loaded, and on resuming every other tensor, too."""
         self._rebuild_for_norms(runner)
+        self._require_trained_on(runner)
+
+    def _require_trained_on(self, runner: Runner) -> None:
         record, self._record, self._checked = self._record, None, True
         if record is None:
             return
@@ -196,22 +221,35 @@ class WeightsHook(Hook):
         Raises:
             ValueError: The runner has no config to build them from.
         """
-        optim_wrapper = copy.deepcopy(runner.cfg.get('optim_wrapper'))
-        if not isinstance(optim_wrapper, dict) or 'optimizer' not in optim_wrapper:
-            raise ValueError(
-                'PEFTHook cannot rebuild the optimizer: the runner has a built optimizer, or several, and no '
-                '`optim_wrapper` config. Call iconformer_mm.inject(model) before you create the optimizer instead.'
-            )
-        constructor = optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
-        if not is_type(dict(type=constructor), 'PEFTOptimWrapperConstructor'):
-            optim_wrapper['constructor'] = 'PEFTOptimWrapperConstructor'
-            optim_wrapper['paramwise_cfg'] = {**(optim_wrapper.get('paramwise_cfg') or {}), 'constructor': constructor}
+        optim_wrapper = over_trainable(runner.cfg.get('optim_wrapper'))
         schedulers, runner.param_schedulers = runner.param_schedulers, None
         runner.optim_wrapper = runner.build_optim_wrapper(optim_wrapper)
         runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
         if schedulers is not None:
             runner.param_schedulers = runner.build_param_scheduler(copy.deepcopy(runner.cfg.param_scheduler))
         runner.logger.info(f'\n{describe_groups(unwrap(runner.model), runner.optim_wrapper)}')
+
+
+def over_trainable(optim_wrapper: Any) -> dict[str, Any]:
+    """Copy the config of an optimizer wrapper, and restrict it to trainable parameters.
+
+    Args:
+        optim_wrapper: The config.
+
+    Raises:
+        ValueError: It is not the config of a single optimizer.
+    """
+    optim_wrapper = copy.deepcopy(optim_wrapper)
+    if not isinstance(optim_wrapper, dict) or not isinstance(optim_wrapper.get('optimizer'), dict):
+        raise ValueError(
+            'PEFTHook cannot rebuild the optimizer: the runner has a built optimizer, or several, and no '
+            '`optim_wrapper` config. Call iconformer_mm.inject(model) before you create the optimizer instead.'
+        )
+    constructor = optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
+    if not is_type(dict(type=constructor), 'PEFTOptimWrapperConstructor'):
+        optim_wrapper['constructor'] = 'PEFTOptimWrapperConstructor'
+        optim_wrapper['paramwise_cfg'] = {**(optim_wrapper.get('paramwise_cfg') or {}), 'constructor': constructor}
+    return optim_wrapper
 
 
 def _is_training(runner: Runner) -> bool:
