@@ -1,6 +1,7 @@
 """Show what a config would adapt, train and cost, before any training.
 
 python tools/inspect_model.py CONFIG --peft icon --shape 512 512
+python tools/inspect_model.py CONFIG --peft icon --gpus 4 --memory 24
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from iconformer_mm.analysis.inspection import Inspection, inspect_model
+from iconformer_mm.analysis.plan import RESERVED_GIB, RESERVED_SHARE, Plan, plan_memory, settings_of
 from iconformer_mm.engine import load_config
 
 from .errors import user_errors
@@ -66,20 +68,62 @@ def saving_of(inspection: Inspection) -> str:
     )
 
 
+def plan_of(plan: Plan) -> Table:
+    """What fits on some GPUs."""
+    table = Table(
+        title=f'estimated memory on each of {plan.gpus} GPUs of {plan.memory_gib:g} GiB, {plan.batch} images on each',
+        title_justify='left',
+    )
+    for column in ('strategy', 'frozen_dtype', 'with_cp'):
+        table.add_column(column)
+    for column in ('frozen (GiB)', 'trained (GiB)', 'an image (GiB)', 'in all (GiB)', 'most images'):
+        table.add_column(column, justify='right')
+    for way in plan.ways:
+        numbers = (way.weights_gib, way.trained_gib, way.stored_gib, way.gib(plan.batch))
+        style = 'bold' if way is plan.chosen else 'dim' if way.images < plan.batch else None
+        name = str(way.frozen_dtype)
+        table.add_row(
+            way.strategy, name, str(way.with_cp), *(f'{n:,.2f}' for n in numbers), f'{way.images:,}', style=style
+        )
+    return table
+
+
+def choice_of(plan: Plan) -> str:
+    """The way that a plan chooses, in words."""
+    note = (
+        f'{plan.usable_gib:,.1f} GiB are counted on: {RESERVED_SHARE:.0%} and {RESERVED_GIB:g} GiB are left to CUDA '
+        'and temporary tensors. What neck and head store is not in the estimate.'
+    )
+    if plan.chosen is None:
+        most = max((way.images for way in plan.ways), default=0)
+        return f'Nothing fits with {plan.batch} images on a GPU; the most is {most}. {note}'
+    return f'First that fits: {"; ".join(settings_of(plan.chosen))}. {note}'
+
+
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = make_parser(__doc__.partition('\n')[0])
     parser.add_argument('--shape', nargs=2, type=int, default=(224, 224), help='height and width in pixels (224 224)')
     parser.add_argument('--json', action='store_true', help='print JSON')
+    parser.add_argument('--gpus', type=int, help='plan for this number of GPUs (1 if only --memory is given)')
+    parser.add_argument('--memory', type=float, help='memory of each GPU in GiB, for a plan of what fits')
+    parser.add_argument('--batch', type=int, help="images on each GPU, for a plan (the config's batch_size)")
     args = parser.parse_args(argv)
+    if args.memory is None and (args.gpus is not None or args.batch is not None):
+        parser.error('--gpus and --batch are for a plan, which needs the memory of a GPU: add --memory GIB')
     if min(args.shape) < 1:
         parser.error(f'--shape takes a height and a width in pixels, got {args.shape[0]} {args.shape[1]}')
     cfg = load_config(args.config, args.peft)
     merge_options(cfg, args.cfg_options)
     inspection = inspect_model(cfg, tuple(args.shape))
+    plan = None
+    if args.memory is not None:
+        gpus = 1 if args.gpus is None else args.gpus
+        plan = plan_memory(cfg, gpus, args.memory, tuple(args.shape), args.batch)
     if args.json:
-        print(json.dumps(inspection.as_dict(), indent=1))
+        content = inspection.as_dict() if plan is None else {**inspection.as_dict(), 'plan': plan.as_dict()}
+        print(json.dumps(content, indent=1))
         return
     console = Console()
     console.print(tree_of(inspection))
@@ -87,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(table_of(inspection))
     if inspection.prefix is not None:
         console.print(saving_of(inspection), highlight=False, markup=False)
+    if plan is not None:
+        console.print(plan_of(plan))
+        console.print(choice_of(plan), highlight=False, markup=False)
     for mistake in inspection.mistakes:
         console.print(f'warning: {mistake}', style='yellow', highlight=False, markup=False)
     for dataset in inspection.unseen:
