@@ -289,6 +289,8 @@ def averaged_models(model: nn.Module) -> list[BaseAveragedModel]:
 
 def find_classifiers(backbone: nn.Module) -> list[str]:
     """List the names of the classifiers in a backbone: heads with parameters in the module that holds the blocks."""
+    if type(backbone).__name__.endswith('Head'):
+        return []  # a head that is adapted itself
     inner = search(backbone).learning
     path = ''
     if list(inner) == ['']:

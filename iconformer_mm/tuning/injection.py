@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ from .families import BlockFamily, FromPatchEmbed, NoGrid, class_path, family_of
 from .freezing import ADAPTER, Freezing, FrozenParts, is_adapter
 from .frozen_precision import FrozenPrecision, check_frozen_dtype, tell_rounded
 from .grids import GridTracker, PatchEmbedTap
-from .methods import PEFTMethod, build_method
+from .methods import PEFTMethod, Towers, build_method
 from .packing import KINDS
 from .quantised import check_gradients_pass
 from .quantised_weight import named_weights
@@ -40,9 +41,10 @@ from .recomputation import Recomputation
 from .replacement import Replacement
 from .selection import Selection
 from .sites import Site, find_sites, no_site_error
-from .summary import Summary
+from .summary import Summary, TowerSummary
 from .trained_base import TrainedBase, set_values
 from .unread import unread_patches
+from .where import build_towers, find_towers
 
 _KEY = '_peft_injection'
 _MERGED = '_peft_merged'
@@ -315,11 +317,21 @@ class Injection:
 
     def _check(self, method: PEFTMethod, selection: Selection) -> None:
         """Refuse what cannot be carried out, before memory is taken and the host is touched."""
-        planned = [
-            attachment
-            for path, backbone in self.backbones.items()
-            for attachment in plan(backbone, method, selection, self.outside[path])
-        ]
+        if isinstance(method, Towers):
+            unknown = [path for path in method.methods if path not in self.backbones]
+            if unknown:
+                raise ValueError(
+                    f'methods: {unknown[0]!r} is not among the towers that are adapted: '
+                    f'{", ".join(map(repr, self.backbones))}. All adapters of a model share its towers'
+                )
+        planned: list[Attachment] = []
+        for path, backbone in self.backbones.items():
+            try:
+                planned += plan(backbone, method.of(path), selection, self.outside[path])
+            except ValueError as error:
+                if len(self.backbones) == 1:
+                    raise
+                raise ValueError(f'{path!r}: {error}') from error
         if self.with_cp and (not planned or not all(isinstance(a, BlockAttachment) for a in planned)):
             raise ValueError(
                 f"with_cp recomputes adapted blocks, and method '{method.name}' adapts none as a whole; use the "
@@ -334,7 +346,8 @@ class Injection:
         for path, backbone in self.backbones.items():
             # What only unread tokens pass would get no gradient, and weight decay would change it all the same.
             unread = unread_patches(find_sites(backbone))
-            for attachment in make_attachments(backbone, method, selection, self.outside[path], self._tracker):
+            made = make_attachments(backbone, method.of(path), selection, self.outside[path], self._tracker)
+            for attachment in made:
                 attachment.register(suffix, self.adapter_dtype)
                 attachment.joint = self.joint(attachment.module)
                 attachment.joint.attachments[name] = attachment
@@ -342,10 +355,10 @@ class Injection:
                     attachment.joint.with_cp = True
                 for tapped in attachment.handlers:
                     self._tap(backbone, tapped).users += 1
-                for key, made in attachment.adapters.items():
+                for key, own in attachment.adapters.items():
                     attachment.part(key).train(backbone.training)
-                    for part in getattr(made, 'patch_only', ()) if attachment.name in unread else ():
-                        made.get_submodule(part).requires_grad_(False)
+                    for part in getattr(own, 'patch_only', ()) if attachment.name in unread else ():
+                        own.get_submodule(part).requires_grad_(False)
                 adapter.attachments.append(attachment)
                 adapter.paths.append(path)
         self.adapters[name] = adapter
@@ -513,7 +526,11 @@ def make_attachments(
         return []
     sites = find_sites(backbone)
     if method.needs_blocks and not sites:
-        raise no_site_error(backbone)
+        if selection.backbones is None:
+            raise no_site_error(backbone)
+        if selection.blocks != 'all':
+            selection.chosen(sites, type(backbone).__name__)
+        return [a for a in method.make_tower_attachments(backbone) if not is_below(a.name, outside)]
     chosen = selection.chosen(sites, type(backbone).__name__)
     names = [site.name for site in sites]
     places = [names.index(site.name) for site in chosen]
@@ -640,7 +657,7 @@ def adapter_shapes(
     shapes = {}
     for path, backbone in backbones.items():
         outside = find_classifiers(backbone) if selection.classifiers else []
-        for attachment in plan(backbone, built, selection, outside):
+        for attachment in plan(backbone, built.of(path), selection, outside):
             for key, adapter in attachment.adapters.items():
                 for name, parameter in adapter.named_parameters():
                     full = attachment.path(f'{key}.{name}')
@@ -652,12 +669,12 @@ def _refuse_dropped_tokens(
     model: nn.Module, backbones: dict[str, nn.Module], method: PEFTMethod, selection: Selection
 ) -> None:
     """Refuse adapters that ask for the grid of tokens in masked pre-training, which drops some."""
-    for backbone in backbones.values():
+    for path, backbone in backbones.items():
         hosts = [site.host for site in find_sites(backbone) if site.host is not None]
         host = next(filter(_drops_tokens, hosts), None)
         if host is None or backbone is model:
             continue
-        if any(_asks_for_grid(a) for a in plan(backbone, method, selection, ())):
+        if any(_asks_for_grid(a) for a in plan(backbone, method.of(path), selection, ())):
             raise ValueError(
                 f'{type(model).__name__} drops tokens of its {type(host).__name__} at random, so that they lie on no '
                 f"grid, and method '{method.name}' filters them on one; use a method that does not, such as "
@@ -678,7 +695,7 @@ def _asks_for_grid(attachment: Attachment) -> bool:
 
 def inject(
     model: nn.Module,
-    method: str | dict = 'icon',
+    method: str | dict | None = None,
     frozen_dtype: str | None = None,
     with_cp: bool = False,
     blocks: str | Sequence[int | str] = 'all',
@@ -686,9 +703,11 @@ def inject(
     freeze: Sequence[str] = (),
     backbones: Sequence[str] | None = None,
     families: Sequence[BlockFamily | Mapping[str, Any]] = (),
+    where: str | Sequence[str] | None = None,
+    methods: Sequence[Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> Summary:
-    """Put a PEFT method into a model, in place.
+    """Put a PEFT method into a model, in place, or several methods into several of its modules.
 
     The model stays the same object, its parameter names stay what they were,
     and until the first training step so do its outputs, to the last bit (but
@@ -706,7 +725,7 @@ def inject(
         method: Name or config (``dict(type='icon', bottleneck=32)``) of the
             method: ``icon``, ``icon-static``, ``adaptformer``, ``adapter``, ``convpass``,
             ``lorand``, ``mona``, ``lora``, ``dora``, ``ssf``, ``vpt``, ``bitfit``, ``norm``,
-            ``partial``, ``frozen``, ``full``.
+            ``partial``, ``frozen``, ``full``. Defaults to None, ``icon``.
         frozen_dtype: The precision that frozen matrices of the backbone are held in. ``'bfloat16'`` takes half the
             memory of float32. ``'int8'``, ``'float8'`` (a quarter) and ``'nf4'`` (an eighth) quantise the weights of
             linear layers by torchao, and hold other matrices in bfloat16. The backbone runs under bfloat16 autocast,
@@ -728,6 +747,11 @@ def inject(
         families: Blocks that are to be known from now on, beside those that are: each a :class:`BlockFamily`, or what
             :func:`register_family` takes, e.g. ``dict(like='mmdet Swin', block='my_project.swin.SwinBlock')``. They
             win over known ones of the same class. Defaults to none.
+        where: The modules to adapt (towers), by path or pattern: ``['encoder', 'decoder', '*language_model']``. They
+            may be any, heads included. Only these are frozen. Defaults to None, the backbone.
+        methods: A method for each tower, in the place of ``method`` and ``where``:
+            ``[dict(where='backbone', type='icon'), dict(where=['encoder', 'decoder'], type='lora', rank=16)]``.
+            Defaults to None, one method.
         **options: Options of the method, such as ``bottleneck=32``.
 
     Returns:
@@ -752,15 +776,46 @@ def inject(
         )
     for family in register_families(families):
         _refuse_unmatched(model, family)
-    built = build_method(method, **options)
+    built, paths = choose(model, method, backbones, where, methods, **options)
     current = get_injection(model)
     if current is not None:
         raise ValueError(f"the model is adapted already, by '{current.method.name}'; call remove(model) first")
     check_holdable(frozen_dtype, built)
-    paths = None if backbones is None else backbones if isinstance(backbones, str) else tuple(backbones)
     selection = Selection(blocks, unfreeze, freeze, paths)  # type: ignore[arg-type]
     adapt(model, built, selection, frozen_dtype, with_cp)
     return summarize(model)
+
+
+def choose(
+    model: nn.Module,
+    method: str | dict | None = None,
+    backbones: Sequence[str] | str | None = None,
+    where: str | Sequence[str] | None = None,
+    methods: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> tuple[PEFTMethod, Any]:
+    """Build the method, or methods, of :func:`inject`, and find the paths of what they adapt.
+
+    Returns:
+        The method, and the paths; None for the only backbone.
+
+    Raises:
+        ValueError: Options exclude each other, or see :func:`inject`.
+    """
+    if methods is not None:
+        given = dict(method=method, backbones=backbones, where=where, **options)
+        excluded = [name for name, value in given.items() if value is not None]
+        if excluded:
+            raise ValueError(f'methods says what goes where, so {excluded[0]} cannot be given beside it')
+        return build_towers(model, methods)
+    if where is not None and backbones is not None:
+        raise ValueError('where and backbones both name the modules to adapt; give one of them')
+    built = build_method('icon' if method is None else method, **options)
+    if where is None:
+        return built, None if backbones is None else backbones if isinstance(backbones, str) else tuple(backbones)
+    if not built.freezes:
+        raise ValueError(f"where: method '{built.name}' trains the whole model as it is; leave `where` out")
+    return built, find_towers(model, where)
 
 
 def check_holdable(frozen_dtype: str | None, method: PEFTMethod) -> None:
@@ -829,7 +884,7 @@ def adapt(
     try:
         frozen = selection.frozen_names(beside(host, injection))
         for copy_path, original in copies.items():
-            _follow(host.get_submodule(copy_path), backbones[original], method, selection, frozen_dtype)
+            _follow(host.get_submodule(copy_path), backbones[original], method.of(original), selection, frozen_dtype)
         _refresh_averages(host)
         _check_state(host)
     except Exception:
@@ -857,16 +912,18 @@ def check_trainable(backbones: Mapping[str, nn.Module], method: PEFTMethod, sele
     Raises:
         ValueError: Layers are quantised.
     """
-    if method.adapts or not method.freezes or selection.unfreeze:
-        for backbone in backbones.values():
-            check_gradients_pass(backbone, method.name)
+    for path, backbone in backbones.items():
+        own = method.of(path)
+        if own.adapts or not own.freezes or selection.unfreeze:
+            check_gradients_pass(backbone, own.name)
 
 
 def _follow(
     copy: nn.Module, original: nn.Module, method: PEFTMethod, selection: Selection, frozen_dtype: str | None
 ) -> None:
     """Give a copy that follows by averaging the adapters of its original, and its quantised weights."""
-    plain = Selection(blocks=selection.blocks, classifiers=selection.classifiers)
+    named = None if selection.backbones is None else ('',)
+    plain = Selection(blocks=selection.blocks, backbones=named, classifiers=selection.classifiers)
     # What the original trains in place is averaged, so it must have the same form in both.
     quantised = frozen_dtype if frozen_dtype in KINDS else None
     Injection(copy, method, frozen_dtype=quantised, selection=plain, follows=True)
@@ -1009,7 +1066,7 @@ def merge(model: nn.Module, safe: bool = True, keep_base: bool = True, dequantiz
     attachments = [a for a in adapter.attachments if isinstance(a, WeightMergingAttachment)]
     if not attachments or len(attachments) < len(adapter.attachments):
         raise ValueError(
-            f"method '{adapter.method.name}' cannot be merged into the base weights; those that can: lora, dora, ssf, "
+            f"method '{_unmergeable(adapter)}' cannot be merged into the base weights; those that can: lora, dora, ssf, "
             'bitfit, norm, partial'
         )
     for attachment in attachments if safe else ():
@@ -1049,6 +1106,13 @@ def merge(model: nn.Module, safe: bool = True, keep_base: bool = True, dequantiz
     if keep_base:
         record.digest = _digest(injection.backbones)
     setattr(backbone, _MERGED, record)
+
+
+def _unmergeable(adapter: NamedAdapter) -> str:
+    """Name the first method of an adapter that cannot be merged."""
+    pairs = zip(adapter.paths, adapter.attachments)
+    paths = [path for path, attachment in pairs if not isinstance(attachment, WeightMergingAttachment)]
+    return adapter.method.of(paths[0]).name if paths else adapter.method.name
 
 
 def merged_adapter(model: nn.Module) -> str | None:
@@ -1160,12 +1224,30 @@ def summarize(model: nn.Module) -> Summary:
         parts=parts,
         backbones=paths,
         unfrozen=injection.trained_names() if injection else [],
+        towers=_towers(injection, backbones) if injection else {},
         following=[
             name
             for name, module in model.named_modules()
             if injection is not None and _KEY in vars(module) and vars(module)[_KEY] is not injection
         ],
     )
+
+
+def _towers(injection: Injection, backbones: Mapping[str, nn.Module]) -> dict[str, TowerSummary]:
+    """Count what is trained in each adapted module, by its path in the model."""
+    towers = {}
+    current = injection.current
+    for path, tower in backbones.items():
+        own, outside = injection.path_of(tower), outside_of(injection, tower)
+        named = [(n, p) for n, p in named_weights(tower) if not is_below(n, outside)]
+        places = zip(current.paths, current.attachments) if current else ()
+        towers[path] = TowerSummary(
+            injection.method.of(own).name,
+            sum(p.numel() for _, p in named if p.requires_grad),
+            sum(p.numel() for n, p in named if not is_adapter(n)),
+            dict(Counter(attachment.kind for place, attachment in places if place == own)),
+        )
+    return towers
 
 
 def outside_of(injection: Injection, backbone: nn.Module) -> list[str]:

@@ -12,6 +12,32 @@ SUMMARY_FILE = 'peft_summary.json'  # in the work directory
 
 
 @dataclass(frozen=True)
+class TowerSummary:
+    """What is trained in one adapted module. All counts are numbers of scalar parameters.
+
+    Attributes:
+        method: Name of its PEFT method.
+        trained: Its trained parameters, adapters included.
+        parameters: Its own parameters, without adapters.
+        adapted: Number of adapted modules of each kind.
+    """
+
+    method: str
+    trained: int
+    parameters: int
+    adapted: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        """Ratio of the trained parameters to its own."""
+        return self.trained / max(self.parameters, 1)
+
+    def __str__(self) -> str:
+        adapted = ', '.join(f'{count} x {kind}' for kind, count in self.adapted.items()) or 'nothing'
+        return f'{self.method}, {self.trained:,} of {self.parameters:,} trained ({self.share:.3%}), adapted: {adapted}'
+
+
+@dataclass(frozen=True)
 class Summary:
     """What a model trains. All counts are numbers of scalar parameters.
 
@@ -29,6 +55,7 @@ class Summary:
         backbones: Paths of the backbones in the model. Defaults to none.
         unfrozen: Names of the backbone's own parameters and statistics that are trained. Defaults to none.
         following: Paths of copies that follow the backbones by averaging, adapters included. Defaults to none.
+        towers: What is trained in each adapted module, by its path in the model. Defaults to none.
     """
 
     method: str | None
@@ -42,6 +69,7 @@ class Summary:
     backbones: list[str] = field(default_factory=list)
     unfrozen: list[str] = field(default_factory=list)
     following: list[str] = field(default_factory=list)
+    towers: dict[str, TowerSummary] = field(default_factory=dict)
 
     @property
     def num_sites(self) -> int:
@@ -74,7 +102,10 @@ class Summary:
         console = Console(file=text, width=88, color_system=None, force_jupyter=False)
         console.print(table)
         console.print(f'trained share of the backbone: {self.backbone_share:.3%}; adapted: {self.adapted}')
-        if self.backbones not in ([''], ['backbone'], []):
+        if len(self.towers) > 1:
+            for path, tower in self.towers.items():
+                console.print(f'{path}: {tower}')
+        elif self.backbones not in ([''], ['backbone'], []):
             console.print(f'backbones: {", ".join(self.backbones)}')
         if self.unfrozen:
             console.print(f'trained of the backbone itself: {", ".join(self.unfrozen)}')

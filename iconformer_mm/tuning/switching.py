@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from mmengine.model import is_model_wrapper
@@ -22,13 +23,14 @@ from .injection import (
     adapt,
     backbones_of,
     beside,
+    choose,
     escape,
     get_injection,
     injections_of,
     outside_of,
     remove,
 )
-from .methods import build_method
+from .methods import PEFTMethod, Towers, build_method
 from .selection import Selection
 
 
@@ -91,20 +93,23 @@ def _set_part(model: nn.Module, path: str, module: nn.Module) -> None:
 def add_adapter(
     model: nn.Module,
     name: str,
-    method: str | dict = 'icon',
+    method: str | dict | None = None,
     parts: dict[str, nn.Module | dict] | None = None,
     blocks: str | Sequence[int | str] = 'all',
     freeze: Sequence[str] = (),
+    where: str | Sequence[str] | None = None,
+    methods: Sequence[Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> None:
     """Add another adapter to the same base. It stays inactive unless it is the first.
 
-    The base is not copied. Each adapter has its own neck and head.
+    The base is not copied. Each adapter has its own neck and head. All adapters share the modules that the first one
+    froze; an adapter need not act in all of them.
 
     Args:
         model: A model, or a backbone alone.
         name: Name of the new adapter, which must not be taken.
-        method: Name or config of the method. It may differ between adapters. Defaults to ``'icon'``.
+        method: Name or config of the method. It may differ between adapters. Defaults to None, ``icon``.
         parts: Neck, head and other parts for this adapter, by their names in the
             model. Each is a module or a config for the model's registry, e.g.
             ``dict(head=dict(type='LinearClsHead', ...))``. Other parts are copies of
@@ -112,24 +117,30 @@ def add_adapter(
         blocks: The blocks to adapt, see :func:`iconformer_mm.inject`. Defaults to ``'all'``.
         freeze: Patterns of parameters outside the backbone that are not trained, see :func:`iconformer_mm.inject`.
             They may differ between adapters. Defaults to none.
+        where: The modules to adapt, see :func:`iconformer_mm.inject`. Defaults to None, all that the first adapter
+            froze, or the backbone.
+        methods: A method for each module, see :func:`iconformer_mm.inject`. Defaults to None, one method.
         **options: Options of the method.
 
     Raises:
         ValueError: The name is taken, the method or a part is unknown, parameters of the base are trained, or a
             method trains the backbone itself. The model is unchanged in this case.
     """
-    add_selected(model, name, method, parts, Selection(blocks, freeze=freeze), **options)  # type: ignore[arg-type]
+    built, paths = choose(model, method, None, where, methods, **options)
+    if paths is not None and get_injection(model) is not None:
+        built = built if isinstance(built, Towers) else Towers(dict.fromkeys(paths, built))
+    selection = Selection(blocks, freeze=freeze, backbones=paths)  # type: ignore[arg-type]
+    add_selected(model, name, built, parts, selection)
 
 
 def add_selected(
     model: nn.Module,
     name: str,
-    method: str | dict,
+    method: str | dict | PEFTMethod,
     parts: dict[str, nn.Module | dict] | None,
     selection: Selection,
     frozen_dtype: str | None = None,
     hold: bool = True,
-    **options: Any,
 ) -> None:
     """Do what :func:`add_adapter` does, with a complete selection, and a precision for the base of the first adapter.
 
@@ -146,7 +157,7 @@ def add_selected(
         if part not in present:
             raise ValueError(f"the model has no part '{part}' outside its backbone; it has: {', '.join(present)}")
     own = {n: p if isinstance(p, nn.Module) else MODELS.build(p) for n, p in (parts or {}).items()}
-    built = build_method(method, **options)
+    built = method if isinstance(method, PEFTMethod) else build_method(method)
     if injection is None:
         before = {part: model.get_submodule(part) for part in own}
         for part, module in own.items():
@@ -167,6 +178,7 @@ def add_selected(
             raise ValueError(f"method '{each.name}' changes the base itself, so it cannot share it with other adapters")
     _check_shareable(model, present)
     new = {n: own[n] if n in own else copy.deepcopy(m) for n, m in present.items()}
+    selection = replace(selection, backbones=injection.selection.backbones)
     selection.frozen_names([f'{part}.{n}' for part, m in new.items() for n, _ in m.named_parameters()])
     injection.add(name, built, selection)
     if injection.current is not None and injection.current.parts is None:

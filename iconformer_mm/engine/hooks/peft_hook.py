@@ -52,7 +52,7 @@ class PEFTHook(WeightsHook):
     lack the output norms of a detector.
 
     Args:
-        method: Name or config of the PEFT method. Defaults to ``'icon'``.
+        method: Name or config of the PEFT method. Defaults to None, ``icon``.
         save_adapter: Whether to write the adapter file after training. ``'raw'`` writes the
             weights themselves if validation measured their average. Defaults to True.
         frozen_dtype: Precision to hold the frozen matrices in: ``'bfloat16'``, ``'int8'``, ``'nf4'`` or
@@ -65,6 +65,10 @@ class PEFTHook(WeightsHook):
         backbones: Paths of the backbones in a model that has several. Defaults to None, the only one.
         families: Families of further blocks, see :func:`iconformer_mm.inject`, e.g.
             ``[dict(like='mmdet Swin', block='my_project.swin.SwinBlock')]``. Defaults to none.
+        where: The modules to adapt, by path or pattern, e.g. ``['encoder', 'decoder']``. Defaults to None, the
+            backbone.
+        methods: A method for each module, in the place of ``method`` and ``where``, see
+            :func:`iconformer_mm.inject`. Defaults to None, one method.
         prefix_cache: Compute what comes before the first adapted block once, and read it in every epoch:
             ``dict(dir=..., views=4, dtype='bfloat16')``, see
             :class:`~iconformer_mm.engine.prefix_cache.PrefixCacheOptions`. Defaults to None, no cache.
@@ -85,7 +89,7 @@ class PEFTHook(WeightsHook):
 
     def __init__(
         self,
-        method: str | dict = 'icon',
+        method: str | dict | None = None,
         save_adapter: bool | str = True,
         frozen_dtype: str | None = None,
         with_cp: bool = False,
@@ -95,6 +99,8 @@ class PEFTHook(WeightsHook):
         backbones: Sequence[str] | None = None,
         families: Sequence[dict] = (),
         prefix_cache: Mapping[str, Any] | None = None,
+        where: str | Sequence[str] | None = None,
+        methods: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         if save_adapter not in (True, False, 'raw'):
@@ -111,6 +117,8 @@ class PEFTHook(WeightsHook):
         self.backbones = backbones
         self.families = families
         self.prefix_cache = prefix_cache
+        self.where = where
+        self.methods = methods
         self._cache = None if prefix_cache is None else PrefixCache(PrefixCacheOptions.of(prefix_cache))
         self._injection: Injection | None = None
 
@@ -156,6 +164,8 @@ class PEFTHook(WeightsHook):
             freeze=self.freeze,
             backbones=self.backbones,
             families=self.families,
+            where=self.where,
+            methods=self.methods,
         )
         self._injection = get_injection(model)
         runner.logger.info(f'\n{summary}')

@@ -1,6 +1,7 @@
 from .base import Attachment, BlockAttachment, Joint, Override, Switch, Tap, WeightMergingAttachment
 from .branch import ATTENTION, FFN, INPUTS, BranchAttachment
-from .linear import LowRankAttachment
+from .linear import LinearAttachment, LowRankAttachment
+from .module_branch import ModuleBranchAttachment
 from .prompts import PromptAttachment, PromptStream
 from .weights import WeightAttachment
 
@@ -12,7 +13,9 @@ __all__ = [
     'BlockAttachment',
     'BranchAttachment',
     'Joint',
+    'LinearAttachment',
     'LowRankAttachment',
+    'ModuleBranchAttachment',
     'Override',
     'PromptAttachment',
     'PromptStream',

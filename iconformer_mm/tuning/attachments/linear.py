@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
-from types import CodeType
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from iconformer_mm.adapters import LoRAAdapter, TokenGrid
 from ..calls import Frame, Passage, run_in_frame
 from ..replacement import parameter_of, with_values
 from ..sites import Site
-from .base import BlockAttachment, WeightMergingAttachment
+from ..structure import reads_weight
+from .base import Attachment, BlockAttachment, WeightMergingAttachment
 from .weights import merged_weights
 
 
@@ -87,6 +87,35 @@ class LowRankAttachment(WeightMergingAttachment, BlockAttachment):
         return merged_weights(self.module, self.adapters['adapter'], self.weight_names)
 
 
+class LinearAttachment(WeightMergingAttachment, Attachment):
+    """Runs one linear layer with parallel low-rank paths, in towers without known blocks.
+
+    Args:
+        name: Name of the layer in the tower.
+        layer: The layer, which is called.
+        kind: Kind of the layer, for display.
+        adapter: The low-rank paths.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, kind: str, adapter: LoRAAdapter) -> None:
+        super().__init__(name, layer, kind, {'adapter': adapter})
+        self.weight_names = adapter.names
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layer, and add the paths to its output."""
+        return self.joint.run(self._run, x, *args, **kwargs)
+
+    def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        (weight,) = self.weight_names
+        out = self.joint.host_forward(x, *args, **kwargs)
+        return self.part('adapter').add_path(weight, self.module, x, out)
+
+    @torch.no_grad()
+    def merged_weights(self) -> dict[str, tuple[nn.Parameter, Tensor]]:
+        """Return the parameter and the merged value of the weight."""
+        return merged_weights(self.module, self.adapters['adapter'], self.weight_names)
+
+
 def _see_input(name: str, frame: Frame, x: Tensor) -> Tensor:
     """Keep the input of a layer for its path."""
     frame.values[name] = x
@@ -104,29 +133,4 @@ def _is_called(block: nn.Module, weight: str) -> bool:
         is_linear = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1
     else:
         is_linear = isinstance(layer, nn.Linear)
-    return is_linear and weight.endswith('.weight') and not _is_read(block, _owner(weight).rpartition('.')[2])
-
-
-def _is_read(block: nn.Module, layer: str) -> bool:
-    """Whether a method of the block, or of a module in it, reads the weight of a layer with this name.
-
-    A method that uses both names counts as reading. ``nn.MultiheadAttention`` reads the weight of its output
-    projection.
-    """
-    return any(
-        {layer, 'weight'} <= set(code.co_names)
-        for cls in {type(module) for module in block.modules()}
-        for code in _methods(cls)
-    )
-
-
-def _methods(cls: type) -> Iterator[CodeType]:
-    """Yield the code of a class's methods that may run in a forward pass."""
-    for base in cls.__mro__:
-        if base in (nn.Module, object):
-            break
-        for name, method in vars(base).items():
-            code = getattr(method, '__code__', None)
-            if code is not None and not any(word in name for word in ('init', 'reset', 'load')):
-                yield code
-                yield from (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return is_linear and weight.endswith('.weight') and not reads_weight(block, _owner(weight).rpartition('.')[2])

@@ -1,5 +1,5 @@
 from .adapters import AdapterMethod
-from .base import FrozenBackbone, FullFineTuning, PEFTMethod, build_method
+from .base import FrozenBackbone, FullFineTuning, PEFTMethod, Towers, build_method
 from .prompts import VPTMethod
 from .weights import WeightMethod
 
@@ -8,6 +8,7 @@ __all__ = [
     'FrozenBackbone',
     'FullFineTuning',
     'PEFTMethod',
+    'Towers',
     'VPTMethod',
     'WeightMethod',
     'build_method',

@@ -10,8 +10,9 @@ from torch import nn
 from iconformer_mm import adapters
 from iconformer_mm.registry import PEFT_METHODS
 
-from ..attachments import ATTENTION, FFN, INPUTS, Attachment, BranchAttachment
+from ..attachments import ATTENTION, FFN, INPUTS, Attachment, BranchAttachment, ModuleBranchAttachment
 from ..sites import Site
+from ..structure import Branch, find_branches
 from .base import PEFTMethod, TrackerOf, defaults_of
 
 
@@ -77,6 +78,39 @@ class AdapterMethod(PEFTMethod):
                 f'sites={list(block.branches)}'
             )
         return attachments
+
+    def make_tower_attachments(self, tower: nn.Module) -> list[Attachment]:
+        """Create the adapters at attention and FFNs that are known by structure."""
+        branches = find_branches(tower)
+        chosen = [branch for branch in branches if branch.kind in self.sites]
+        kind = type(tower).__name__
+        if not chosen:
+            there = sorted({branch.kind for branch in branches})
+            raise ValueError(
+                f"method '{self.name}' adapts {' and '.join(self.sites)}, and {kind} has "
+                + (f'{there[0]} only; set sites={there}' if there else 'no attention or FFN that is known by structure')
+                + '. Low-rank methods (lora, dora) fit any linear layer'
+            )
+        if self.adapter_class.needs_grid and not all(branch.has_levels for branch in chosen):
+            raise ValueError(
+                f"method '{self.name}' filters tokens on the grid of an image, and those of {kind} lie on none that is "
+                "known. It fits image encoders, and with sites=['attention'] the encoder of the Deformable DETR "
+                'family. Use lora, dora, adaptformer, adapter, bitfit or norm here'
+            )
+        return [self._at_module(branch) for branch in chosen]
+
+    def _at_module(self, branch: Branch) -> ModuleBranchAttachment:
+        made = self.adapter_class(branch.embed_dims, **self.adapter_options)
+        if not branch.reads_residual or self.input in ('normed', 'residual'):
+            return ModuleBranchAttachment(branch, made, self.input)
+        if self.input == 'sum':
+            raise ValueError(
+                f"{type(branch.module).__name__} adds its branch and applies a norm in one call, so input='sum' has no "
+                "place; set input='output' or 'residual'"
+            )
+        # What the dense layer returns is the branch.
+        dense = Branch(f'{branch.name}.dense', branch.module.get_submodule('dense'), branch.kind, branch.embed_dims)
+        return ModuleBranchAttachment(dense, made, 'sum')
 
     def _fits(self, site: Site, branch: str) -> bool:
         """Whether a block supports an adapter at a branch.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,8 @@ class PEFTMethod:
         name: The registered name of the method.
         freezes: Whether the backbone's own parameters are frozen. Defaults to True.
         adapts: Whether modules get adapters. Defaults to True.
-        needs_blocks: Whether the method requires known Transformer blocks. Defaults to True.
+        needs_blocks: Whether the method requires known Transformer blocks, or layers known by structure in a tower
+            that has no such blocks (:meth:`make_tower_attachments`). Defaults to True.
     """
 
     name: str
@@ -68,6 +69,29 @@ class PEFTMethod:
         """
         return []
 
+    def make_tower_attachments(self, tower: nn.Module) -> list[Attachment]:
+        """Create the attachments for a tower without known blocks, such as a decoder or a text encoder.
+
+        Args:
+            tower: The tower.
+
+        Raises:
+            ValueError: The method is not defined for it.
+        """
+        raise ValueError(
+            f"method '{self.name}' needs the blocks of an image encoder, and {type(tower).__name__} has none that is "
+            'known. For other towers use lora, dora, bitfit, norm, ssf, adaptformer, adapter or lorand. Make the '
+            'blocks of an own image encoder known by register_family'
+        )
+
+    def of(self, path: str) -> PEFTMethod:
+        """Return the method of one tower. Only :class:`Towers` has several.
+
+        Args:
+            path: The tower's path in the model.
+        """
+        return self
+
 
 def defaults_of(function: Callable) -> dict[str, Any]:
     """Return the arguments of a function that have defaults, with the defaults."""
@@ -90,6 +114,41 @@ class FrozenBackbone(PEFTMethod):
     adapts = False
 
 
+class Towers(PEFTMethod):
+    """A method for each tower of a model (ours).
+
+    It is not registered, because it is written as ``methods=[...]``. Towers that it does not name stay frozen.
+
+    Args:
+        methods: The methods, by the paths of their towers.
+
+    Raises:
+        ValueError: A method trains its tower itself.
+    """
+
+    name = 'towers'
+
+    def __init__(self, methods: Mapping[str, PEFTMethod]) -> None:
+        self.methods = dict(methods)
+        for path, method in self.methods.items():
+            if not method.freezes:
+                raise ValueError(
+                    f"methods: '{method.name}' for {path!r} trains all of it in place. Leave {path!r} out of the list: "
+                    'what is in no tower is trained as it is'
+                )
+        self.adapts = any(method.adapts for method in self.methods.values())
+        self.needs_blocks = any(method.needs_blocks for method in self.methods.values())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The methods with their towers, as :func:`build_method` takes them."""
+        return dict(methods=[dict(where=[path], **method.config) for path, method in self.methods.items()])
+
+    def of(self, path: str) -> PEFTMethod:
+        """Return the method of one tower; for one that it does not name, ``frozen``."""
+        return self.methods.get(path) or _FROZEN
+
+
 def build_method(method: str | dict, **options: Any) -> PEFTMethod:
     """Build a method from its name or config.
 
@@ -107,6 +166,8 @@ def build_method(method: str | dict, **options: Any) -> PEFTMethod:
         name = options.pop('type', None)
         if name is None:
             raise ValueError(f"a PEFT method's config needs a type, e.g. dict(type='icon'); got {options}")
+    if name == Towers.name:
+        return _build_towers(**options)
     known = PEFT_METHODS.module_dict
     if isinstance(name, type):  # as in pure-Python configs
         name = next((each for each, cls in known.items() if cls is name), name.__name__)
@@ -120,6 +181,26 @@ def build_method(method: str | dict, **options: Any) -> PEFTMethod:
     built = known[name](**options)
     built.name = name
     return built
+
+
+def _build_towers(methods: Any = None, **unknown: Any) -> Towers:
+    """Build the methods of several towers, each a config with ``where``, a list of paths."""
+    if unknown or not isinstance(methods, Sequence) or not methods:
+        raise ValueError(f"'{Towers.name}' takes `methods`, a list of dict(where=[...], type=...); got {methods!r}")
+    built: dict[str, PEFTMethod] = {}
+    for entry in methods:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get('where'), (list, tuple)):
+            raise ValueError(f'each of `methods` is a dict(where=[...], type=...); got {entry!r}')
+        options = dict(entry)
+        paths = options.pop('where')
+        for path in paths:
+            if path in built:
+                raise ValueError(f'methods: {path!r} is given two methods, {built[path].name!r} and {options["type"]!r}')
+            built[path] = build_method(options)
+    return Towers(built)
+
+
+_FROZEN = build_method('frozen')
 
 
 def _hint(word: str, words: Iterable[str]) -> str:

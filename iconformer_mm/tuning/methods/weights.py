@@ -15,10 +15,11 @@ from iconformer_mm.adapters import DeltaAdapter, DoRAAdapter, LoRAAdapter, SSFAd
 from iconformer_mm.adapters.base import check_count, check_flag, check_number
 from iconformer_mm.registry import PEFT_METHODS
 
-from ..attachments import Attachment, LowRankAttachment, WeightAttachment
+from ..attachments import Attachment, LinearAttachment, LowRankAttachment, WeightAttachment
 from ..quantised_weight import own_weights
 from ..replacement import parameter_of
 from ..sites import Site, host_modules, host_parameters
+from ..structure import OTHER, find_linear_units, role_of, roles_of, whole_or_leaf
 from .base import PEFTMethod, TrackerOf
 
 _LINEAR = (nn.Linear, _ConvNd)
@@ -86,11 +87,12 @@ class WeightMethod(PEFTMethod):
         """Adapt every block as a whole, and every leaf module outside the blocks."""
         families = {site.name: site.family for site in sites}
         within = tuple(f'{name}.' for name in families)
+        units = dict(whole_or_leaf(backbone))
         attachments: list[Attachment] = []
         for name, module in host_modules(backbone):
             if name in families:
                 kind, adapter = families[name].name, self.make_adapter(module, families[name].idle)
-            elif name.startswith(within) or any(True for _ in module.children()):
+            elif name.startswith(within) or name not in units:
                 continue
             else:
                 kind, adapter = type(module).__name__, self.make_adapter(module, ())
@@ -184,7 +186,7 @@ class PartialMethod(PEFTMethod):
         return attachments
 
 
-ROLES = ('q', 'k', 'v', 'o', 'fc1', 'fc2')
+ROLES = ('q', 'k', 'v', 'o', 'fc1', 'fc2', OTHER)
 
 
 def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
@@ -275,6 +277,33 @@ class LowRankMethod(PEFTMethod):
             )
         return attachments
 
+    def make_tower_attachments(self, tower: nn.Module) -> list[Attachment]:
+        """Adapt the maps of a tower that are known by structure. A tower gets those of the targets that it has."""
+        units = find_linear_units(tower)
+        attachments: list[Attachment] = []
+        for unit in units:
+            targets = [target for target in unit.targets if role_of(target) in self.targets]
+            if not targets:
+                continue
+            adapter = self.adapter_class(targets, self.rank, self.alpha, self.dropout, self.rank_stabilized)
+            kind = type(unit.module).__name__
+            if unit.called:
+                attachments.append(LinearAttachment(unit.name, unit.module, kind, adapter))
+            elif self.dropout > 0:
+                raise ValueError(
+                    f'{unit.name} ({kind}) reads the weights of its layers, so dropout cannot be applied to the input '
+                    'of the path; set dropout=0'
+                )
+            else:
+                attachments.append(WeightAttachment(unit.name, unit.module, kind, adapter))
+        if not attachments:
+            there = roles_of(units)
+            raise ValueError(
+                f"method '{self.name}' finds no linear map {', '.join(self.targets)} in {type(tower).__name__}"
+                + (f'; set targets={there}' if there else ', which has no linear layers')
+            )
+        return attachments
+
 
 @PEFT_METHODS.register_module(name='lora')
 class LoRAMethod(LowRankMethod):
@@ -284,7 +313,8 @@ class LoRAMethod(LowRankMethod):
         rank: Rank of the paths. Defaults to 8.
         alpha: Factor of the paths before division by the rank. Defaults to 8.
         targets: Maps to adapt: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
-            (FFN). Defaults to q and v.
+            (FFN), and in towers beyond the backbone ``'other'``, linear layers of no known role.
+            Defaults to q and v.
         dropout: Dropout probability of the input of the paths. Defaults to 0.
         rank_stabilized: Whether alpha is divided by the square root of the rank (rsLoRA,
             Kalajdzievski, 2023). Defaults to False.
@@ -314,7 +344,8 @@ class DoRAMethod(LowRankMethod):
         rank: Rank of the paths. Defaults to 16.
         alpha: Factor of the paths before division by the rank. Defaults to 32.
         targets: Maps to adapt: ``'q'``, ``'k'``, ``'v'``, ``'o'`` (attention), ``'fc1'``, ``'fc2'``
-            (FFN). Defaults to all except o.
+            (FFN), and in towers beyond the backbone ``'other'``, linear layers of no known role.
+            Defaults to all except o.
         dropout: Dropout probability of the input of the paths. Defaults to 0.
         rank_stabilized: Whether alpha is divided by the square root of the rank. Defaults to False.
 
