@@ -29,8 +29,10 @@ from iconformer_mm.engine.config import build_model, method_of, names_weights, p
 from iconformer_mm.registry import accepted, is_type, type_name
 from iconformer_mm.tuning import Summary, get_injection, inject, summarize
 from iconformer_mm.tuning.accounting import NO_WEIGHTS
+from iconformer_mm.tuning.backbones import search, unwrap
 from iconformer_mm.tuning.injection import backbones_of
 from iconformer_mm.tuning.prefix import FrozenPrefix, PrefixError, Replay
+from iconformer_mm.tuning.sites import find_sites
 from iconformer_mm.tuning.unused import unused_adapters
 
 MIB = 2**20
@@ -77,9 +79,9 @@ def _tuning_mistakes(cfg: Config) -> list[str]:
     method = method_of(cfg)
     if method is None and not _born_adapted(cfg):
         return []  # stock fine-tuning
-    name = (method or {}).get('method', 'icon')
-    name = name if isinstance(name, str) else type_name(name)
-    if name == 'full':
+    entries = (method or {}).get('methods') or [(method or {}).get('method') or 'icon']
+    names = [entry if isinstance(entry, str) else type_name(entry) for entry in entries]
+    if 'full' in names:
         return []
     found = []
     if not names_weights(cfg.model) and not _gives_base(cfg.get('load_from')) and not cfg.get('resume'):
@@ -98,7 +100,7 @@ def _tuning_mistakes(cfg: Config) -> list[str]:
         )
     optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
     rate = optimizer.get('lr')
-    if type_name(optimizer).startswith('Adam') and rate is not None and rate < 3e-5 and name != 'frozen':
+    if type_name(optimizer).startswith('Adam') and rate is not None and rate < 3e-5 and set(names) != {'frozen'}:
         found.append(
             f'lr={rate:g} is a rate for full fine-tuning; adapters start from zero and need a higher one, 1e-3 to '
             f'1e-2 with {type_name(optimizer)}'
@@ -218,8 +220,8 @@ class Cost:
     """The cost of a training step with one image.
 
     Attributes:
-        gflop: Billions of floating-point operations of the backbones' forward pass.
-        stored_mib: MiB that the backbones' forward pass stores for the backward pass, without parameters.
+        gflop: Billions of floating-point operations of the forward pass of the image encoders.
+        stored_mib: MiB that the forward pass of the image encoders stores for the backward pass, without parameters.
         gradient_mib: MiB of the gradients in the whole model. Data-parallel training exchanges the same amount per
             step.
         optimizer_mib: MiB of AdamW's two states per trained parameter.
@@ -233,6 +235,16 @@ class Cost:
     checkpoint_mib: float
 
 
+def image_encoders(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model that can be run on images alone, by path.
+
+    Args:
+        model: A model, adapted or not.
+    """
+    adapted, found = backbones_of(model), search(unwrap(model)).learning
+    return {p: m for p, m in adapted.items() if p in found or find_sites(m)} or found or adapted
+
+
 def cost_of(model: nn.Module, shape: tuple[int, int]) -> Cost:
     """Measure a model's backbones on one image, and count the memory that its training needs.
 
@@ -240,7 +252,7 @@ def cost_of(model: nn.Module, shape: tuple[int, int]) -> Cost:
         model: A model, adapted or not.
         shape: Height and width of the image in pixels.
     """
-    backbones = list(backbones_of(model).values())
+    backbones = list(image_encoders(model).values())
     parameters = {p.untyped_storage().data_ptr() for backbone in backbones for p in backbone.parameters()}
     stored: dict[int, int] = {}
 

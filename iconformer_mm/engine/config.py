@@ -154,7 +154,8 @@ def add_peft(cfg: Config, method: str | dict) -> None:
         hook = _read_method(method)
     else:
         hook = dict(type='PEFTHook', method=dict(type=method) if isinstance(method, str) else method)
-    build_method(hook.get('method', 'icon'))
+    if hook.get('methods') is None:  # those of several modules are built with the model
+        build_method(hook.get('method') or 'icon')
     replaced = [id(other) for other in peft_hooks(cfg)]
     cfg.custom_hooks = [other for other in cfg.get('custom_hooks') or [] if id(other) not in replaced]
     cfg.merge_from_dict({'default_hooks': {'peft': hook}})

@@ -14,7 +14,7 @@ from typing import Any
 from iconformer_mm.checkpoint import AdapterFileError, read_adapter
 from iconformer_mm.inference.predictions import caption
 from iconformer_mm.tuning import Summary
-from iconformer_mm.tuning.summary import SUMMARY_FILE
+from iconformer_mm.tuning.summary import SUMMARY_FILE, TowerSummary
 
 from .figures import HistoryPanel, draw_history
 from .report_page import IMAGE_KINDS, Page, Picture, ReportError, Section, Table, format_value, read_picture
@@ -143,7 +143,8 @@ def read_summary(folder: Path, problems: list[str]) -> Summary | None:
         return None
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
-        summary = Summary(**{part.name: content[part.name] for part in fields(Summary)})
+        towers = {path: TowerSummary(**tower) for path, tower in content.pop('towers', {}).items()}
+        summary = Summary(**{p.name: content[p.name] for p in fields(Summary) if p.name != 'towers'}, towers=towers)
         str(summary)  # fails if a value has the wrong type
         return summary
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -223,6 +224,8 @@ def _summary(run: Run) -> Section:
         section.facts['method'] = format_value(summary.method)
         section.facts['trained share of the backbone'] = f'{summary.backbone_share:.3%}'
         section.facts['adapted modules'] = summary.adapted
+        if len(summary.towers) > 1:
+            section.facts.update({path: str(tower) for path, tower in summary.towers.items()})
         rows = [[name, *map(format_value, counts)] for name, counts in summary.rows.items()]
         section.tables.append(Table(['part', 'trained', 'frozen', 'parameters'], rows))
     if run.train:

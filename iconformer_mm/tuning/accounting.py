@@ -42,6 +42,7 @@ DERIVED = {
     'attn_mask': 'computed from the input size and the shift',
     'freqs_cos': 'angles of rotary embeddings, computed from the resolution',
     'freqs_sin': 'angles of rotary embeddings, computed from the resolution',
+    'position_ids': 'places in a text, counted',
     'num_batches_tracked': 'a counter, which evaluation does not read',
 }
 # Norms after the blocks, by their names in the backbone. Dense tasks add them (Swin's norm0 to norm3), and so
@@ -101,6 +102,16 @@ def base_buffers(backbone: nn.Module) -> dict[str, Tensor]:
     return {n: v for n, v in base_tensors(backbone).items() if n not in parameters and v.is_floating_point()}
 
 
+def parameters_from_hub(model: nn.Module) -> set[str]:
+    """List the tensors of Hugging Face models, which load their weights while they are built, before any hook exists.
+
+    Args:
+        model: The model.
+    """
+    hub = [n for n, m in model.named_modules() if hasattr(m, 'from_pretrained') and getattr(m, 'name_or_path', '')]
+    return {name for name in model.state_dict() if hub and (is_below(name, hub) or '' in hub)}
+
+
 class BaseAccount:
     """Watches loads into an adapted backbone, and rejects those that leave frozen tensors random.
 
@@ -124,7 +135,7 @@ class BaseAccount:
         self._blocks = tuple(f'{name}.' for name in blocks)
         # timm loads `pretrained` and `checkpoint_path` while it builds a model, before any hook exists.
         self.given = bool(getattr(backbone, 'is_init', False))
-        self.loaded: set[str] = set()
+        self.loaded: set[str] = parameters_from_hub(backbone)
         # Output norms that the weights lack. `pinned` means that a file specified which are trained.
         self.norms: set[str] = set()
         self.pinned = False

@@ -25,11 +25,13 @@ from iconformer_mm.tuning.accounting import (
     check_averages,
     check_training,
     describe_training,
+    parameters_from_hub,
     recorded_training,
     require_all,
     some,
 )
 from iconformer_mm.tuning.backbones import is_below, join
+from iconformer_mm.tuning.freezing import FrozenParts
 from iconformer_mm.tuning.injection import backbones_of, unwrap
 
 from ..large_bases import fill
@@ -149,6 +151,8 @@ class WeightsHook(Hook):
         injection = get_injection(runner.model)
         accounts = {} if injection is None else injection.accounts
         missing = [join(path, name) for path, account in accounts.items() for name in account.missing]
+        if record.begun and not missing:
+            _refuse_random_parts(record)
         if not missing:
             return
         if not record.begun:
@@ -250,6 +254,23 @@ def over_trainable(optim_wrapper: Any) -> dict[str, Any]:
         optim_wrapper['constructor'] = 'PEFTOptimWrapperConstructor'
         optim_wrapper['paramwise_cfg'] = {**(optim_wrapper.get('paramwise_cfg') or {}), 'constructor': constructor}
     return optim_wrapper
+
+
+def _refuse_random_parts(record: LoadRecord) -> None:
+    """Refuse parameters outside of the backbones that are frozen (``freeze``) and were in none of the files.
+
+    Raises:
+        WeightsError: There are some, such as those of a frozen head for new classes.
+    """
+    parts = vars(record.model).get(FrozenParts.KEY)
+    absent = record.missing()
+    given = parameters_from_hub(record.model)
+    random = [absent[name] for name in parts.names if name in absent and name not in given] if parts else []
+    if random:
+        raise WeightsError(
+            f'weights were loaded, but {len(random)} parameters that `freeze` names were in none of the files, such as '
+            f'{some(random)}; they would stay random. A head for other classes must be trained: take it out of `freeze`'
+        )
 
 
 def _is_training(runner: Runner) -> bool:

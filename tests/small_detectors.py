@@ -1,0 +1,260 @@
+"""Small detectors with Transformers beyond the backbone, on noise with boxes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from mmengine.config import ConfigDict
+from mmengine.logging import MMLogger
+from torch import Tensor, nn
+
+WIDTH = 32
+SWIN = dict(
+    type='SwinTransformer',
+    embed_dims=8,
+    depths=[1, 1, 1, 1],
+    num_heads=[1, 1, 2, 2],
+    window_size=4,
+    drop_path_rate=0.0,
+    out_indices=(1, 2, 3),
+)
+_ATTENTION = dict(embed_dims=WIDTH, num_heads=4, dropout=0.0)
+_DEFORMABLE = dict(embed_dims=WIDTH, num_heads=4, num_levels=4, num_points=2, dropout=0.0)
+_FFN = dict(embed_dims=WIDTH, feedforward_channels=48, ffn_drop=0.0)
+_LOSSES = dict(
+    loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0),
+    loss_bbox=dict(type='L1Loss', loss_weight=5.0),
+    loss_iou=dict(type='GIoULoss', loss_weight=2.0),
+)
+_COSTS = [
+    dict(type='FocalLossCost', weight=2.0),
+    dict(type='BBoxL1Cost', weight=5.0, box_format='xywh'),
+    dict(type='IoUCost', iou_mode='giou', weight=2.0),
+]
+_COMMON: dict[str, Any] = dict(
+    data_preprocessor=dict(type='DetDataPreprocessor', pad_size_divisor=1),
+    backbone=SWIN,
+    neck=dict(
+        type='ChannelMapper',
+        in_channels=[16, 32, 64],
+        kernel_size=1,
+        out_channels=WIDTH,
+        act_cfg=None,
+        norm_cfg=dict(type='GN', num_groups=8),
+        num_outs=4,
+    ),
+    positional_encoding=dict(num_feats=WIDTH // 2, normalize=True, offset=-0.5),
+    train_cfg=dict(assigner=dict(type='HungarianAssigner', match_costs=_COSTS)),
+    test_cfg=dict(max_per_img=5),
+)
+_LEVEL_LAYERS: dict[str, Any] = dict(
+    encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=_DEFORMABLE, ffn_cfg=_FFN)),
+    decoder=dict(
+        num_layers=2,
+        return_intermediate=True,
+        layer_cfg=dict(self_attn_cfg=_ATTENTION, cross_attn_cfg=_DEFORMABLE, ffn_cfg=_FFN),
+        post_norm_cfg=None,
+    ),
+)
+DEFORMABLE_DETR = dict(
+    **_COMMON,
+    **_LEVEL_LAYERS,
+    type='DeformableDETR',
+    num_queries=6,
+    num_feature_levels=4,
+    with_box_refine=True,
+    as_two_stage=False,
+    bbox_head=dict(type='DeformableDETRHead', num_classes=3, embed_dims=WIDTH, sync_cls_avg_factor=True, **_LOSSES),
+)
+DINO = dict(
+    **{**_COMMON, 'positional_encoding': dict(num_feats=WIDTH // 2, normalize=True, offset=0.0, temperature=20)},
+    **_LEVEL_LAYERS,
+    type='DINO',
+    num_queries=6,
+    with_box_refine=True,
+    as_two_stage=True,
+    bbox_head=dict(type='DINOHead', num_classes=3, embed_dims=WIDTH, sync_cls_avg_factor=True, **_LOSSES),
+    dn_cfg=dict(
+        label_noise_scale=0.5,
+        box_noise_scale=1.0,
+        group_cfg=dict(dynamic=True, num_groups=None, num_dn_queries=4),
+    ),
+)
+_ONE_LEVEL = {
+    **_COMMON,
+    'backbone': {**SWIN, 'out_indices': (3,)},
+    'neck': {**_COMMON['neck'], 'in_channels': [64], 'num_outs': 1},
+    'positional_encoding': dict(num_feats=WIDTH // 2, normalize=True),
+}
+DETR = dict(
+    **{
+        **_ONE_LEVEL,
+        'train_cfg': dict(
+            assigner=dict(type='HungarianAssigner', match_costs=[dict(type='ClassificationCost', weight=1.0), *_COSTS[1:]])
+        ),
+    },
+    type='DETR',
+    num_queries=6,
+    encoder=dict(num_layers=1, layer_cfg=dict(self_attn_cfg=_ATTENTION, ffn_cfg=_FFN)),
+    decoder=dict(
+        num_layers=2,
+        return_intermediate=True,
+        layer_cfg=dict(self_attn_cfg=_ATTENTION, cross_attn_cfg=_ATTENTION, ffn_cfg=_FFN),
+    ),
+    bbox_head=dict(
+        type='DETRHead',
+        num_classes=3,
+        embed_dims=WIDTH,
+        **{**_LOSSES, 'loss_cls': dict(type='CrossEntropyLoss', bg_cls_weight=0.1, class_weight=1.0)},
+    ),
+)
+
+
+def _wide(node: Any) -> Any:
+    """Change the width of tokens to the 256 that Conditional DETR is written for."""
+    if isinstance(node, dict):
+        widths = dict(out_channels=256, num_feats=128)
+        if 'ffn_cfg' not in node and node.get('type') != 'SwinTransformer':
+            widths['embed_dims'] = 256
+        return {key: widths.get(key, _wide(value)) for key, value in node.items()}
+    return node
+
+
+CONDITIONAL_DETR = _wide(
+    dict(
+        **_ONE_LEVEL,
+        type='ConditionalDETR',
+        num_queries=6,
+        encoder=DETR['encoder'],
+        decoder=dict(
+            num_layers=2,
+            return_intermediate=True,
+            layer_cfg=dict(
+                self_attn_cfg=dict(embed_dims=WIDTH, num_heads=4, cross_attn=False),
+                cross_attn_cfg=dict(embed_dims=WIDTH, num_heads=4, cross_attn=True),
+                ffn_cfg=_FFN,
+            ),
+        ),
+        bbox_head=dict(type='ConditionalDETRHead', num_classes=3, embed_dims=WIDTH, **_LOSSES),
+    )
+)
+_MASK_COSTS = [
+    dict(type='ClassificationCost', weight=2.0),
+    dict(type='CrossEntropyLossCost', weight=5.0, use_sigmoid=True),
+    dict(type='DiceCost', weight=5.0, pred_act=True, eps=1.0),
+]
+MASK2FORMER = dict(
+    type='Mask2Former',
+    data_preprocessor=dict(type='DetDataPreprocessor', pad_size_divisor=1, pad_mask=True),
+    backbone={**SWIN, 'out_indices': (0, 1, 2, 3)},
+    panoptic_head=dict(
+        type='Mask2FormerHead',
+        in_channels=[8, 16, 32, 64],
+        strides=[4, 8, 16, 32],
+        feat_channels=WIDTH,
+        out_channels=WIDTH,
+        num_things_classes=3,
+        num_stuff_classes=0,
+        num_queries=5,
+        num_transformer_feat_level=3,
+        pixel_decoder=dict(
+            type='MSDeformAttnPixelDecoder',
+            num_outs=3,
+            norm_cfg=dict(type='GN', num_groups=8),
+            act_cfg=dict(type='ReLU'),
+            encoder=dict(
+                num_layers=1,
+                layer_cfg=dict(self_attn_cfg=dict(**{**_DEFORMABLE, 'num_levels': 3}, batch_first=True), ffn_cfg=_FFN),
+            ),
+            positional_encoding=dict(num_feats=WIDTH // 2, normalize=True),
+        ),
+        positional_encoding=dict(num_feats=WIDTH // 2, normalize=True),
+        transformer_decoder=dict(
+            num_layers=2,
+            return_intermediate=True,
+            layer_cfg=dict(
+                self_attn_cfg=dict(**_ATTENTION, batch_first=True),
+                cross_attn_cfg=dict(**_ATTENTION, batch_first=True),
+                ffn_cfg=_FFN,
+            ),
+            init_cfg=None,
+        ),
+        loss_cls=dict(type='CrossEntropyLoss', loss_weight=2.0, reduction='mean', class_weight=[1.0] * 3 + [0.1]),
+        loss_mask=dict(type='CrossEntropyLoss', use_sigmoid=True, reduction='mean', loss_weight=5.0),
+        loss_dice=dict(
+            type='DiceLoss', use_sigmoid=True, activate=True, reduction='mean', naive_dice=True, eps=1.0
+        ),
+    ),
+    panoptic_fusion_head=dict(type='MaskFormerFusionHead', num_things_classes=3, num_stuff_classes=0),
+    train_cfg=dict(
+        num_points=64,
+        oversample_ratio=3.0,
+        importance_sample_ratio=0.75,
+        assigner=dict(type='HungarianAssigner', match_costs=_MASK_COSTS),
+        sampler=dict(type='MaskPseudoSampler'),
+    ),
+    test_cfg=dict(panoptic_on=False, semantic_on=False, instance_on=True, max_per_image=5),
+)
+
+
+def build(config: dict[str, Any], seed: int = 0) -> nn.Module:
+    """Build a detector with random weights, in evaluation mode."""
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=True)
+    torch.manual_seed(seed)
+    model = MODELS.build(ConfigDict(copy.deepcopy(config)))
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('ERROR')  # it would list every tensor
+    model.init_weights()
+    logger.setLevel(level)
+    return model.eval()
+
+
+def batch(masks: bool = False, text: str | None = None, size: tuple[int, int] = (64, 96)) -> dict[str, Any]:
+    """Two images of noise with two boxes each, as the data loader gives them."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    random = torch.Generator().manual_seed(7)
+    images, samples = [], []
+    for number in range(2):
+        images.append(torch.randint(0, 256, (3, *size), generator=random, dtype=torch.uint8))
+        boxes = torch.tensor([[4.0, 6.0, 40.0, 44.0], [30.0, 10.0, 80.0, 60.0]]) + number
+        instances = InstanceData(bboxes=boxes, labels=torch.tensor([0, 1]))
+        if masks:
+            planes = torch.zeros(2, *size, dtype=torch.uint8)
+            for plane, (left, top, right, bottom) in zip(planes, boxes.int().tolist()):
+                plane[top:bottom, left:right] = 1
+            instances.masks = BitmapMasks(planes.numpy(), *size)
+        meta = dict(img_shape=size, ori_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0), img_id=number)
+        sample = DetDataSample(metainfo=meta, gt_instances=instances)
+        if text is not None:
+            sample.set_metainfo(dict(text=text, custom_entities=True))
+        samples.append(sample)
+    return dict(inputs=images, data_samples=samples)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: dict[str, Any]) -> list[Tensor]:
+    """Scores, labels and boxes of all predictions."""
+    model.eval()
+    torch.manual_seed(0)
+    predictions = model.test_step(copy.deepcopy(data))
+    return [
+        getattr(sample.pred_instances, field) for sample in predictions for field in ('scores', 'labels', 'bboxes')
+    ]
+
+
+def losses(model: nn.Module, data: dict[str, Any]) -> Tensor:
+    """The sum of the losses in training mode; the same noise in each call."""
+    model.train()
+    torch.manual_seed(0)
+    prepared = model.data_preprocessor(copy.deepcopy(data), True)
+    total, _ = model.parse_losses(model(**prepared, mode='loss'))
+    return total

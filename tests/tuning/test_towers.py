@@ -1,0 +1,386 @@
+"""Methods beyond the backbone: encoders, decoders and heads of detectors, each with a method of its own."""
+
+import copy
+import functools
+
+import pytest
+import small_detectors
+import torch
+from torch import nn
+
+from iconformer_mm import (
+    add_adapter,
+    disabled,
+    inject,
+    load_adapter,
+    merge,
+    remove,
+    save_adapter,
+    set_adapter,
+    summarize,
+    unmerge,
+)
+from iconformer_mm.checkpoint import read_adapter
+from iconformer_mm.tuning import get_injection
+from iconformer_mm.tuning.accounting import describe_training
+from iconformer_mm.tuning.freezing import is_adapter
+from iconformer_mm.tuning.where import find_towers
+
+LAYERS = ['encoder', 'decoder']
+MASK_LAYERS = ['panoptic_head.pixel_decoder', 'panoptic_head.transformer_decoder']
+MODELS = {
+    'Deformable DETR': (small_detectors.DEFORMABLE_DETR, LAYERS),
+    'DINO': (small_detectors.DINO, LAYERS),
+    'DETR': (small_detectors.DETR, LAYERS),
+    'Conditional DETR': (small_detectors.CONDITIONAL_DETR, LAYERS),
+    'Mask2Former': (small_detectors.MASK2FORMER, MASK_LAYERS),
+}
+EVERYTHING = ['q', 'k', 'v', 'o', 'fc1', 'fc2']
+
+
+@functools.lru_cache
+def built(name):
+    model = small_detectors.build(MODELS[name][0])
+    small_detectors.predict(model, data(name))  # the first call of some kernels rounds otherwise
+    return model
+
+
+@functools.lru_cache
+def data(name):
+    return small_detectors.batch(masks=name == 'Mask2Former')
+
+
+def model_of(name):
+    return copy.deepcopy(built(name)), data(name), MODELS[name][1]
+
+
+def frozen_predictions(name):
+    """Those of the frozen model: attention of torch rounds otherwise where its weights need no gradient."""
+    model, batch, where = model_of(name)
+    inject(model, 'frozen', where=['backbone', *where], freeze=['*'])
+    return small_detectors.predict(model, batch)
+
+
+def towers(where):
+    return [dict(where='backbone', type='icon', bottleneck=4), dict(where=where, type='lora', rank=2)]
+
+
+def same(one, other):
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def bits(model):
+    return {n: v.detach().clone() for n, v in model.state_dict().items()}
+
+
+def train(model, batch, steps=2, rate=0.05):
+    """A few steps; returns the names of trained parameters."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        small_detectors.losses(model, batch).backward()
+        without = [n for n, p in trained.items() if p.grad is None]
+        assert without == []  # distributed training would wait for them
+        optimizer.step()
+    return set(trained)
+
+
+def wake(model, seed=1):
+    """Change all adapters, so that they have an effect."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.add_(torch.randn(parameter.shape, generator=random) * 0.1)
+
+
+# The invariants, on every model
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_towers_start_exact_train_only_adapters_and_go(name, tmp_path):
+    model, batch, where = model_of(name)
+    before, keys, grads = bits(model), list(model.state_dict()), {n: p.requires_grad for n, p in model.named_parameters()}
+    stock, expected = small_detectors.predict(model, batch), frozen_predictions(name)
+    summary = inject(model, methods=towers(where), freeze=['*'])
+    assert same(small_detectors.predict(model, batch), expected)
+    assert [tower.method for tower in summary.towers.values()] == ['icon', 'lora', 'lora']
+    assert summary.trainable == summary.adapters == sum(tower.trained for tower in summary.towers.values())
+
+    trained = train(model, batch)
+    assert all(map(is_adapter, trained)) and {n for n in trained if 'encoder' in n or 'pixel' in n}
+    after = bits(model)
+    assert [n for n in keys if not torch.equal(before[n], after[n])] == []
+    tuned = small_detectors.predict(model, batch)
+    assert not same(tuned, expected)
+    with disabled(model):
+        assert same(small_detectors.predict(model, batch), expected)
+
+    path = tmp_path / 'adapter.safetensors'
+    save_adapter(model, path)
+    fresh, _, _ = model_of(name)
+    load_adapter(fresh, path)
+    assert same(small_detectors.predict(fresh, batch), tuned)
+    assert describe_training(get_injection(fresh)) == describe_training(get_injection(model))
+
+    remove(model)
+    assert list(model.state_dict()) == keys and same(small_detectors.predict(model, batch), stock)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == grads
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize(
+    'method',
+    [
+        dict(type='lora', targets=EVERYTHING, rank=2),
+        dict(type='dora', rank=2),
+        dict(type='bitfit'),
+        dict(type='norm'),
+        dict(type='ssf', std=0),
+        dict(type='adaptformer', bottleneck=4),
+        dict(type='adapter', bottleneck=4),
+        dict(type='lorand'),
+    ],
+    ids=lambda method: method['type'],
+)
+def test_methods_beyond_the_backbone(name, method):
+    model, batch, where = model_of(name)
+    expected = frozen_predictions(name)
+    inject(model, method, where=where, freeze=['*'])
+    assert same(small_detectors.predict(model, batch), expected)
+    trained = train(model, batch, steps=1)
+    assert all(map(is_adapter, trained))
+    assert all(any(n.startswith(f'{path}.') for n in trained) for path in where)
+    assert not same(small_detectors.predict(model, batch), expected)
+
+
+@pytest.mark.parametrize('name', ['DINO', 'DETR', 'Mask2Former'])
+@pytest.mark.parametrize('method', ['lora', 'dora', 'bitfit', 'ssf'])
+def test_merged_towers_equal_the_adapted_ones(name, method):
+    model, batch, where = model_of(name)
+    options = dict(targets=EVERYTHING) if method == 'lora' else {}
+    base = bits(model)
+    inject(model, method, where=['backbone', *where], **options)
+    wake(model)
+    expected, weights = small_detectors.losses(model, batch), bits(model)
+    merge(model)
+    assert get_injection(model) is None
+    torch.testing.assert_close(small_detectors.losses(model, batch), expected, rtol=1e-4, atol=1e-4)
+    unmerge(model)
+    assert same(list(bits(model).values()), list(weights.values()))
+    remove(model)
+    assert all(torch.equal(base[n], v) for n, v in bits(model).items())
+
+
+# An independent truth
+
+
+def test_lora_in_a_detr_is_the_sum_of_the_weights():
+    model, batch, _ = model_of('DETR')
+    inject(model, 'lora', where=['encoder', 'decoder'], rank=2, alpha=3, targets=['q', 'k', 'v', 'o', 'fc1', 'fc2'])
+    wake(model)
+    adapted = small_detectors.losses(model, batch)
+    plain, _, _ = model_of('DETR')
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            adapter = getattr(module, 'adapter', None)
+            if adapter is None:
+                continue
+            rows = {weight: [] for weight in adapter.names}
+            for weight, targets in adapter.targets.items():
+                rows[weight] = [1.5 * adapter.b[t.role] @ adapter.a[t.role] for t in targets]
+                plain.get_parameter(f'{name}.{weight}').add_(torch.cat(rows[weight]))
+    torch.testing.assert_close(small_detectors.losses(plain, batch), adapted, rtol=1e-5, atol=1e-5)
+
+
+def test_icon_in_a_deformable_encoder_filters_each_level():
+    from iconformer_mm.adapters import TokenGrid
+
+    model, batch, _ = model_of('Deformable DETR')
+    inject(model, 'icon', where='encoder', bottleneck=4)
+    wake(model)
+    attention = model.encoder.layers[0].self_attn
+    seen = {}
+    handle = attention.register_forward_hook(
+        lambda module, args, kwargs, out: seen.update(kwargs, out=out), with_kwargs=True
+    )
+    small_detectors.predict(model, batch)
+    handle.remove()
+    adapter = attention.adapter
+    remove(model)
+    x, sizes = seen['query'], seen['spatial_shapes'].tolist()
+    assert len(sizes) == 4
+    start, expected = 0, attention(**{k: v for k, v in seen.items() if k != 'out'})
+    for height, width in sizes:
+        level = x[:, start : start + height * width]
+        expected[:, start : start + height * width] += adapter(level, TokenGrid(height, width))
+        start += height * width
+    torch.testing.assert_close(seen['out'], expected)
+
+
+def test_an_adapter_reads_and_joins_the_ffn():
+    model, batch, _ = model_of('DETR')
+    for method in ('adaptformer', 'adapter'):
+        inject(model, method, where='decoder', bottleneck=4)
+        wake(model)
+        ffn = model.decoder.layers[1].ffn
+        seen = {}
+        handle = ffn.register_forward_hook(lambda module, args, out: seen.update(x=args[0], out=out))
+        small_detectors.predict(model, batch)
+        handle.remove()
+        adapter = ffn.adapter
+        remove(model)
+        x, branch = seen['x'], ffn.layers(seen['x'])
+        reads = x if method == 'adaptformer' else branch
+        torch.testing.assert_close(seen['out'], x + branch + adapter(reads, None), rtol=1e-5, atol=1e-5)
+
+
+# What is trained
+
+
+def test_what_lies_in_no_tower_is_trained_unless_frozen():
+    model, _, _ = model_of('DINO')
+    inject(model, 'lora', where=['encoder'])
+    trained = {n.partition('.')[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert {'backbone', 'neck', 'decoder', 'bbox_head'} <= trained
+    assert not any(p.requires_grad for n, p in model.encoder.named_parameters() if not is_adapter(n))
+    remove(model)
+    inject(model, 'lora', where=['encoder'], freeze=['backbone', 'neck.*', 'decoder'])
+    trained = {n.partition('.')[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert 'bbox_head' in trained and not {'backbone', 'neck', 'decoder'} & trained
+
+
+def test_a_head_is_adapted_like_any_tower():
+    model, batch, _ = model_of('DINO')
+    inject(model, methods=[dict(where='bbox_head', type='lora', targets=['other'], rank=2)], freeze=['*'])
+    trained = train(model, batch)
+    assert trained and all(n.startswith('bbox_head.') and is_adapter(n) for n in trained)
+
+
+def test_alike_methods_are_one_method():
+    model, _, _ = model_of('DETR')
+    inject(model, methods=[dict(where='encoder', type='lora'), dict(where='decoder', type='lora', rank=8)])
+    assert get_injection(model).method.config == dict(
+        type='lora', rank=8, alpha=8, targets=['q', 'v'], dropout=0.0, rank_stabilized=False
+    )
+    remove(model)
+    inject(model, 'lora', backbones=['encoder', 'decoder'])
+    assert get_injection(model).selection.backbones == ('encoder', 'decoder')
+
+
+def test_patterns_name_the_outermost_modules():
+    model, _, _ = model_of('DETR')
+    assert find_towers(model, '*coder') == ('encoder', 'decoder')
+    assert find_towers(model, ['decoder.layers.*', 'encoder']) == ('decoder.layers.0', 'decoder.layers.1', 'encoder')
+    nested = nn.ModuleDict(dict(detector=model))
+    assert find_towers(nested, 'backbone') == ('detector.backbone',)
+
+
+def test_the_summary_names_the_method_of_each_tower():
+    model, _, where = model_of('DINO')
+    text = str(inject(model, methods=towers(where)))
+    assert 'backbone: icon, ' in text and 'encoder: lora, ' in text and '2 x MultiheadAttention' in text
+
+
+# Several adapters
+
+
+def test_named_adapters_share_the_towers(tmp_path):
+    model, batch, where = model_of('DINO')
+    add_adapter(model, 'one', methods=towers(where), freeze=['*'])
+    wake(model)
+    one = small_detectors.predict(model, batch)
+    add_adapter(model, 'two', methods=[dict(where='decoder', type='lora', rank=3)], freeze=['*'])
+    set_adapter(model, 'two')
+    assert [tower.method for tower in summarize(model).towers.values()] == ['frozen', 'frozen', 'lora']
+    wake(model, seed=2)  # the active one's
+    two = small_detectors.predict(model, batch)
+    assert not same(one, two)
+    save_adapter(model, tmp_path / 'two.safetensors')
+    set_adapter(model, 'one')
+    load_adapter(model, tmp_path / 'two.safetensors', name='again')
+    set_adapter(model, 'again')
+    assert same(small_detectors.predict(model, batch), two)
+    with pytest.raises(ValueError, match="methods: 'neck' is not among the towers that are adapted"):
+        add_adapter(model, 'three', 'lora', where='neck')
+
+
+def test_a_file_says_which_method_is_where(tmp_path):
+    model, _, where = model_of('DETR')
+    inject(model, methods=towers(where))
+    save_adapter(model, tmp_path / 'a.safetensors')
+    content, tensors = read_adapter(tmp_path / 'a.safetensors')
+    assert content['backbones'] == ['backbone', *where]
+    assert [(m['where'], m['type']) for m in content['method']['methods']] == [
+        (['backbone'], 'icon'),
+        (['encoder'], 'lora'),
+        (['decoder'], 'lora'),
+    ]
+    assert 'encoder.layers.0.self_attn.attn.adapter.a.q' in tensors
+    other, _, _ = model_of('DETR')
+    inject(other, methods=[dict(where='backbone', type='icon'), dict(where=where, type='lora', rank=4)])
+    with pytest.raises(ValueError, match='but the model is adapted by'):
+        load_adapter(other, tmp_path / 'a.safetensors')
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(where='encodr'), r"no module of DETR with parameters fits 'encodr' \(did you mean 'encoder'"),
+        (dict(where='text_*'), "fits 'text_\\*'; there is: 'backbone' \\(SwinTransformer\\), "),
+        (dict(where=[]), "where must be a module's path or pattern, or a list of such"),
+        (dict(where=['encoder', 'encoder.layers.0']), "'encoder.layers.0' lies within 'encoder', and both are named"),
+        (dict(where='encoder', backbones=['decoder']), 'where and backbones both name the modules to adapt'),
+        (dict(method='full', where='encoder'), "method 'full' trains the whole model as it is"),
+        (dict(method='icon', where='decoder'), "method 'icon' filters tokens on the grid of an image, and those of"),
+        (dict(method='icon', where='encoder'), "method 'icon' filters tokens on the grid of an image, and those of"),
+        (dict(method='vpt', where='decoder'), "method 'vpt' needs the blocks of an image encoder"),
+        (dict(method='partial', where='decoder'), "method 'partial' needs the blocks of an image encoder"),
+        (dict(where='neck'), "method 'lora' finds no linear map q, v in ChannelMapper, which has no linear layers"),
+        (dict(where='bbox_head'), r"finds no linear map q, v in DETRHead; set targets=\['other', 'fc1', 'fc2'\]"),
+        (dict(where='decoder', blocks='last:1'), 'has no known Transformer blocks to choose among'),
+        (dict(where='decoder', dropout=0.1), 'reads the weights of its layers, so dropout cannot be applied'),
+        (dict(where='encoder', with_cp=True), 'with_cp recomputes adapted blocks'),
+        (dict(method=None, methods=[]), "methods must be a list of dict\\(where="),
+        (dict(method=None, methods=['lora']), "got 'lora' in it"),
+        (dict(methods=[dict(type='lora')]), 'methods says what goes where, so method cannot be given beside it'),
+        (
+            dict(method=None, methods=[dict(where='encoder', type='lora'), dict(where=LAYERS, type='bitfit')]),
+            "'encoder' is given two methods, 'lora' and 'bitfit'",
+        ),
+        (
+            dict(method=None, methods=[dict(where='decoder', type='lora'), dict(where='decoder.layers.1', type='norm')]),
+            "'decoder.layers.1' lies within 'decoder', and a module takes one method",
+        ),
+        (
+            dict(method=None, methods=[dict(where='encoder', type='lora'), dict(where='decoder', type='full')]),
+            "'full' for 'decoder' trains all of it in place",
+        ),
+        (
+            dict(method=None, methods=[dict(where='backbone', type='icon'), dict(where='decoder', type='vpt')]),
+            "'decoder': method 'vpt' needs the blocks of an image encoder",
+        ),
+        (
+            dict(method=None, methods=[dict(where='encoder', type='lora', rnak=2), dict(where='decoder', type='norm')]),
+            "unknown option 'rnak' of PEFT method 'lora'",
+        ),
+    ],
+)
+def test_bad_input_leaves_the_model_untouched(options, message):
+    model, _, _ = model_of('DETR')
+    keys, grads = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        inject(model, **{'method': 'lora', **options})
+    assert get_injection(model) is None and list(model.state_dict()) == keys
+    assert [p.requires_grad for p in model.parameters()] == grads
+
+
+def test_towers_with_icon_cannot_be_merged():
+    model, _, where = model_of('DETR')
+    inject(model, methods=towers(where))
+    with pytest.raises(ValueError, match="method 'icon' cannot be merged"):
+        merge(model)
