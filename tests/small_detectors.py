@@ -199,6 +199,44 @@ MASK2FORMER = dict(
 )
 
 
+def grounding_dino(bert: str) -> dict[str, Any]:
+    """Grounding DINO with a text encoder from a folder."""
+    level_layers = copy.deepcopy(_LEVEL_LAYERS)
+    level_layers['decoder']['layer_cfg']['cross_attn_text_cfg'] = _ATTENTION
+    level_layers['encoder'].update(
+        num_cp=0,
+        text_layer_cfg=dict(self_attn_cfg=_ATTENTION, ffn_cfg=_FFN),
+        fusion_layer_cfg=dict(
+            v_dim=WIDTH, l_dim=WIDTH, embed_dim=WIDTH, num_heads=2, dropout=0.0, drop_path=0.0, init_values=1.0
+        ),
+    )
+    head = dict(
+        type='GroundingDINOHead',
+        num_classes=16,
+        embed_dims=WIDTH,
+        sync_cls_avg_factor=True,
+        contrastive_cfg=dict(max_text_len=16, log_scale='auto', bias=True),
+        **_LOSSES,
+    )
+    costs = [dict(type='BinaryFocalLossCost', weight=2.0), *_COSTS[1:]]
+    return {
+        **DINO,
+        **level_layers,
+        'type': 'GroundingDINO',
+        'language_model': dict(
+            type='BertModel',
+            name=bert,
+            max_tokens=16,
+            pad_to_max=False,
+            use_sub_sentence_represent=True,
+            special_tokens_list=['[CLS]', '[SEP]', '.', '?'],
+            add_pooling_layer=False,
+        ),
+        'bbox_head': head,
+        'train_cfg': dict(assigner=dict(type='HungarianAssigner', match_costs=costs)),
+    }
+
+
 def build(config: dict[str, Any], seed: int = 0) -> nn.Module:
     """Build a detector with random weights, in evaluation mode."""
     from mmdet.registry import MODELS
@@ -215,7 +253,7 @@ def build(config: dict[str, Any], seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def batch(masks: bool = False, text: str | None = None, size: tuple[int, int] = (64, 96)) -> dict[str, Any]:
+def batch(masks: bool = False, text: str | tuple[str, ...] | None = None, size: tuple[int, int] = (64, 96)) -> dict[str, Any]:
     """Two images of noise with two boxes each, as the data loader gives them."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
