@@ -16,7 +16,8 @@ from ..calls import Frame, Passage, run_in_frame
 from ..replacement import Replacement
 from .base import Attachment, BlockAttachment, Joint, Override
 from .branch import BranchAttachment
-from .linear import LowRankAttachment
+from .linear import LinearAttachment, LowRankAttachment
+from .module_branch import ModuleBranchAttachment
 from .prompts import PromptAttachment
 
 
@@ -33,6 +34,8 @@ def why_not_mixed(attachment: Attachment) -> str | None:
         )
     if isinstance(attachment, PromptAttachment):
         return 'it adds tokens to the sequence, whose length all samples of a batch share'
+    if isinstance(attachment, (LinearAttachment, ModuleBranchAttachment)):
+        return f'it acts in {attachment.name}, in a module without known blocks'
     return 'it runs modules with other weights, which all samples of a batch share'
 
 
