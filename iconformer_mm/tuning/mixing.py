@@ -18,11 +18,11 @@ from .backbones import join, unwrap
 from .calls import PerThread
 from .injection import Injection, NamedAdapter, backbones_of, merged_adapter
 from .quantised_weight import stored_parameter
-from .routing import BackboneRouter, ClassifierRouter, Mixture, ModelRouter
+from .routing import BackboneRouter, ClassifierRouter, MixedSamples, Mixture, ModelRouter, Turns, TurnsRouter
 from .switching import require
 
 _Parts = Mapping[str, nn.Module]
-_Router = BackboneRouter | ClassifierRouter | ModelRouter
+_Router = BackboneRouter | ClassifierRouter | ModelRouter | TurnsRouter
 _installing = threading.Lock()
 
 
@@ -41,6 +41,13 @@ class MixedBatch:
         self._injection, self._named = check_mixable(model, adapters)
         self.adapters = tuple(adapters)
         model = unwrap(model)
+        self._mixture: MixedSamples
+        self._weights: list = []
+        self._entered = PerThread()
+        if len(self._injection.backbones) > 1:
+            self._mixture = Turns(self.adapters, self._turns())
+            self._router(model, TurnsRouter)
+            return
         tensors = [tensor for adapter in self._named.values() for tensor in _stacked_tensors(adapter)]
         self._weights = [(tensor, _mark(tensor)) for tensor in tensors]
         order = _order(self.adapters, self._named)
@@ -59,14 +66,18 @@ class MixedBatch:
         for backbone in self._injection.backbones.values():
             self._router(backbone, BackboneRouter)
         if beside:
-            paths = list(backbones_of(model))
-            if len(paths) > 1:
-                raise ValueError(
-                    f'{type(model).__name__} has several adapted backbones, {", ".join(map(repr, paths))}; mixed() '
-                    'knows the way from one backbone to neck and head'
-                )
-            self._router(model, ModelRouter, paths[0])
-        self._entered = PerThread()
+            self._router(model, ModelRouter, next(iter(backbones_of(model))))
+
+    def _turns(self) -> tuple[tuple[str | None, _Parts, tuple[int, ...]], ...]:
+        """Return each adapter with its necks and heads, and the numbers of its samples."""
+        current = self._injection.current.parts if self._injection.current else None
+        numbers: dict[str | None, list[int]] = {}
+        for number, name in enumerate(self.adapters):
+            numbers.setdefault(name, []).append(number)
+        return tuple(
+            (name, (current if name is None else self._named[name].parts) or {}, tuple(own))
+            for name, own in numbers.items()
+        )
 
     def _router(self, module: nn.Module, router: Callable[..., _Router], *args: Any) -> Any:
         """Return the router of a module. The first plan puts it there, and it stays for all others."""
@@ -148,7 +159,8 @@ class MixedBatch:
 def mixed(model: nn.Module, adapters: Sequence[str | None]) -> MixedBatch:
     """Let each sample of a batch go through its own adapter, neck and head within the context (ours).
 
-    The base runs once over the whole batch. Adapters of one shape run as one batched product. The results are those
+    The base runs once over the whole batch; a model with several adapted modules (``where``) runs once for each
+    adapter. Adapters of one shape run as one batched product. The results are those
     of one adapter at a time, up to rounding. Methods may be mixed. It is for prediction: within the context no
     gradients are recorded, and a model in training mode is refused.
 
@@ -203,7 +215,8 @@ def check_mixable(model: nn.Module, adapters: Sequence[str | None]) -> tuple[Inj
             injection.check_unchanged('a sample without an adapter')
         else:
             named[name] = require(model, name).adapters[name]
-            _check_method(name, named[name])
+            if len(injection.backbones) == 1:
+                _check_method(name, named[name])
     return injection, named
 
 

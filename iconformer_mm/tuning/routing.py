@@ -21,23 +21,14 @@ from .replacement import Replacement, with_forward, with_values
 
 
 @dataclass(frozen=True)
-class Mixture(Override):
-    """A mixed batch that is on its way to the backbone.
+class MixedSamples(Override):
+    """A mixed batch that is on its way.
 
     Attributes:
         adapters: The adapter of each sample.
-        order: Numbers of the samples in the order in which the backbone sees them.
-        mixing: What runs within the backbone.
-        parts: Necks and heads by their paths in the model, each with the numbers of its samples. Empty if all samples
-            have the same.
-        is_routed: Whether the batch has reached the model, which takes care of necks and heads.
     """
 
     adapters: tuple[str | None, ...]
-    order: tuple[int, ...]
-    mixing: Mixing
-    parts: tuple[tuple[Mapping[str, nn.Module], tuple[int, ...]], ...]
-    is_routed: bool = False
 
     def run(self, joint: Joint, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Refuse to run a block outside of a call of the backbone."""
@@ -64,6 +55,24 @@ class Mixture(Override):
             raise ValueError(
                 f'mixed() was given {len(self.adapters)} adapters for a batch of {len(x)}: give one for each sample'
             )
+
+
+@dataclass(frozen=True)
+class Mixture(MixedSamples):
+    """A mixed batch that is on its way to the backbone.
+
+    Attributes:
+        order: Numbers of the samples in the order in which the backbone sees them.
+        mixing: What runs within the backbone.
+        parts: Necks and heads by their paths in the model, each with the numbers of its samples. Empty if all samples
+            have the same.
+        is_routed: Whether the batch has reached the model, which takes care of necks and heads.
+    """
+
+    order: tuple[int, ...]
+    mixing: Mixing
+    parts: tuple[tuple[Mapping[str, nn.Module], tuple[int, ...]], ...]
+    is_routed: bool = False
 
 
 def _unequal(sizes: set[tuple[int, ...]]) -> str:
@@ -147,6 +156,75 @@ class BackboneRouter(Replacement):
                 'which adapter a row belongs to; predict with one adapter at a time'
             )
         self.checked.update(mixing.places)
+
+
+@dataclass(frozen=True)
+class Alone(Override):
+    """One of the adapters, in the place of the active one.
+
+    Attributes:
+        name: The adapter; None for the base.
+    """
+
+    name: str | None
+
+    def run(self, joint: Joint, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the module of a joint with the adapter."""
+        attachment = None if self.name is None else joint.attachments.get(self.name)
+        if attachment is None:
+            return super().run(joint, args, kwargs)
+        args, kwargs = joint.input_first(args, kwargs)
+        return attachment.forward(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Turns(MixedSamples):
+    """A mixed batch for a model with several adapted modules, whose adapters take turns.
+
+    Attributes:
+        groups: Of each adapter its name, its necks and heads by their paths in the model, and the numbers of its
+            samples.
+    """
+
+    groups: tuple[tuple[str | None, Mapping[str, nn.Module], tuple[int, ...]], ...]
+
+
+class TurnsRouter(Replacement):
+    """Runs a model once for each adapter of a mixed batch, on the adapter's samples.
+
+    Args:
+        model: The model.
+        switch: Its switch.
+    """
+
+    def __init__(self, model: nn.Module, switch: Switch) -> None:
+        super().__init__(model)
+        self.switch = switch
+        self._signature = inspect.signature(type(model).forward)
+        self.replace()
+
+    @left_to_python
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        turns = self.switch.override
+        if not isinstance(turns, Turns):
+            return self.host_forward(*args, **kwargs)
+        bound = self._signature.bind(self.module, *args, **kwargs)
+        bound.apply_defaults()
+        given = list(bound.arguments)[1]  # after the model itself
+        if bound.arguments.get('mode') == 'loss':
+            raise ValueError('mixed() is for prediction and computes no loss: train one adapter at a time')
+        x, samples = bound.arguments[given], bound.arguments.get('data_samples')
+        turns.check(self.module, x)
+        outputs = []
+        for name, parts, numbers in turns.groups:
+            own = inspect.BoundArguments(bound.signature, OrderedDict(bound.arguments))
+            own.arguments[given] = x[list(numbers)]
+            if samples is not None:
+                own.arguments['data_samples'] = [samples[number] for number in numbers]
+            with self.switch.overridden(Alone(name)):
+                outputs.append(with_values(self.module, parts).forward(*own.args[1:], **own.kwargs))
+        return _join(outputs, [numbers for *_, numbers in turns.groups], len(x))
 
 
 class ClassifierRouter(Replacement):

@@ -14,6 +14,7 @@ from iconformer_mm import (
     inject,
     load_adapter,
     merge,
+    mixed,
     remove,
     save_adapter,
     set_adapter,
@@ -304,6 +305,27 @@ def test_named_adapters_share_the_towers(tmp_path):
     assert same(small_detectors.predict(model, batch), two)
     with pytest.raises(ValueError, match="methods: 'neck' is not among the towers that are adapted"):
         add_adapter(model, 'three', 'lora', where='neck')
+
+
+def test_a_mixed_batch_of_towers_equals_each_adapter_alone():
+    model, batch, where = model_of('DINO')
+    for number, name in enumerate(('one', 'two', 'three')):
+        add_adapter(model, name, methods=towers(where), freeze=['*'])
+        set_adapter(model, name)
+        wake(model, number)
+    alone = {}
+    for name in ('one', 'two', 'three'):
+        set_adapter(model, name)
+        alone[name] = small_detectors.predict(model, batch)
+    for names in (['two', 'one'], ['three', 'three'], ['one', 'three']):
+        with mixed(model, names):
+            found = small_detectors.predict(model, batch)
+        expected = [t for i, name in enumerate(names) for t in alone[name][3 * i : 3 * i + 3]]
+        assert all(torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-4) for a, b in zip(found, expected))
+    with disabled(model):
+        base = small_detectors.predict(model, batch)
+    with mixed(model, [None, 'three']):
+        assert torch.allclose(small_detectors.predict(model, batch)[0], base[0], atol=1e-5)
 
 
 def test_a_file_says_which_method_is_where(tmp_path):
