@@ -33,6 +33,7 @@ from .families import BlockFamily, FromPatchEmbed, NoGrid, class_path, family_of
 from .freezing import ADAPTER, Freezing, FrozenParts, is_adapter
 from .frozen_precision import FrozenPrecision, check_frozen_dtype, tell_rounded
 from .grids import GridTracker, PatchEmbedTap
+from .initialisation import KeptInitialisation
 from .methods import PEFTMethod, Towers, build_method
 from .packing import KINDS
 from .quantised import check_gradients_pass
@@ -169,6 +170,7 @@ class Injection:
         self.trackers: dict[nn.Module, tuple[GridTracker, PatchEmbedTap]] = {}
         self.routers: dict[nn.Module, Replacement] = {}  # see mixed()
         self.recomputations: list[Recomputation] = []
+        self.initialisation: KeptInitialisation | None = None
         self.adapters: dict[str, NamedAdapter] = {}
         self.with_cp = with_cp
         items = list(self.backbones.items())
@@ -497,6 +499,8 @@ class Injection:
             freezing.release()
         for parameter in self._learnt:
             parameter.requires_grad_(True)
+        if self.initialisation is not None:
+            self.initialisation.release()
         for backbone in self.backbones.values():
             delattr(backbone, _KEY)
 
@@ -892,6 +896,8 @@ def adapt(
         raise
     if frozen:
         FrozenParts(host, frozen)
+    if selection.backbones is not None and method.adapts:
+        injection.initialisation = KeptInitialisation(host, PARTS)
     if hold:
         hold_base(host)
     return injection

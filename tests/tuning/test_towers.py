@@ -174,6 +174,22 @@ def test_merged_towers_equal_the_adapted_ones(name, method):
     assert all(torch.equal(base[n], v) for n, v in bits(model).items())
 
 
+@pytest.mark.parametrize('name', ['DINO', 'DETR'])
+def test_adapters_survive_the_initialisation_of_their_host(name):
+    """Which draws all matrices in encoder and decoder anew when a run begins."""
+    model, batch, where = model_of(name)
+    inject(model, methods=towers(where))
+    adapters = {n: p.detach().clone() for n, p in model.named_parameters() if is_adapter(n)}
+    matrix = model.encoder.layers[0].ffn.layers[1].weight.detach().clone()
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        each.init_weights()
+        assert not torch.equal(each.encoder.layers[0].ffn.layers[1].weight, matrix)
+        assert all(torch.equal(each.get_parameter(n), p) for n, p in adapters.items())
+    remove(model)
+    assert 'init_weights' not in vars(model)
+
+
 # An independent truth
 
 
