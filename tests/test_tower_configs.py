@@ -51,11 +51,15 @@ def test_shares_of_dino():
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
         summary = inject(model, **method_of(cfg))
-    shares = {path: (t.method, t.trained, t.parameters) for path, t in summary.towers.items()}
-    assert shares == SHARES
-
-
-SHARES = {}
+    rank, width, ffn = 16, 256, 2048
+    sampling = (8 * 5 * 4 * 2, 8 * 5 * 4, width)  # offsets, weights and values of 8 heads, 5 levels and 4 points
+    deformable = rank * sum(width + outputs for outputs in sampling)
+    both = 2 * rank * (width + ffn)
+    assert {path: (tower.method, tower.trained) for path, tower in summary.towers.items()} == dict(
+        backbone=('icon', 3_242_112),  # as in other recipes with Swin-L
+        encoder=('lora', 6 * (deformable + both)),
+        decoder=('lora', 6 * (2 * rank * 2 * width + deformable + both)),
+    )
 
 
 @pytest.fixture(scope='module')

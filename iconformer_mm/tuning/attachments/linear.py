@@ -101,9 +101,9 @@ class LinearAttachment(WeightMergingAttachment, Attachment):
         super().__init__(name, layer, kind, {'adapter': adapter})
         self.weight_names = adapter.names
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer, and add the paths to its output."""
-        return self.joint.run(self._run, x, *args, **kwargs)
+        return self.joint.run(self._run, *args, **kwargs)
 
     def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         (weight,) = self.weight_names
