@@ -1072,8 +1072,8 @@ def merge(model: nn.Module, safe: bool = True, keep_base: bool = True, dequantiz
     attachments = [a for a in adapter.attachments if isinstance(a, WeightMergingAttachment)]
     if not attachments or len(attachments) < len(adapter.attachments):
         raise ValueError(
-            f"method '{_unmergeable(adapter)}' cannot be merged into the base weights; those that can: lora, dora, ssf, "
-            'bitfit, norm, partial'
+            f"method '{_unmergeable(adapter)}' cannot be merged into the base weights; those that can: lora, dora, "
+            'ssf, bitfit, norm, partial'
         )
     for attachment in attachments if safe else ():
         for weight, (_, value) in attachment.merged_weights().items():

@@ -383,7 +383,7 @@ class FrozenPrefix:
         sites = find_sites(self.backbone)
         if not sites and injection.selection.backbones is not None:
             raise PrefixError(
-                f'prefix_cache needs an image encoder with known blocks, and {next(iter(injection.backbones))!r} has none'
+                f'prefix_cache needs an image encoder with known blocks: {next(iter(injection.backbones))!r} has none'
             )
         self.sites = [site.name for site in sites]
         self.trained = self._find_trained(injection)

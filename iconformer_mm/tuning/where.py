@@ -31,7 +31,7 @@ def find_towers(model: nn.Module, where: str | Sequence[str]) -> tuple[str, ...]
     """
     entries = [where] if isinstance(where, str) else where
     if not isinstance(entries, (list, tuple)) or not entries or not all(isinstance(e, str) for e in entries):
-        raise ValueError(f"where must be a module's path or pattern, or a list of such, e.g. ['encoder'], got {where!r}")
+        raise ValueError(f"where must be a module's path or pattern, or a list of such (['encoder']), got {where!r}")
     host = unwrap(model)
     modules = {n: m for n, m in host.named_modules() if any(True for _ in m.parameters())}
     paths: list[str] = []

@@ -195,7 +195,7 @@ def _build_towers(methods: Any = None, **unknown: Any) -> Towers:
         paths = options.pop('where')
         for path in paths:
             if path in built:
-                raise ValueError(f'methods: {path!r} is given two methods, {built[path].name!r} and {options["type"]!r}')
+                raise ValueError(f'methods: {path!r} is given two methods, the first is {built[path].name!r}')
             built[path] = build_method(options)
     return Towers(built)
 
