@@ -92,7 +92,9 @@ DETR = dict(
     **{
         **_ONE_LEVEL,
         'train_cfg': dict(
-            assigner=dict(type='HungarianAssigner', match_costs=[dict(type='ClassificationCost', weight=1.0), *_COSTS[1:]])
+            assigner=dict(
+                type='HungarianAssigner', match_costs=[dict(type='ClassificationCost', weight=1.0), *_COSTS[1:]]
+            )
         ),
     },
     type='DETR',
@@ -183,9 +185,7 @@ MASK2FORMER = dict(
         ),
         loss_cls=dict(type='CrossEntropyLoss', loss_weight=2.0, reduction='mean', class_weight=[1.0] * 3 + [0.1]),
         loss_mask=dict(type='CrossEntropyLoss', use_sigmoid=True, reduction='mean', loss_weight=5.0),
-        loss_dice=dict(
-            type='DiceLoss', use_sigmoid=True, activate=True, reduction='mean', naive_dice=True, eps=1.0
-        ),
+        loss_dice=dict(type='DiceLoss', use_sigmoid=True, activate=True, reduction='mean', naive_dice=True, eps=1.0),
     ),
     panoptic_fusion_head=dict(type='MaskFormerFusionHead', num_things_classes=3, num_stuff_classes=0),
     train_cfg=dict(
@@ -253,7 +253,9 @@ def build(config: dict[str, Any], seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def batch(masks: bool = False, text: str | tuple[str, ...] | None = None, size: tuple[int, int] = (64, 96)) -> dict[str, Any]:
+def batch(
+    masks: bool = False, text: str | tuple[str, ...] | None = None, size: tuple[int, int] = (64, 96)
+) -> dict[str, Any]:
     """Two images of noise with two boxes each, as the data loader gives them."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
@@ -284,9 +286,7 @@ def predict(model: nn.Module, data: dict[str, Any]) -> list[Tensor]:
     model.eval()
     torch.manual_seed(0)
     predictions = model.test_step(copy.deepcopy(data))
-    return [
-        getattr(sample.pred_instances, field) for sample in predictions for field in ('scores', 'labels', 'bboxes')
-    ]
+    return [getattr(sample.pred_instances, field) for sample in predictions for field in ('scores', 'labels', 'bboxes')]
 
 
 def losses(model: nn.Module, data: dict[str, Any]) -> Tensor:

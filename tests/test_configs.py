@@ -10,7 +10,9 @@ from iconformer_mm import inject, summarize
 from iconformer_mm.analysis.inspection import find_mistakes
 from iconformer_mm.engine import load_config
 
-CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*/*.py') if p.parent.name not in ('foundation', 'towers'))
+CONFIGS = sorted(
+    str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*/*.py') if p.parent.name not in ('foundation', 'towers')
+)
 COUNTS = {'cifar100': 8, 'svhn': 8, 'food101': 8, 'quickstart': 5, 'coco': 32, 'ade20k': 24, 'nyu': 8, 'scenes': 13}
 COUNTS['comparison'] = 2  # not benchmarks: no metafile lists them
 # Shares of iCoN, in percent, for backbones whose adapters are not in the published budget.

@@ -56,9 +56,7 @@ def find_towers(model: nn.Module, where: str | Sequence[str]) -> tuple[str, ...]
     return tuple(paths)
 
 
-def build_towers(
-    model: nn.Module, methods: Sequence[Mapping[str, Any]]
-) -> tuple[PEFTMethod, tuple[str, ...]]:
+def build_towers(model: nn.Module, methods: Sequence[Mapping[str, Any]]) -> tuple[PEFTMethod, tuple[str, ...]]:
     """Build the methods of a model's towers.
 
     Args:

@@ -102,7 +102,11 @@ def wake(model, seed=1):
 @pytest.mark.parametrize('name', MODELS)
 def test_towers_start_exact_train_only_adapters_and_go(name, tmp_path):
     model, batch, where = model_of(name)
-    before, keys, grads = bits(model), list(model.state_dict()), {n: p.requires_grad for n, p in model.named_parameters()}
+    before, keys, grads = (
+        bits(model),
+        list(model.state_dict()),
+        {n: p.requires_grad for n, p in model.named_parameters()},
+    )
     stock, expected = small_detectors.predict(model, batch), frozen_predictions(name)
     summary = inject(model, methods=towers(where), freeze=['*'])
     assert same(small_detectors.predict(model, batch), expected)
@@ -243,7 +247,7 @@ def test_an_adapter_reads_and_joins_the_ffn():
         wake(model)
         ffn = model.decoder.layers[1].ffn
         seen = {}
-        handle = ffn.register_forward_hook(lambda module, args, out: seen.update(x=args[0], out=out))
+        handle = ffn.register_forward_hook(lambda _, args, out, seen=seen: seen.update(x=args[0], out=out))
         small_detectors.predict(model, batch)
         handle.remove()
         adapter = ffn.adapter
@@ -383,7 +387,7 @@ def test_a_file_says_which_method_is_where(tmp_path):
         (dict(where='decoder', blocks='last:1'), 'has no known Transformer blocks to choose among'),
         (dict(where='decoder', dropout=0.1), 'reads the weights of its layers, so dropout cannot be applied'),
         (dict(where='encoder', with_cp=True), 'with_cp recomputes adapted blocks'),
-        (dict(method=None, methods=[]), "methods must be a list of dict\\(where="),
+        (dict(method=None, methods=[]), 'methods must be a list of dict\\(where='),
         (dict(method=None, methods=['lora']), "got 'lora' in it"),
         (dict(methods=[dict(type='lora')]), 'methods says what goes where, so method cannot be given beside it'),
         (
@@ -391,7 +395,9 @@ def test_a_file_says_which_method_is_where(tmp_path):
             "'encoder' is given two methods, 'lora' and 'bitfit'",
         ),
         (
-            dict(method=None, methods=[dict(where='decoder', type='lora'), dict(where='decoder.layers.1', type='norm')]),
+            dict(
+                method=None, methods=[dict(where='decoder', type='lora'), dict(where='decoder.layers.1', type='norm')]
+            ),
             "'decoder.layers.1' lies within 'decoder', and a module takes one method",
         ),
         (
