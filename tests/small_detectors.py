@@ -115,7 +115,7 @@ DETR = dict(
 
 
 def _wide(node: Any) -> Any:
-    """Change the width of tokens to the 256 that Conditional DETR is written for."""
+    """Change the width of tokens to the 256 that Conditional DETR and Grounding DINO are written for."""
     if isinstance(node, dict):
         widths = dict(out_channels=256, num_feats=128)
         if 'ffn_cfg' not in node and node.get('type') != 'SwinTransformer':
@@ -207,7 +207,7 @@ def grounding_dino(bert: str) -> dict[str, Any]:
         num_cp=0,
         text_layer_cfg=dict(self_attn_cfg=_ATTENTION, ffn_cfg=_FFN),
         fusion_layer_cfg=dict(
-            v_dim=WIDTH, l_dim=WIDTH, embed_dim=WIDTH, num_heads=2, dropout=0.0, drop_path=0.0, init_values=1.0
+            v_dim=256, l_dim=256, embed_dim=WIDTH, num_heads=2, dropout=0.0, drop_path=0.0, init_values=1.0
         ),
     )
     head = dict(
@@ -219,7 +219,7 @@ def grounding_dino(bert: str) -> dict[str, Any]:
         **_LOSSES,
     )
     costs = [dict(type='BinaryFocalLossCost', weight=2.0), *_COSTS[1:]]
-    return {
+    config = {
         **DINO,
         **level_layers,
         'type': 'GroundingDINO',
@@ -235,6 +235,7 @@ def grounding_dino(bert: str) -> dict[str, Any]:
         'bbox_head': head,
         'train_cfg': dict(assigner=dict(type='HungarianAssigner', match_costs=costs)),
     }
+    return _wide(config)
 
 
 def build(config: dict[str, Any], seed: int = 0) -> nn.Module:

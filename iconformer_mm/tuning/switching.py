@@ -221,13 +221,13 @@ def set_adapter(model: nn.Module, name: str) -> None:
         ValueError: There is no such adapter, or the model is wrapped.
     """
     injection = require(model, name)
-    injection.activate(name)
     parts = injection.adapters[name].parts
+    frozen = vars(model).get(FrozenParts.KEY)
+    if parts is not None and frozen is not None:
+        frozen.release()  # before the parts are held, which it would train again
+    injection.activate(name)
     if parts is None:
         return
-    frozen = vars(model).get(FrozenParts.KEY)
-    if frozen is not None:
-        frozen.release()
     for part, module in parts.items():
         _set_part(model, part, module.train(model.training))
     _register_parts(model, injection)
