@@ -166,7 +166,7 @@ def test_grounding_dino_trains_and_tests(name, data, tmp_path):
     cfg.model.language_model.name = write_bert(tmp_path / 'bert')
     narrow(cfg)
     cfg = two_iterations(cfg, data, tmp_path / 'run')
-    model = MODELS.build(cfg.model)
+    model = MODELS.build(copy.deepcopy(cfg.model))
     torch.manual_seed(0)
     model.init_weights()
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'base.pth')
