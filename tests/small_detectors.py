@@ -199,8 +199,31 @@ MASK2FORMER = dict(
 )
 
 
+def repair_grounding_dino() -> None:
+    """Give the decoder of Grounding DINO the layer that its forward pass needs.
+
+    OneDL's MMDetection 3.5.1 widened what DINO's decoder feeds to ``ref_point_head``, and there the layer with it. The
+    decoder of Grounding DINO inherits the former alone, so it fails in every call.
+    """
+    from mmdet.models.layers.transformer.dino_layers import DinoTransformerDecoder
+    from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder
+    from mmdet.models.layers.transformer.utils import MLP
+
+    factors = (cls._init_layers.__code__.co_consts for cls in (DinoTransformerDecoder, GroundingDinoTransformerDecoder))
+    if [4 in constants for constants in factors] != [True, False]:
+        return
+    init = GroundingDinoTransformerDecoder._init_layers
+
+    def _init_layers(self: Any) -> None:
+        init(self)
+        self.ref_point_head = MLP(self.embed_dims * 4, self.embed_dims, self.embed_dims, 2)
+
+    GroundingDinoTransformerDecoder._init_layers = _init_layers
+
+
 def grounding_dino(bert: str) -> dict[str, Any]:
     """Grounding DINO with a text encoder from a folder."""
+    repair_grounding_dino()
     level_layers = copy.deepcopy(_LEVEL_LAYERS)
     level_layers['decoder']['layer_cfg']['cross_attn_text_cfg'] = _ATTENTION
     level_layers['encoder'].update(
