@@ -116,7 +116,7 @@ def _maps_of(modules: dict[str, nn.Module], name: str, layer: Any) -> dict[str, 
 def _role(modules: dict[str, nn.Module], name: str) -> str:
     """Return the role of a linear layer by its name, and by the modules around it."""
     parent = name.rpartition('.')[0]
-    if name.endswith('v_proj') and hasattr(modules.get(parent), 'l_proj'):
+    if name.rpartition('.')[2] == 'v_proj' and hasattr(modules.get(parent), 'l_proj'):
         return 'q'  # attention between vision and language: q of the one is k of the other
     for role, pattern in _PATTERNS:
         if pattern.search(name):
