@@ -108,7 +108,8 @@ def parameters_from_hub(model: nn.Module) -> set[str]:
     Args:
         model: The model.
     """
-    hub = [n for n, m in model.named_modules() if hasattr(m, 'from_pretrained') and getattr(m, 'name_or_path', '')]
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    hub = [n for n, m in modules if hasattr(m, 'from_pretrained') and getattr(m, 'name_or_path', None)]
     return {name for name in model.state_dict() if hub and (is_below(name, hub) or '' in hub)}
 
 

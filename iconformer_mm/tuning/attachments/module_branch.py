@@ -42,7 +42,7 @@ class ModuleBranchAttachment(Attachment):
         return self.joint.run(self._run, *args, **kwargs)
 
     def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given = args[self._position] if self._position < len(args) else kwargs.get(self.residual)
+        given: Any = args[self._position] if self._position < len(args) else kwargs.get(self.residual)
         if self.reads_residual:
             # A norm is the last thing that the module does, so the sum before it is changed at the other end.
             moved = given + self._delta(given, kwargs)
