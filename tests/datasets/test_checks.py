@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from commands import tool
 from conftest import ROOT
 from mmengine.registry import init_default_scope
 
@@ -220,16 +219,14 @@ def test_unreadable_files_are_named(kind, file, fault, data):
         dataset[0]
 
 
-@pytest.mark.parametrize('tool', ['train.py', 'test.py'])
-def test_the_tools_end_with_the_message_alone(tool, tmp_path):
+@pytest.mark.parametrize('name', ['train.py', 'test.py'])
+def test_the_tools_end_with_the_message_alone(name, tmp_path):
     (tmp_path / 'checkpoint.pth').write_bytes(b'')
     config = ROOT / 'configs' / 'scenes' / CONFIGS['ade20k']
-    command = [sys.executable, ROOT / 'tools' / tool, config]
-    command += [tmp_path / 'checkpoint.pth'] if tool == 'test.py' else []
-    command += ['--work-dir', tmp_path, '--cfg-options', 'model.backbone.init_cfg=None']
-    command += [f'{part}_dataloader.dataset.data_root={tmp_path}/nowhere' for part in ('train', 'test')]
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 1
-    last = result.stderr.strip().splitlines()[-1]
+    arguments = [tmp_path / 'checkpoint.pth'] if name == 'test.py' else []
+    arguments += ['--work-dir', tmp_path, '--cfg-options', 'model.backbone.init_cfg=None']
+    arguments += [f'{part}_dataloader.dataset.data_root={tmp_path}/nowhere' for part in ('train', 'test')]
+    printed = tool(name, config, *arguments, cwd=tmp_path, ok=False)
+    last = printed.strip().splitlines()[-1]
     assert last.startswith('error in the data: BaseSegDataset(') and f'{tmp_path}/nowhere' in last
-    assert 'Traceback' not in result.stderr
+    assert 'Traceback' not in printed

@@ -1,12 +1,10 @@
 import json
-import subprocess
-import sys
 
 import cv2
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT
+from commands import tool
 from mmengine.registry import init_default_scope
 from scipy.io import savemat
 
@@ -173,10 +171,7 @@ def test_mmpretrain_reads_folders(folders, rendered):
 
 
 def converter(name, *arguments, ok=True):
-    command = [sys.executable, ROOT / 'tools' / 'dataset_converters' / name, *arguments]
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    assert (result.returncode == 0) == ok, result.stderr
-    return result.stdout + result.stderr
+    return tool(f'dataset_converters/{name}', *arguments, ok=ok)
 
 
 def test_make_scenes(tmp_path):
