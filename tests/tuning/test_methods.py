@@ -503,7 +503,7 @@ def test_attention_in_other_blocks(name, input):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (dict(method='lora', targets='qv'), "targets must be a list of q, k, v, o, fc1, fc2, got 'qv'"),
+        (dict(method='lora', targets='qv'), "targets must be a list of q, k, v, o, fc1, fc2, other, got 'qv'"),
         (dict(method='lora', targets=['x']), 'targets must be a list'),
         (dict(method='lora', rank=0), 'rank must be an integer of at least 1'),
         (dict(method='vpt', num_tokens=0), 'num_tokens must be an integer of at least 1'),

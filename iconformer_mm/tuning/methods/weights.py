@@ -186,7 +186,8 @@ class PartialMethod(PEFTMethod):
         return attachments
 
 
-ROLES = ('q', 'k', 'v', 'o', 'fc1', 'fc2', OTHER)
+ROLES = ('q', 'k', 'v', 'o', 'fc1', 'fc2')
+TARGETS = (*ROLES, OTHER)  # of towers beyond the backbone
 
 
 def find_targets(site: Site, roles: Sequence[str]) -> list[Target]:
@@ -247,15 +248,15 @@ class LowRankMethod(PEFTMethod):
     adapter_class: type[LoRAAdapter]
 
     def __init__(self, rank: int, alpha: float, targets: Sequence[str], dropout: float, rank_stabilized: bool) -> None:
-        if isinstance(targets, str) or not targets or not set(targets) <= set(ROLES):
-            raise ValueError(f'targets must be a list of {", ".join(ROLES)}, got {targets!r}')
+        if isinstance(targets, str) or not targets or not set(targets) <= set(TARGETS):
+            raise ValueError(f'targets must be a list of {", ".join(TARGETS)}, got {targets!r}')
         check_count('rank', rank)
         check_number('alpha', alpha, above=0)
         check_number('dropout', dropout, low=0, below=1)
         check_flag('rank_stabilized', rank_stabilized)
         self.rank = rank
         self.alpha = alpha
-        self.targets = [role for role in ROLES if role in targets]
+        self.targets = [role for role in TARGETS if role in targets]
         self.dropout = dropout
         self.rank_stabilized = rank_stabilized
 
