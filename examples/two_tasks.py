@@ -25,6 +25,7 @@ from iconformer_mm.engine import load_config
 CONFIG = Path(__file__).resolve().parent.parent / 'configs' / 'quickstart' / 'vit-quickstart_icon_digits.py'
 TURNS = ('upright', 'a quarter turn', 'half a turn', 'three quarters')
 STEPS = 100
+TESTED = 300  # images
 
 
 def load_images(cfg, part: str) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,7 @@ def main() -> None:
     cfg = load_config(str(CONFIG))
     init_default_scope(cfg.default_scope)
     images, labels = load_images(cfg, 'train')
-    test_images, test_labels = load_images(cfg, 'test')
+    test_images, test_labels = (each[:TESTED] for each in load_images(cfg, 'test'))
     tasks = {
         'digit': (10, (images, labels), (test_images, test_labels)),
         'turn': (4, turned(images), turned(test_images)),

@@ -17,7 +17,7 @@ def write_scenes(root):
     """Scenes in the formats of COCO, ADE20K and NYU-v2."""
     for name in ('coco', 'ade20k'):
         for split in ('train', 'val'):
-            WRITERS[name](root / name, split, scenes(4, 0, size=(96, 128)))
+            WRITERS[name](root / name, split, scenes(4 if split == 'train' else 2, 0, size=(96, 128)))
     for split in ('train', 'val'):
         WRITERS['nyu'](root / 'nyu', split, scenes(2, 0, size=(480, 640)))
     return root

@@ -8,6 +8,7 @@ from mmengine.registry import MODELS, init_default_scope
 import iconformer_mm  # noqa: F401
 from iconformer_mm import inject, summarize
 from iconformer_mm.analysis.inspection import find_mistakes
+from iconformer_mm.checkpoint import empty_parameters
 from iconformer_mm.engine import load_config
 
 CONFIGS = sorted(
@@ -36,7 +37,8 @@ def method_of(name):
 def build_model(name):
     cfg = load_config(str(ROOT / name))
     init_default_scope(cfg.default_scope)
-    model = MODELS.build(cfg.model)
+    with empty_parameters():  # only shapes count here
+        model = MODELS.build(cfg.model)
     for hook in cfg.get('custom_hooks', []):
         if hook.type == 'PEFTHook':
             inject(model, hook.method)
