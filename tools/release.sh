@@ -79,7 +79,7 @@ case $imported in
     *) die "the environment imports $imported, not $version from the wheel" ;;
 esac
 quietly "training with it" "$venv/iconformer" train iconformer_mm::quickstart/vit-quickstart_icon_digits.py \
-    --work-dir out --cfg-options train_cfg.max_epochs=2 train_cfg.val_interval=2
+    --work-dir out --cfg-options train_cfg.max_epochs=6 train_cfg.val_interval=6
 [ -f out/adapter.safetensors ] || die 'training left no out/adapter.safetensors'
 quietly "reading its adapter file" "$venv/iconformer" adapter info out/adapter.safetensors
 
