@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -38,21 +38,17 @@ class KernelBank:
         Raises:
             ValueError: The model has no iCoN adapters, or they make several sets of kernels per image.
         """
-        handles = []
-        for name, adapter in icon_adapters(model).items():
-            if adapter.window_size is not None:
-                raise ValueError(f'{name} makes kernels for each window, and only kernels of whole images are swapped')
-            parts = self._parts.setdefault(name, [])
+        with ExitStack() as hooks:
+            for name, adapter in icon_adapters(model).items():
+                if adapter.window_size is not None:
+                    raise ValueError(f'{name} makes kernels for each window; only kernels of whole images are swapped')
+                parts = self._parts.setdefault(name, [])
 
-            def record(icon: nn.Module, args: tuple, made: Tensor, parts: list[Tensor] = parts) -> None:
-                parts.append(made.detach().clone())
+                def record(icon: nn.Module, args: tuple, made: Tensor, parts: list[Tensor] = parts) -> None:
+                    parts.append(made.detach().clone())
 
-            handles.append(adapter.icon.register_forward_hook(record))
-        try:
+                hooks.enter_context(adapter.icon.register_forward_hook(record))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def swapped(self, swap: str, seed: int = 0) -> dict[str, Tensor]:
         """Choose the kernels that each image gets instead of its own. All adapters choose alike.
@@ -101,24 +97,22 @@ def given_kernels(model: nn.Module, kernels: dict[str, Tensor]) -> Iterator[None
         kernels: Those of each adapter, (N, c, K, K).
 
     Raises:
-        ValueError: The model has other adapters, or sees more images than there are kernels.
+        ValueError: The model has other adapters, or sees more or fewer images than there are kernels.
     """
     adapters = icon_adapters(model)
     if adapters.keys() != kernels.keys():
         raise ValueError(f'the kernels are of {", ".join(kernels)}; the model has {", ".join(adapters)}')
-    handles = []
-    for name, adapter in adapters.items():
-        left = iter(kernels[name])
+    remaining = {name: iter(kernels[name]) for name in adapters}
+    with ExitStack() as hooks:
+        for name, adapter in adapters.items():
 
-        def replace(icon: nn.Module, args: tuple, made: Tensor, left: Iterator[Tensor] = left) -> Tensor:
-            given = [kernel for _, kernel in zip(range(len(made)), left)]
-            if len(given) < len(made):
-                raise ValueError('the model was given more images than kernels were recorded for')
-            return torch.stack(given).to(made)
+            def replace(icon: nn.Module, args: tuple, made: Tensor, left: Iterator[Tensor] = remaining[name]) -> Tensor:
+                given = [kernel for _, kernel in zip(range(len(made)), left)]
+                if len(given) < len(made):
+                    raise ValueError('the model was given more images than kernels were recorded for')
+                return torch.stack(given).to(made)
 
-        handles.append(adapter.icon.register_forward_hook(replace))
-    try:
+            hooks.enter_context(adapter.icon.register_forward_hook(replace))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    if any(next(left, None) is not None for left in remaining.values()):
+        raise ValueError('the model was given fewer images than kernels were recorded for')

@@ -101,6 +101,8 @@ def test_what_cannot_be_swapped():
         bank.swapped('other')
     with pytest.raises(ValueError, match='more images than kernels'), given_kernels(model, bank.swapped('mean')):
         model(IMAGES), model(IMAGES)
+    with pytest.raises(ValueError, match='fewer images than kernels'), given_kernels(model, bank.swapped('mean')):
+        model(IMAGES[:4])
     with pytest.raises(ValueError, match='the kernels are of'), given_kernels(model, {'strange': torch.zeros(1)}):
         pass
     lone = KernelBank()
