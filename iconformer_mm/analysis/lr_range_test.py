@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 
 from iconformer_mm.engine.config import peft_hooks
 from iconformer_mm.figures import REFERENCE, new_figure, save_figure
-from iconformer_mm.registry import is_type
+from iconformer_mm.registry import type_name
 
 SMOOTHING = 0.9
 DIVERGENCE = 4.0
@@ -161,9 +161,10 @@ def prepare_config(cfg: Config, num_iters: int) -> None:
     cfg.auto_scale_lr = None
     cfg.resume = False
     sampler = cfg.train_dataloader.get('sampler')
-    if sampler is not None and is_type(sampler, 'DefaultSampler'):
+    if sampler is not None and type_name(sampler) == 'DefaultSampler':  # no class of a user's that derives from it
         # By iterations, MMEngine waits for two seconds at the end of each epoch. This sampler has no end.
-        cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=sampler.get('shuffle', True))
+        kept = {key: sampler[key] for key in ('shuffle', 'seed') if key in sampler}
+        cfg.train_dataloader.sampler = dict(type='InfiniteSampler', **kept)
     cfg.visualizer = None
     cfg.log_level = 'WARNING'
     cfg.merge_from_dict({'default_hooks.checkpoint': None, 'log_processor.by_epoch': False})

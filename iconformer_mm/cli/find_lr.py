@@ -56,9 +56,10 @@ def sweep(args: argparse.Namespace, console: Console) -> tuple[LRRangeTest, dict
         exempt_from_collection()
         runner.register_hook(hook)
         runner.train()
+    peft = method_of(cfg) or {}
     settings = dict(
         config=args.config,
-        method=(method_of(cfg) or {}).get('method'),
+        method=peft.get('methods') or peft.get('method'),
         optimizer=cfg.optim_wrapper.optimizer.to_dict(),
     )
     return hook.test, settings, Path(cfg.work_dir)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import DefaultSampler
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from tiny_runs import config
@@ -160,3 +161,22 @@ def test_a_range_test_is_plotted(tmp_path, losses):
         test.add(1e-4 * 2**index, loss)
     plot_lr_range_test(test, tmp_path / 'p.png')
     assert len(np.unique(cv2.imread(str(tmp_path / 'p.png')).reshape(-1, 3), axis=0)) > 50
+
+
+class _OwnSampler(DefaultSampler):
+    """As a project of a user's would have one."""
+
+
+@pytest.mark.parametrize(
+    ('given', 'expected'),
+    [
+        (dict(type='DefaultSampler', shuffle=False), dict(type='InfiniteSampler', shuffle=False)),
+        (dict(type='DefaultSampler', seed=7), dict(type='InfiniteSampler', seed=7)),
+        (dict(type=_OwnSampler, shuffle=True), dict(type=_OwnSampler, shuffle=True)),
+    ],
+)
+def test_a_sampler_without_end_is_taken_where_nothing_else_changes(given, expected, tmp_path):
+    cfg = config(tmp_path)
+    cfg.train_dataloader.sampler = given
+    prepare_config(cfg, 5)
+    assert cfg.train_dataloader.sampler == expected
