@@ -75,6 +75,26 @@ class Mixture(MixedSamples):
     is_routed: bool = False
 
 
+def _bind(
+    signature: inspect.Signature, model: nn.Module, mixture: MixedSamples, args: tuple, kwargs: dict[str, Any]
+) -> tuple[inspect.BoundArguments, str]:
+    """Return the arguments of a model's call with a mixed batch, and the name of the one that holds the images.
+
+    Raises:
+        ValueError: The call computes a loss, or the batch has another number of images or of data samples.
+    """
+    bound = signature.bind(model, *args, **kwargs)
+    bound.apply_defaults()
+    given = list(bound.arguments)[1]  # after the model itself
+    if bound.arguments.get('mode') == 'loss':
+        raise ValueError('mixed() is for prediction and computes no loss: train one adapter at a time')
+    x, samples = bound.arguments[given], bound.arguments.get('data_samples')
+    mixture.check(model, x)
+    if samples is not None and len(samples) != len(x):
+        raise ValueError(f'{len(samples)} data samples were given for {len(x)} images')
+    return bound, given
+
+
 def _unequal(sizes: set[tuple[int, ...]]) -> str:
     return (
         f'samples of a mixed batch must have one size, got {", ".join(map(str, sorted(sizes)))}; put samples of one '
@@ -209,13 +229,8 @@ class TurnsRouter(Replacement):
         turns = self.switch.override
         if not isinstance(turns, Turns):
             return self.host_forward(*args, **kwargs)
-        bound = self._signature.bind(self.module, *args, **kwargs)
-        bound.apply_defaults()
-        given = list(bound.arguments)[1]  # after the model itself
-        if bound.arguments.get('mode') == 'loss':
-            raise ValueError('mixed() is for prediction and computes no loss: train one adapter at a time')
+        bound, given = _bind(self._signature, self.module, turns, args, kwargs)
         x, samples = bound.arguments[given], bound.arguments.get('data_samples')
-        turns.check(self.module, x)
         outputs = []
         for name, parts, numbers in turns.groups:
             own = inspect.BoundArguments(bound.signature, OrderedDict(bound.arguments))
@@ -285,16 +300,9 @@ class ModelRouter(Replacement):
         mixture = self.switch.override
         if not isinstance(mixture, Mixture) or mixture.is_routed or not mixture.parts:
             return self.host_forward(*args, **kwargs)
-        bound = self._signature.bind(self.module, *args, **kwargs)
-        bound.apply_defaults()
+        bound, given = _bind(self._signature, self.module, mixture, args, kwargs)
         arguments = bound.arguments
-        given = list(arguments)[1]  # after the model itself
-        if arguments.get('mode') == 'loss':
-            raise ValueError('mixed() is for prediction and computes no loss: train one adapter at a time')
         x, samples = arguments[given], arguments.get('data_samples')
-        mixture.check(self.module, x)
-        if samples is not None and len(samples) != len(x):
-            raise ValueError(f'{len(samples)} data samples were given for {len(x)} images')
         sizes = {tuple(s.metainfo['img_shape'][:2]) for s in samples or () if 'img_shape' in getattr(s, 'metainfo', {})}
         if len(sizes) > 1:
             raise ValueError(_unequal(sizes))

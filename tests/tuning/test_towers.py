@@ -352,6 +352,9 @@ def test_a_mixed_batch_of_towers_equals_each_adapter_alone():
     with mixed(model, [None, 'three']):
         found = small_detectors.predict(model, batch)
     assert same(found, [*base, *alone['three'][1]])
+    more = {**batch, 'data_samples': [*batch['data_samples'], batch['data_samples'][0]]}
+    with pytest.raises(ValueError, match='3 data samples were given for 2 images'), mixed(model, ['one', 'two']):
+        small_detectors.predict(model, more)
 
 
 def test_a_file_says_which_method_is_where(tmp_path):
