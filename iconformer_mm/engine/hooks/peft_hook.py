@@ -222,6 +222,8 @@ class PEFTHook(WeightsHook):
     def _save_adapter(self, runner: Runner) -> None:
         if not self.save_adapter or self._injection is None or not self._injection.method.freezes:
             return
+        if not is_main_process() and not is_sharded(unwrap(runner.model)):
+            return  # all processes gather a sharded model
         path = Path(runner.work_dir) / 'adapter.safetensors'
         fault = diverged_in(runner)
         if fault is not None:
@@ -232,8 +234,6 @@ class PEFTHook(WeightsHook):
         model = unwrap(runner.model) if averaged is None else averaged
         classes = (getattr(runner.train_dataloader.dataset, 'metainfo', None) or {}).get('classes')
         notes = dict(epoch=runner.epoch, iter=runner.iter, weights='raw' if averaged is None else 'averaged')
-        if not is_main_process() and not is_sharded(model):
-            return  # all processes gather a sharded model
         content, tensors = adapter_of(
             model, metadata=notes, task=class_name(model), classes=classes, base=self.base_before_wrap
         )
