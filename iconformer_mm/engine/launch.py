@@ -73,6 +73,25 @@ def _seed_of(path: str | os.PathLike | None) -> int | None:
     return seed
 
 
+def _is_restarted() -> bool:
+    """Whether torchrun, on one machine, has started this process again after another one died."""
+    count = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    return count != '0' and os.environ.get('GROUP_WORLD_SIZE') == '1'
+
+
+def _group_arguments() -> dict[str, Any]:
+    """Return the arguments of ``init_process_group``.
+
+    The agent of torchrun 2.5 and newer keeps one store for all restarts. A restarted process can read the address of a
+    dead one there, and then fails. It gets a part of the store that only its restart uses.
+    """
+    if not _is_restarted():
+        return {}
+    store, rank, world_size = next(iter(torch.distributed.rendezvous('env://')))
+    name = f'restart_{os.environ["TORCHELASTIC_RESTART_COUNT"]}'
+    return dict(store=torch.distributed.PrefixStore(name, store), rank=rank, world_size=world_size)
+
+
 def _join_process_group(cfg: Config) -> None:
     """Join the process group of a distributed run, as MMEngine's runner would do later."""
     launcher = cfg.get('launcher', 'none')
@@ -80,9 +99,10 @@ def _join_process_group(cfg: Config) -> None:
         return
     if launcher == 'pytorch' and not torch.cuda.is_available():
         # MMEngine would select a CUDA device for any backend.
-        torch.distributed.init_process_group('gloo')
+        torch.distributed.init_process_group('gloo', **_group_arguments())
     else:
-        init_dist(launcher, **((cfg.get('env_cfg') or {}).get('dist_cfg') or {}))
+        arguments = _group_arguments() if launcher == 'pytorch' else {}
+        init_dist(launcher, **((cfg.get('env_cfg') or {}).get('dist_cfg') or {}), **arguments)
 
 
 def _is_flexible(cfg: Config) -> bool:
@@ -102,6 +122,8 @@ def build_runner(cfg: Config) -> Runner:
     _take_seed_of_resumed(cfg)
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_mmpretrain_dataloaders(cfg)
+    if cfg.get('launcher', 'none') == 'pytorch' and _is_restarted():
+        _join_process_group(cfg)
     if cfg.get('launcher', 'none') == 'pytorch' and not torch.cuda.is_available():
         _join_process_group(cfg)
         _replace_sync_bn(cfg.model)
