@@ -32,7 +32,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--jobs', type=int, default=min(4, os.cpu_count() or 1), help='runs at a time, one core each')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/compare'), help='folder for all results')
     parser.add_argument('--minutes', type=float, help='begin no run after so many minutes; the next call goes on')
-    parser.add_argument('--tasks', nargs='+', metavar='TASK', help='run these tasks only (default: all)')
+    parser.add_argument(
+        '--tasks', nargs='+', metavar='TASK', help='run these tasks, and the searches for them (default: all)'
+    )
     parser.add_argument('--methods', nargs='+', metavar='METHOD', help='run these methods only (default: all)')
     parser.add_argument('--seeds', type=int, metavar='N', help='take the first N seeds only (default: all)')
     parser.add_argument('--report-only', action='store_true', help='run nothing, report what is finished')
@@ -73,8 +75,7 @@ def select(kind: str, names: list[str] | None, known: Collection[str]) -> Collec
 
 def render_scenes(comparison: Comparison, tasks: Collection[str]) -> None:
     """Render what tasks on scenes train and test on, and what the search validates on."""
-    for name in tasks:
-        task = comparison.tasks[name]
+    for task in comparison.with_searched(tasks):
         if '-scenes_' in Path(task.config).name:
             options = json.dumps([task.options, task.search_options])
             # The configs' own scenes, unless the options name others.

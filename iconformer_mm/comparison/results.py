@@ -94,8 +94,6 @@ class Results:
 
     def searched(self, task: Task, method: Method) -> bool:
         """Whether all learning rates were tried."""
-        if task.rates_of is not None:
-            return self.searched(self.comparison.tasks[task.rates_of], method)
         return all(run.name in self.finished for run in self.comparison.searches(task, method))
 
     def best_rate(self, task: Task, method: Method) -> float | None:
@@ -103,8 +101,7 @@ class Results:
 
         A rate at which a run diverged counts as diverged.
         """
-        if task.rates_of is not None:
-            return self.best_rate(self.comparison.tasks[task.rates_of], method)
+        task = self.comparison.searched_task(task)
         rates = self.comparison.rates(task, method)
         if len(rates) == 1:
             return rates[0]
@@ -134,7 +131,8 @@ class Results:
     def ready(self, tasks: Collection[str], methods: Collection[str]) -> list[Run]:
         """The unfinished runs that could be run now, in order."""
         pairs = self.comparison.pairs(tasks, methods)
-        return [run for pair in pairs for run in self.known(*pair) if run.name not in self.finished]
+        runs = {run.name: run for pair in pairs for run in self.known(*pair)}  # tasks can share a search
+        return [run for run in runs.values() if run.name not in self.finished]
 
     def left(self, tasks: Collection[str], methods: Collection[str]) -> int:
         """How many runs are unfinished, with those that wait for a search."""

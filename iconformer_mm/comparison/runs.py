@@ -61,7 +61,8 @@ class Scheduler:
         self.begun: set[str] = set()
         self.failed: list[str] = []
         self.running: dict[Any, tuple[Run, BaseProcess]] = {}  # by sentinel
-        self.bases = {name: results.comparison.tasks[name].base_file() for name in tasks}  # fetched once
+        # Fetched once.
+        self.bases = {task.name: task.base_file() for task in results.comparison.with_searched(tasks)}
         self.context = get_context('forkserver')
 
     def run(self) -> None:

@@ -166,14 +166,23 @@ class Comparison:
 
     def rates(self, task: Task, method: Method) -> tuple[float, ...]:
         """The learning rates that are searched for a method on a task; a single one is taken as it is."""
-        if task.rates_of is not None:
-            return self.rates(self.tasks[task.rates_of], method)
+        task = self.searched_task(task)
         return method.learning_rates.get(task.name, task.learning_rates)
 
+    def searched_task(self, task: Task) -> Task:
+        """The task on which the learning rates of a task are searched: itself, or the one that ``rates_of`` names."""
+        return task if task.rates_of is None else self.tasks[task.rates_of]
+
+    def with_searched(self, names: Collection[str]) -> list[Task]:
+        """The tasks of these names, and those on which their learning rates are searched."""
+        searched = {self.searched_task(self.tasks[name]).name for name in names}
+        return [task for task in self.tasks.values() if task.name in names or task.name in searched]
+
     def searches(self, task: Task, method: Method) -> list[Run]:
-        """The search of a method's learning rate on a task; none of a single rate."""
+        """The search of a method's learning rate for a task; none of a single rate."""
+        task = self.searched_task(task)
         rates = self.rates(task, method)
-        if len(rates) == 1 or task.rates_of is not None:
+        if len(rates) == 1:
             return []
         seeds = self.search_seed
         return [Run(task, method, rate, seed, search=True, first=seed == seeds[0]) for rate in rates for seed in seeds]

@@ -195,6 +195,8 @@ def search_text(results: Results) -> str:
     named = f'Seed {seeds[0]}' if len(seeds) == 1 else f'Means over the seeds {", ".join(map(str, seeds))}'
     parts.append(f"{named}, on data apart from the comparison's. Bold: taken.\n")
     for task in results.comparison.tasks.values():
+        if task.rates_of is not None:
+            continue
         methods = [method for _, method in results.comparison.pairs([task.name], results.comparison.methods)]
         searches = {method.title: results.comparison.searches(task, method) for method in methods}
         rates = sorted({run.learning_rate for runs in searches.values() for run in runs})

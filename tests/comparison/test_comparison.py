@@ -189,14 +189,21 @@ def test_a_search_over_several_seeds(tmp_path):
 
 
 def test_rates_are_carried_over_from_another_task(tmp_path):
-    """Held-out tasks are run with what was found on development tasks, and nothing is searched on them."""
+    """Held-out tasks are run with what was found on development tasks, and nothing is searched on them.
+
+    Who asks for a held-out task alone gets the search, too: without it the task could never be run.
+    """
     content = deepcopy(COMPARISON)
     content['tasks']['digits']['learning_rates'] = [1e-3, 3e-3]
     held_out = {**content['tasks']['digits'], 'rates_of': 'digits', 'title': 'held out (%)'}
     del held_out['learning_rates']
     content['tasks']['held_out'] = held_out
     results = Results(load_comparison(write(tmp_path / 'c.yaml', content)), tmp_path)
-    assert results.ready(['held_out'], ['icon']) == [] and results.left(['held_out'], ['icon']) == 1
+    searches = [run.name for run in results.ready(['digits'], ['icon'])]
+    assert len(searches) == 2 and results.left(['held_out'], ['icon']) == 3
+    assert [run.name for run in results.ready(['held_out'], ['icon'])] == searches
+    assert [run.name for run in results.ready(['digits', 'held_out'], ['icon'])] == searches
+    assert '## held out' not in search_text(results)
     finish_pair(results, 'digits', 'icon', [30.0, 40.0], [])
     (run,) = results.ready(['held_out'], ['icon'])
     assert run.name == 'held_out/icon/seed0' and run.settings['learning_rate'] == 3e-3
@@ -369,6 +376,7 @@ def test_comparisons_in_configs(path):
     pairs = comparison.pairs(comparison.tasks, comparison.methods)
     for task, method in pairs:
         assert comparison.rates(task, method)
-    runs = sum(len(comparison.searches(*pair)) + len(comparison.seeds) for pair in pairs)
+    searches = {run.name for pair in pairs for run in comparison.searches(*pair)}
+    runs = len(searches) + len(comparison.seeds) * len(pairs)
     readme = (path.parent / 'README.md').read_text(encoding='utf-8')
     assert f'| `{path.name}` | {runs} |' in readme
