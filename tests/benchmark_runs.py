@@ -49,7 +49,7 @@ def shrink_segmentor(model, divisor):
 
 
 def feed(cfg, data):
-    """Point the data sets at the scenes. Of the pipelines sizes alone change: 800 x 1333 to a fifth, 512 to a quarter."""
+    """Point the data sets at the scenes. Pipelines change in sizes only: COCO's to a fifth, ADE20K's to a quarter."""
     folder = {'mmdet': 'coco', 'mmseg': 'ade20k'}[cfg.default_scope]
     if cfg.model.type == 'DepthEstimator':
         folder = 'nyu'

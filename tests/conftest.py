@@ -1,4 +1,3 @@
-import functools
 import gc
 import logging
 import multiprocessing
@@ -13,13 +12,15 @@ import pytest
 import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
-from yapf.yapflib import yapf_api
 
 sys.path.insert(0, str(Path(__file__).parent))
+import shortcuts  # noqa: E402, F401
+
 os.environ['PIP_NO_INDEX'] = '1'  # nothing may be installed by a test
 # Processes that tests start by forkserver are copies of one that has imported the libraries.
 multiprocessing.set_forkserver_preload(
     [
+        'shortcuts',
         'torch._dynamo',
         'torch.distributed.fsdp',
         'iconformer_mm.cli.main',
@@ -46,19 +47,6 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         return str(probe.getsockname()[1])
-
-
-def _format_once(format_code):
-    """MMEngine formats the text of a config at every start and for every checkpoint: the same text, once."""
-
-    @functools.lru_cache(maxsize=64)
-    def formatted(text, style, **options):
-        return format_code(text, dict(style), **options)
-
-    return lambda text, style_config, **options: formatted(text, tuple(style_config.items()), **options)
-
-
-yapf_api.FormatCode = _format_once(yapf_api.FormatCode)
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -42,11 +42,14 @@ def shrink_model(cfg):
     if model.type == 'DepthEstimator':
         model.decode_head.in_channels = PYRAMID[3]
     if 'neck' in model and model.neck.type == 'FPN':
-        model.neck.in_channels = PYRAMID
+        narrow = dict(in_channels=32, num_classes=len(SHAPES))
+        model.neck.update(in_channels=PYRAMID, out_channels=32)
+        model.rpn_head.update(in_channels=32, feat_channels=32)
+        model.roi_head.bbox_roi_extractor.out_channels = model.roi_head.mask_roi_extractor.out_channels = 32
         heads = model.roi_head.bbox_head
         for head in heads if isinstance(heads, list) else [heads]:
-            head.update(fc_out_channels=32, num_classes=len(SHAPES))
-        model.roi_head.mask_head.update(conv_out_channels=32, num_classes=len(SHAPES))
+            head.update(narrow, fc_out_channels=32)
+        model.roi_head.mask_head.update(narrow, conv_out_channels=32)
         stages = model.train_cfg.rcnn
         for stage in stages if isinstance(stages, list) else [stages]:
             stage.sampler.num = 32

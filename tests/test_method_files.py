@@ -64,6 +64,8 @@ def test_trains_and_tests_a_vit(file, tmp_path):
         cfg.train_cfg.update(max_epochs=1, val_interval=1)
         cfg.default_hooks.checkpoint.interval = 1
         cfg.param_scheduler = []
+        for loader in (cfg.val_dataloader, cfg.test_dataloader):
+            loader.dataset.indices = range(0, 297, 3)
         cfg.update(work_dir=str(work_dir), experiment_name=uuid.uuid4().hex, log_level='WARNING')
         cfg.load_from = None if checkpoint is None else str(checkpoint)
         runner = build_runner(cfg)
