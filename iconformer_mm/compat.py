@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -117,6 +120,40 @@ def left_to_python(function: Callable) -> Callable:
     """
     is_old = torch.__version__.startswith('2.1.')
     return torch._dynamo.disable(function) if is_old else function
+
+
+# Operators of mmcv that read the memory of a map as if it were contiguous, by module.
+_MAP_READERS = {
+    'roi_align': 'RoIAlignFunction',
+    'roi_align_rotated': 'RoIAlignRotatedFunction',
+    'roi_pool': 'RoIPoolFunction',
+    'prroi_pool': 'PrRoIPoolFunction',
+    'deform_roi_pool': 'DeformRoIPoolFunction',
+    'border_align': 'BorderAlignFunction',
+    'carafe': 'CARAFEFunction',
+    'modulated_deform_conv': 'ModulatedDeformConv2dFunction',
+}
+
+
+def read_maps_in_order() -> None:
+    """Let the operators of mmcv, where they are imported, read maps of any memory format.
+
+    Maps of a plain ViT are often in channels_last, and convolutions keep that. mmcv reads their values in the wrong
+    order, without an error (https://github.com/open-mmlab/mmcv/issues/2203), so that RoI heads learn nothing.
+    """
+    for module, name in _MAP_READERS.items():
+        function = getattr(sys.modules.get(f'mmcv.ops.{module}'), name, None)
+        if function is not None and not hasattr(function.forward, 'in_order'):
+            function.forward = staticmethod(_in_order(function.forward))
+
+
+def _in_order(forward: Callable) -> Callable:
+    @functools.wraps(forward)
+    def run(ctx: Any, *args: Any) -> Any:
+        return forward(ctx, *(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args))
+
+    run.in_order = True  # type: ignore[attr-defined]
+    return run
 
 
 # In torch.autograd.grad with is_grads_batched; the name is read here, since that takes a while.

@@ -4,10 +4,12 @@ import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import Config
+from small_classifiers import classifier
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from iconformer_mm import inject
 from iconformer_mm.compat import is_plain
 from iconformer_mm.engine import load_config
 
@@ -62,3 +64,26 @@ def test_is_plain_unless_somebody_watches():
         function(torch.ones(2))
     assert seen == [False] * 4
     assert torch.equal(torch.compile(lambda x: x + is_plain(x), backend='eager')(x), x)
+
+
+def test_mmcv_reads_maps_of_an_adapted_model_in_order():
+    """A plain ViT's map is in channels_last, and so is what convolutions make of it. mmcv took it for contiguous."""
+    ops = pytest.importorskip('mmcv.ops')
+    inject(classifier(), 'icon')
+    x = nn.Conv2d(4, 8, 1)(torch.randn(1, 4, 9, 12).to(memory_format=torch.channels_last)).detach()
+    assert not x.is_contiguous()
+    box, offset, mask = torch.tensor([[0, 1.0, 1.0, 6.0, 6.0]]), torch.randn(1, 18, 9, 12), torch.rand(1, 9, 9, 12)
+    turned = torch.tensor([[0, 5.0, 5.0, 6.0, 6.0, 0.3]])
+    deformed = ops.ModulatedDeformConv2d(8, 8, 3, padding=1)
+    for read in (
+        lambda x: ops.RoIAlign(3, 1.0, 2)(x, box),
+        lambda x: ops.RoIAlignRotated(3, 1.0, 2)(x, turned),
+        lambda x: deformed(x, offset, mask),
+    ):
+        a, b = (x.clone(memory_format=f).requires_grad_() for f in (torch.preserve_format, torch.contiguous_format))
+        for each in (a, b):
+            read(each).square().sum().backward()
+        assert torch.equal(read(a), read(b))
+        torch.testing.assert_close(a.grad, b.grad)
+    reference = ops.RoIAlign(3, 1.0, 2, use_torchvision=True)(x, box)
+    torch.testing.assert_close(ops.RoIAlign(3, 1.0, 2)(x, box), reference)

@@ -203,13 +203,14 @@ class TIMMFeatures(BaseModule):
 
         Returns:
             Maps (B, C, h, w), one for each of ``out_indices``; pairs with the tokens where ``prefix_tokens`` says so.
+            Maps are contiguous, as mmcv's RoIAlign needs them.
         """
         maps = self._call(x)
         if self.prefix_tokens == 'cls':
-            return tuple([features, tokens[:, 0]] for features, tokens in maps)
+            return tuple([features.contiguous(), tokens[:, 0]] for features, tokens in maps)
         if self.prefix_tokens == 'all':
-            return tuple([features, tokens] for features, tokens in maps)
-        return tuple(maps)
+            return tuple([features.contiguous(), tokens] for features, tokens in maps)
+        return tuple(features.contiguous() for features in maps)
 
     def init_weights(self) -> None:
         """Load ``checkpoint``, or what timm has for the name; without either the model stays as timm initialised it.

@@ -89,7 +89,7 @@ class ViTPyramid(BaseModule):
                 all.
 
         Returns:
-            The levels, the largest first.
+            The levels, the largest first. They are contiguous, as mmcv's RoIAlign needs them.
 
         Raises:
             ValueError: There is another number of maps.
@@ -101,7 +101,7 @@ class ViTPyramid(BaseModule):
                 f'{len(maps)}; set out_indices of the backbone'
             )
         maps = maps * (len(self.levels) // len(maps))
-        return tuple(level(features) for level, features in zip(self.levels, maps))
+        return tuple(level(features).contiguous() for level, features in zip(self.levels, maps))
 
 
 class SimpleFPN(ViTPyramid):

@@ -13,7 +13,7 @@ import torch
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
-from iconformer_mm.compat import dtype_of
+from iconformer_mm.compat import dtype_of, read_maps_in_order
 
 from .accounting import BaseAccount
 from .attachments import Attachment, BlockAttachment, BranchAttachment, Joint, Switch, Tap, WeightMergingAttachment
@@ -876,6 +876,7 @@ def adapt(
         ValueError: See there.
     """
     host = unwrap(model)
+    read_maps_in_order()
     if method.freezes:
         check_host(host)
         backbones = find_backbones(host, selection.backbones)

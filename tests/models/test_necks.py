@@ -85,3 +85,15 @@ def test_token_pooling():
     torch.testing.assert_close(TokenPooling()([features])[0], mean)
     torch.testing.assert_close(TokenPooling()([[features, cls]] * 2)[0], torch.cat([cls, mean] * 2, 1))
     torch.testing.assert_close(TokenPooling()([[features, tokens]])[0], torch.cat([tokens.flatten(1), mean], 1))
+
+
+@pytest.mark.parametrize('norm_cfg', [None, dict(type='BN')])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_rois_of_a_pyramid_are_read_in_order(norm_cfg, memory_format):
+    """mmcv's RoIAlign takes any map for contiguous. torchvision's reads the same values by their strides."""
+    ops = pytest.importorskip('mmcv.ops')
+    x = torch.randn(1, 32, 6, 8).to(memory_format=memory_format)
+    rois = torch.tensor([[0, 3.0, 5.0, 40.0, 50.0]])
+    for level in SimpleFPN(32, 16, norm_cfg=norm_cfg)([x]):
+        ours, theirs = (ops.RoIAlign(4, 0.1, 2, use_torchvision=other)(level, rois) for other in (False, True))
+        torch.testing.assert_close(ours, theirs)
