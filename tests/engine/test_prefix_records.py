@@ -281,3 +281,18 @@ def test_abandoned_files_of_a_killed_process_go(tmp_path):
     (abandoned / 'view00-00000.safetensors').write_text('half of it')
     with filling(tmp_path):
         assert not abandoned.exists()
+
+
+def test_fields_set_in_any_order_make_the_same_bytes():
+    """MMEngine keeps names of fields in sets, whose order is that of a process and of how they were filled."""
+    names = [f'field_{n}' for n in range(12)]
+    records = set()
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(names)
+        sample, instances = DataSample(), InstanceData()
+        for name in order:
+            sample.set_field(len(name), name, field_type='metainfo')
+            instances.set_field(torch.ones(3), name, field_type='data')
+        records.add(encode(dict(sample=sample, instances=instances)))
+    assert len(records) == 1
+    assert encode(decode(bytearray(records.copy().pop()))) in records

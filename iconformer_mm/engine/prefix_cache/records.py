@@ -76,7 +76,9 @@ class _Writer:
             names = ELEMENTS[path]
             if names is not None:
                 return {'object': [path, [self.node(getattr(value, name)) for name in names]]}
-            fields = [[[k, self.node(v)] for k, v in items] for items in (value.metainfo_items(), value.items())]
+            # MMEngine keeps the names in sets, whose order differs from process to process.
+            both = sorted(value.metainfo_items()), sorted(value.items())
+            fields = [[[k, self.node(v)] for k, v in items] for items in both]
             return {'element': [path, *fields]}
         raise UnstorableError(
             f'a sample of the data set holds a {path}, which the prefix cache cannot store. It stores numbers, texts, '
