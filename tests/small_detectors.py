@@ -142,6 +142,35 @@ CONDITIONAL_DETR = _wide(
         bbox_head=dict(type='ConditionalDETRHead', num_classes=3, embed_dims=WIDTH, **_LOSSES),
     )
 )
+_PRELU = dict(type='PReLU')
+DAB_DETR = dict(
+    **_ONE_LEVEL,
+    type='DABDETR',
+    num_queries=6,
+    with_random_refpoints=False,
+    num_patterns=0,
+    encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=_ATTENTION, ffn_cfg=dict(**_FFN, act_cfg=_PRELU))),
+    decoder=dict(
+        num_layers=2,
+        query_dim=4,
+        query_scale_type='cond_elewise',
+        with_modulated_hw_attn=True,
+        return_intermediate=True,
+        layer_cfg=dict(
+            self_attn_cfg=dict(embed_dims=WIDTH, num_heads=4, cross_attn=False),
+            cross_attn_cfg=dict(embed_dims=WIDTH, num_heads=4, cross_attn=True),
+            ffn_cfg=dict(**_FFN, act_cfg=_PRELU),
+        ),
+    ),
+    bbox_head=dict(type='DABDETRHead', num_classes=3, embed_dims=WIDTH, **_LOSSES),
+)
+DDQ = {
+    **DINO,
+    'type': 'DDQDETR',
+    'dense_topk_ratio': 1.5,
+    'dqs_cfg': dict(type='nms', iou_threshold=0.8),
+    'bbox_head': {**DINO['bbox_head'], 'type': 'DDQDETRHead'},
+}
 _MASK_COSTS = [
     dict(type='ClassificationCost', weight=2.0),
     dict(type='CrossEntropyLossCost', weight=5.0, use_sigmoid=True),
@@ -197,6 +226,44 @@ MASK2FORMER = dict(
     ),
     test_cfg=dict(panoptic_on=False, semantic_on=False, instance_on=True, max_per_image=5),
 )
+
+_MASKS = MASK2FORMER['panoptic_head']
+_BATCH_FIRST = dict(**_ATTENTION, batch_first=True)
+MASKFORMER = {
+    **MASK2FORMER,
+    'type': 'MaskFormer',
+    'panoptic_head': dict(
+        **{
+            key: _MASKS[key]
+            for key in ('in_channels', 'feat_channels', 'out_channels', 'num_things_classes', 'num_stuff_classes')
+        },
+        type='MaskFormerHead',
+        num_queries=5,
+        pixel_decoder=dict(
+            type='TransformerEncoderPixelDecoder',
+            norm_cfg=dict(type='GN', num_groups=8),
+            act_cfg=dict(type='ReLU'),
+            encoder=dict(num_layers=1, layer_cfg=dict(self_attn_cfg=_BATCH_FIRST, ffn_cfg=_FFN)),
+            positional_encoding=dict(num_feats=WIDTH // 2, normalize=True),
+        ),
+        positional_encoding=dict(num_feats=WIDTH // 2, normalize=True),
+        transformer_decoder=dict(
+            num_layers=2,
+            return_intermediate=True,
+            layer_cfg=dict(self_attn_cfg=_BATCH_FIRST, cross_attn_cfg=_BATCH_FIRST, ffn_cfg=_FFN),
+        ),
+        loss_cls=_MASKS['loss_cls'],
+        loss_mask=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, reduction='mean', loss_weight=20.0),
+        loss_dice=_MASKS['loss_dice'],
+    ),
+    'train_cfg': dict(
+        assigner=dict(
+            type='HungarianAssigner',
+            match_costs=[_MASK_COSTS[0], dict(type='FocalLossCost', weight=20.0, binary_input=True), _MASK_COSTS[2]],
+        ),
+        sampler=dict(type='MaskPseudoSampler'),
+    ),
+}
 
 
 def repair_grounding_dino() -> None:
@@ -259,6 +326,50 @@ def grounding_dino(bert: str) -> dict[str, Any]:
         'train_cfg': dict(assigner=dict(type='HungarianAssigner', match_costs=costs)),
     }
     return _wide(config)
+
+
+def glip(bert: str) -> dict[str, Any]:
+    """GLIP with fusion layers and a text encoder from a folder, 768 channels wide as the fusion layers ask for."""
+    return dict(
+        type='GLIP',
+        data_preprocessor=dict(type='DetDataPreprocessor', pad_size_divisor=32),
+        backbone=SWIN,
+        neck=dict(
+            type='FPN',
+            in_channels=[16, 32, 64],
+            out_channels=256,
+            start_level=0,
+            relu_before_extra_convs=True,
+            add_extra_convs='on_output',
+            num_outs=5,
+        ),
+        bbox_head=dict(
+            type='ATSSVLFusionHead',
+            lang_model_name=bert,
+            num_classes=16,
+            in_channels=256,
+            feat_channels=256,
+            early_fuse=True,
+            num_dyhead_blocks=1,
+            anchor_generator=dict(
+                type='AnchorGenerator',
+                ratios=[1.0],
+                octave_base_scale=8,
+                scales_per_octave=1,
+                strides=[8, 16, 32, 64, 128],
+                center_offset=0.5,
+            ),
+            bbox_coder=dict(type='DeltaXYWHBBoxCoderForGLIP', target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2]),
+            loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
+            loss_bbox=dict(type='GIoULoss', loss_weight=2.0),
+            loss_centerness=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0),
+        ),
+        language_model=dict(type='BertModel', name=bert),
+        train_cfg=dict(assigner=dict(type='ATSSAssigner', topk=9), allowed_border=-1, pos_weight=-1, debug=False),
+        test_cfg=dict(
+            nms_pre=20, min_bbox_size=0, score_thr=0.0, nms=dict(type='nms', iou_threshold=0.6), max_per_img=5
+        ),
+    )
 
 
 def build(config: dict[str, Any], seed: int = 0) -> nn.Module:

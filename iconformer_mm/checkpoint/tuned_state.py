@@ -6,9 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from iconformer_mm.tuning.backbones import find_backbones, find_classifiers, is_below, join
+from iconformer_mm.tuning.backbones import borrowed_modules, find_backbones, find_classifiers, is_below, join
 from iconformer_mm.tuning.freezing import is_adapter
-from iconformer_mm.tuning.injection import PARTS, Injection, backbones_of, escape, get_injection, outside_of, unwrap
+from iconformer_mm.tuning.injection import (
+    PARTS,
+    Injection,
+    backbones_of,
+    classifiers_of,
+    escape,
+    get_injection,
+    outside_of,
+    unwrap,
+)
 from iconformer_mm.tuning.selection import Selection
 
 BACKBONE = 'backbone'
@@ -49,7 +58,7 @@ def heads_of(model: nn.Module, selection: Selection | None = None) -> list[str]:
     model = unwrap(model)
     injection = get_injection(model)
     if injection is not None:
-        return [join(path, n) for path, b in backbones_of(model).items() for n in outside_of(injection, b)]
+        return [join(path, n) for path, b in backbones_of(model).items() for n in classifiers_of(injection, b)]
     if selection is not None and not selection.classifiers:
         return []
     return [join(path, n) for path, b in _backbones(model, selection).items() for n in find_classifiers(b)]
@@ -82,7 +91,7 @@ def base_state(model: nn.Module, selection: Selection | None = None, with_traine
             trained = injection.trained_of(backbone)
         else:
             chosen = selection or Selection()
-            outside = find_classifiers(backbone) if chosen.classifiers else []
+            outside = [*find_classifiers(backbone), *borrowed_modules(backbone)] if chosen.classifiers else []
             trained = chosen.trained_names(backbone, outside)
         for name, value in backbone.state_dict().items():
             if is_adapter(name) or is_below(name, outside):
@@ -101,7 +110,7 @@ def frozen_state(model: nn.Module) -> dict[str, Tensor]:
     injection = get_injection(model)
     names: set[str] = set()
     for path, backbone in backbones_of(model).items():
-        outside = outside_of(injection, backbone) if injection else find_classifiers(backbone)
+        outside = classifiers_of(injection, backbone) if injection else find_classifiers(backbone)
         trained = injection.trained_of(backbone) if injection else []
         names |= {
             join(path, name)

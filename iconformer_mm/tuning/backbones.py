@@ -25,6 +25,8 @@ _FOLLOWER = re.compile(r'(teacher|target_net(work)?|(momentum|ema|key)_.+|.+_(m|
 # Attributes that hold a model that provides fixed targets.
 _FIXED = re.compile(r'(teacher_.+|.+_teacher|target_generator|.*discriminator.*)$')
 _CLASSIFIERS = ('head', 'head_dist', 'heads', 'fc', 'classifier')
+# Modules that a host registers in a part of the model while it trains, though they are another part's, by class.
+_BORROWED = {'mmdet.models.layers.transformer.ddq_detr_layers.DDQTransformerDecoder': ('aux_reg_branches',)}
 _LORA_MODEL = 'mmpretrain.models.peft.lora.LoRAModel'
 
 
@@ -307,6 +309,22 @@ def find_classifiers(backbone: nn.Module) -> list[str]:
     ]
     blocks = [n for n, m in holder.named_modules() if family_of(m) is not None]
     return [join(path, head) for head in heads if not any(is_below(block, [head]) for block in blocks)]
+
+
+def borrowed_modules(tower: nn.Module) -> list[str]:
+    """List the names of modules that lie in a tower and are another part's, whether they are there yet or not.
+
+    The decoder of DDQ refers to branches of the head from the first training step on.
+
+    Args:
+        tower: The tower.
+    """
+    return [
+        join(path, name)
+        for path, module in tower.named_modules()
+        for cls in type(module).__mro__
+        for name in _BORROWED.get(class_path(cls), ())
+    ]
 
 
 def _innermost(backbone: nn.Module) -> str:

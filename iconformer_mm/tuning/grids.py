@@ -29,6 +29,8 @@ class GridTracker:
 
     def __init__(self, host: nn.Module, source: FromPatchEmbed) -> None:
         prefix = source.num_prefix_tokens
+        if callable(prefix):
+            prefix = prefix(host)
         self.num_prefix_tokens = int(getattr(host, prefix) if isinstance(prefix, str) else prefix)
         self._host = type(host).__name__
         self._grid = PerThread()

@@ -19,6 +19,7 @@ from .accounting import BaseAccount
 from .attachments import Attachment, BlockAttachment, BranchAttachment, Joint, Switch, Tap, WeightMergingAttachment
 from .backbones import (
     averaged_models,
+    borrowed_modules,
     check_host,
     find_backbones,
     find_classifiers,
@@ -46,6 +47,7 @@ from .summary import Summary, TowerSummary
 from .trained_base import TrainedBase, set_values
 from .unread import unread_patches
 from .where import build_towers, find_towers
+from .without_gradient import check_reached
 
 _KEY = '_peft_injection'
 _MERGED = '_peft_merged'
@@ -136,7 +138,8 @@ class Injection:
         follows: Whether the backbones follow others by averaging, and learn nothing themselves.
 
     Attributes:
-        outside: Of each backbone, names of the classifiers in it, which are heads.
+        outside: Of each backbone, names of what lies in it and is not its own: classifiers, which are heads, and
+            modules of other parts.
         trained: Of each backbone whose own parameters are trained in part, those.
 
     Raises:
@@ -175,7 +178,8 @@ class Injection:
         self.with_cp = with_cp
         items = list(self.backbones.items())
         self.outside = {
-            path: find_classifiers(b) if selection.classifiers and method.freezes else [] for path, b in items
+            path: [*find_classifiers(b), *borrowed_modules(b)] if selection.classifiers and method.freezes else []
+            for path, b in items
         }
         trained = {path: selection.trained_names(b, self.outside[path]) for path, b in items}
         selection.check_unfreeze(
@@ -566,6 +570,14 @@ def plan(backbone: nn.Module, method: PEFTMethod, selection: Selection, outside:
                 f"unknown, and method '{method.name}' asks for it; use one that does not, such as adaptformer, lora or "
                 'ssf, or register_family(...) with a grid of its own'
             )
+        if isinstance(site.grid, FromPatchEmbed) and site.host is not None:
+            try:
+                GridTracker(site.host, site.grid)
+            except AttributeError as error:
+                raise ValueError(
+                    f'{type(site.host).__name__} does not say how many tokens come before the patches ({error}), and '
+                    f"method '{method.name}' asks for it; use one that does not, such as adaptformer, lora or ssf"
+                ) from error
         if isinstance(site.grid, NoGrid):
             raise ValueError(
                 f'{site.family.name} blocks have no grid for the adapters of {method.name!r}: {site.grid.reason}. '
@@ -883,7 +895,7 @@ def adapt(
         _refuse_dropped_tokens(host, backbones, method, selection)
     else:
         backbones = search(host).learning or {'': host}
-    check_trainable(backbones, method, selection)
+    check_trainable(backbones, method, selection, host)
     copies = find_copies(host, backbones) if method.adapts else {}
     injection = Injection(backbones, method, frozen_dtype=frozen_dtype, with_cp=with_cp, selection=selection)
     try:
@@ -913,16 +925,26 @@ def hold_base(model: nn.Module) -> None:
     _refresh_averages(host)
 
 
-def check_trainable(backbones: Mapping[str, nn.Module], method: PEFTMethod, selection: Selection) -> None:
+def check_trainable(
+    backbones: Mapping[str, nn.Module], method: PEFTMethod, selection: Selection, model: nn.Module | None = None
+) -> None:
     """Refuse backbones that no gradient passes, where something in them is trained.
 
+    Args:
+        backbones: The backbones by path.
+        method: The method.
+        selection: What is adapted and trained beside the method's own choice.
+        model: The model, where it is known. Defaults to None: each backbone is looked at alone.
+
     Raises:
-        ValueError: Layers are quantised.
+        ValueError: Layers are quantised, or run without gradients.
     """
     for path, backbone in backbones.items():
         own = method.of(path)
         if own.adapts or not own.freezes or selection.unfreeze:
             check_gradients_pass(backbone, own.name)
+        if own.adapts:
+            check_reached(*((backbone, {'': backbone}) if model is None else (model, {path: backbone})), own.name)
 
 
 def _follow(
@@ -1258,5 +1280,10 @@ def _towers(injection: Injection, backbones: Mapping[str, nn.Module]) -> dict[st
 
 
 def outside_of(injection: Injection, backbone: nn.Module) -> list[str]:
-    """Names of the classifiers in one of the backbones."""
+    """Names of what lies in one of the backbones and is not its own: classifiers, and modules of other parts."""
     return injection.outside[injection.path_of(backbone)]
+
+
+def classifiers_of(injection: Injection, backbone: nn.Module) -> list[str]:
+    """Names of the classifiers in one of the backbones."""
+    return [name for name in outside_of(injection, backbone) if name not in borrowed_modules(backbone)]

@@ -124,11 +124,14 @@ def _role(modules: dict[str, nn.Module], name: str) -> str:
     # Layers of an FFN that is a sequence: the last projects back.
     path = parent
     while path:
-        if _FFN.search(path.rpartition('.')[2]) or _FFN.fullmatch(type(modules[path]).__name__):
+        kind = type(modules[path]).__name__
+        named = kind.lower() == 'ffn' or bool(_FFN.search(path.rpartition('.')[2]))
+        if named or _FFN.fullmatch(kind):
             inside = [n for n, m in modules.items() if n.startswith(f'{path}.') and isinstance(m, nn.Linear)]
-            # The widths tell an FFN from a predictor that is an MLP.
-            first, last = modules[inside[0]], modules[inside[-1]]
-            if len(inside) > 1 and getattr(first, 'in_features', 0) == getattr(last, 'out_features', 1):
+            # The widths tell an FFN from other MLPs: predictors, and scales of positions (Conditional and DAB-DETR).
+            first, last = (modules[inside[i]] for i in (0, -1))
+            width, hidden = getattr(first, 'in_features', 0), getattr(first, 'out_features', 0)
+            if len(inside) > 1 and width == getattr(last, 'out_features', 1) and (named or hidden > width):
                 return 'fc2' if name == inside[-1] else 'fc1'
         path = path.rpartition('.')[0]
     return OTHER

@@ -24,10 +24,10 @@ from .injection import (
     backbones_of,
     beside,
     choose,
+    classifiers_of,
     escape,
     get_injection,
     injections_of,
-    outside_of,
     remove,
 )
 from .methods import PEFTMethod, Towers, build_method
@@ -69,7 +69,7 @@ def _parts(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
         outside = [join(p, n) for p, b in backbones.items() for n in find_classifiers(b)]
     else:
         backbones = backbones_of(model)
-        outside = [join(p, n) for p, b in backbones.items() for n in outside_of(injection, b)]
+        outside = [join(p, n) for p, b in backbones.items() for n in classifiers_of(injection, b)]
     parts: dict[str, nn.Module] = {}
 
     def walk(module: nn.Module, path: str) -> None:

@@ -1,12 +1,13 @@
 """Methods beyond the backbone: encoders, decoders and heads of detectors, each with a method of its own."""
 
 import copy
-import functools
 
 import pytest
 import small_detectors
 import torch
+import tower_models
 from torch import nn
+from tower_models import same, wake
 
 from iconformer_mm import (
     add_adapter,
@@ -28,63 +29,27 @@ from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.where import find_towers
 
 LAYERS = ['encoder', 'decoder']
-MASK_LAYERS = ['panoptic_head.pixel_decoder', 'panoptic_head.transformer_decoder']
-MODELS = {
-    'Deformable DETR': (small_detectors.DEFORMABLE_DETR, LAYERS),
-    'DINO': (small_detectors.DINO, LAYERS),
-    'DETR': (small_detectors.DETR, LAYERS),
-    'Conditional DETR': (small_detectors.CONDITIONAL_DETR, LAYERS),
-    'Mask2Former': (small_detectors.MASK2FORMER, MASK_LAYERS),
-}
+MODELS = [name for name, model in tower_models.MODELS.items() if not model.reads_text]
 EVERYTHING = ['q', 'k', 'v', 'o', 'fc1', 'fc2']
 
 
-@functools.lru_cache
-def built(name):
-    model = small_detectors.build(MODELS[name][0])
-    small_detectors.predict(model, data(name))  # the first call of some kernels rounds otherwise
-    return model
-
-
-@functools.lru_cache
-def data(name):
-    return small_detectors.batch(masks=name == 'Mask2Former')
-
-
 def model_of(name):
-    return copy.deepcopy(built(name)), data(name), MODELS[name][1]
+    return tower_models.build(name), tower_models.data(name), list(tower_models.MODELS[name].towers)
 
 
 def frozen_predictions(name):
     """Those of the frozen model: attention of torch rounds otherwise where its weights need no gradient."""
-    model, batch, where = model_of(name)
-    inject(model, 'frozen', where=['backbone', *where], freeze=['*'])
-    return small_detectors.predict(model, batch)
+    kind, model = tower_models.MODELS[name], tower_models.build(name)
+    inject(model, 'frozen', where=kind.all_towers, freeze=kind.freeze)
+    return tower_models.predict(name, model)
 
 
-def towers(where):
-    return [dict(where='backbone', type='icon', bottleneck=4), dict(where=where, type='lora', rank=2)]
-
-
-def same(one, other):
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other))
+def towers(where, backbone='backbone'):
+    return [dict(where=backbone, type='icon', bottleneck=4), dict(where=where, type='lora', rank=2)]
 
 
 def bits(model):
     return {n: v.detach().clone() for n, v in model.state_dict().items()}
-
-
-def train(model, batch, steps=2, rate=0.05):
-    """A few steps; returns the names of trained parameters."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(trained.values(), rate)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        small_detectors.losses(model, batch).backward()
-        without = [n for n, p in trained.items() if p.grad is None]
-        assert without == []  # distributed training would wait for them
-        optimizer.step()
-    return set(trained)
 
 
 def only(batch, number):
@@ -92,77 +57,44 @@ def only(batch, number):
     return {key: values[number : number + 1] for key, values in batch.items()}
 
 
-def wake(model, seed=1):
-    """Change all adapters, so that they have an effect."""
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if is_adapter(name):
-                parameter.add_(torch.randn(parameter.shape, generator=random) * 0.1)
-
-
 # The invariants, on every model
 
 
 @pytest.mark.parametrize('name', MODELS)
 def test_towers_start_exact_train_only_adapters_and_go(name, tmp_path):
-    model, batch, where = model_of(name)
-    before, keys, grads = (
-        bits(model),
-        list(model.state_dict()),
-        {n: p.requires_grad for n, p in model.named_parameters()},
-    )
-    stock, expected = small_detectors.predict(model, batch), frozen_predictions(name)
-    summary = inject(model, methods=towers(where), freeze=['*'])
-    assert same(small_detectors.predict(model, batch), expected)
-    assert [tower.method for tower in summary.towers.values()] == ['icon', 'lora', 'lora']
+    """With iCoN in the backbone and LoRA in the others; tests/towers_table.py tries each method in each tower."""
+    model, _, where = model_of(name)
+    kind = tower_models.MODELS[name]
+    before, keys = bits(model), list(model.state_dict())
+    grads = {n: p.requires_grad for n, p in model.named_parameters()}
+    stock, expected = tower_models.predict(name, model), frozen_predictions(name)
+    summary = inject(model, methods=towers(where, kind.backbone), freeze=kind.freeze)
+    assert same(tower_models.predict(name, model), expected)
+    assert [tower.method for tower in summary.towers.values()] == ['icon', *['lora'] * len(where)]
     assert summary.trainable == summary.adapters == sum(tower.trained for tower in summary.towers.values())
 
-    trained = train(model, batch)
-    assert all(map(is_adapter, trained)) and {n for n in trained if 'encoder' in n or 'pixel' in n}
+    trained = tower_models.train(name, model)
+    assert all(map(is_adapter, trained)) and all(any(n.startswith(f'{path}.') for n in trained) for path in where)
     after = bits(model)
     assert [n for n in keys if not torch.equal(before[n], after[n])] == []
-    tuned = small_detectors.predict(model, batch)
+    tuned = tower_models.predict(name, model)
     assert not same(tuned, expected)
     with disabled(model):
-        assert same(small_detectors.predict(model, batch), expected)
+        assert same(tower_models.predict(name, model), expected)
 
     path = tmp_path / 'adapter.safetensors'
     save_adapter(model, path)
     fresh, _, _ = model_of(name)
     load_adapter(fresh, path)
-    assert same(small_detectors.predict(fresh, batch), tuned)
+    assert same(tower_models.predict(name, fresh), tuned)
     assert describe_training(get_injection(fresh)) == describe_training(get_injection(model))
 
     remove(model)
-    assert list(model.state_dict()) == keys and same(small_detectors.predict(model, batch), stock)
-    assert {n: p.requires_grad for n, p in model.named_parameters()} == grads
-
-
-@pytest.mark.parametrize('name', MODELS)
-@pytest.mark.parametrize(
-    'method',
-    [
-        dict(type='lora', targets=EVERYTHING, rank=2),
-        dict(type='dora', rank=2),
-        dict(type='bitfit'),
-        dict(type='norm'),
-        dict(type='ssf', std=0),
-        dict(type='adaptformer', bottleneck=4),
-        dict(type='adapter', bottleneck=4),
-        dict(type='lorand'),
-    ],
-    ids=lambda method: method['type'],
-)
-def test_methods_beyond_the_backbone(name, method):
-    model, batch, where = model_of(name)
-    expected = frozen_predictions(name)
-    inject(model, method, where=where, freeze=['*'])
-    assert same(small_detectors.predict(model, batch), expected)
-    trained = train(model, batch, steps=1)
-    assert all(map(is_adapter, trained))
-    assert all(any(n.startswith(f'{path}.') for n in trained) for path in where)
-    assert not same(small_detectors.predict(model, batch), expected)
+    # DDQ registers branches of its head in its decoder when it is trained, adapted or not.
+    assert [n for n in model.state_dict() if not n.startswith('decoder.aux_reg_branches')] == keys
+    assert same(tower_models.predict(name, model), stock)
+    parameters = dict(model.named_parameters())
+    assert {n: parameters[n].requires_grad for n in grads} == grads
 
 
 @pytest.mark.parametrize('name', ['DINO', 'DETR', 'Mask2Former'])
@@ -262,6 +194,54 @@ def test_an_adapter_reads_and_joins_the_ffn():
         torch.testing.assert_close(seen['out'], x + branch + adapter(reads, None), rtol=1e-5, atol=1e-5)
 
 
+def test_an_adapter_reads_the_residual_before_the_norm():
+    """Layers of CLIP in SAN: FFN(norm(x)) + x, where AdaptFormer reads x, and what is parallel to the FFN its norm."""
+    for number, input in enumerate(('residual', 'normed')):
+        model, batch, _ = model_of('SAN')
+        inject(model, 'adaptformer', where='decode_head.rec_with_attnbias', bottleneck=4, input=input)
+        wake(model)
+        layer = model.decode_head.rec_with_attnbias.layers[0]
+        seen = {}
+        handle = layer.ffns[0].register_forward_hook(lambda _, args, out, seen=seen: seen.update(args=args, out=out))
+        tower_models.predict('SAN', model)
+        handle.remove()
+        adapter = layer.ffns[0].adapter
+        remove(model)
+        normed, residual = seen['args'][:2]
+        assert torch.equal(layer.norms[1](residual), normed) and not torch.equal(normed, residual)
+        expected = layer.ffns[0](normed, residual) + adapter((residual, normed)[number], None)
+        torch.testing.assert_close(seen['out'], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_scales_of_positions_are_no_ffn():
+    model, _, _ = model_of('DAB-DETR')
+    inject(model, 'lora', where='decoder', targets=['fc1', 'fc2'])
+    assert {n.partition('.adapter.')[0] for n, _ in model.decoder.named_parameters() if is_adapter(n)} == {
+        f'layers.{number}.ffn.layers.{layer}' for number in (0, 1) for layer in ('0.0', '1')
+    }
+
+
+def test_queries_come_before_the_patches_of_a_side_adapter_network():
+    from iconformer_mm.adapters import TokenGrid
+
+    model, batch, _ = model_of('SAN')
+    inject(model, 'icon', where='decode_head.side_adapter_network', bottleneck=4)
+    wake(model)
+    attention = model.decode_head.side_adapter_network.encode_layers[0].attn
+    seen = {}
+    handle = attention.register_forward_hook(
+        lambda module, args, kwargs, out: seen.update(args=args, kwargs=kwargs, out=out), with_kwargs=True
+    )
+    tower_models.predict('SAN', model)
+    handle.remove()
+    adapter = model.decode_head.side_adapter_network.encode_layers[0].adapter_attention
+    remove(model)
+    x = seen['args'][0]
+    assert x.shape[1] == 4 + 4 * 6  # queries, and patches of 16 x 16 pixels
+    expected = attention(*seen['args'], **seen['kwargs']) + adapter(x, TokenGrid(4, 6, num_prefix_tokens=4))
+    torch.testing.assert_close(seen['out'], expected)
+
+
 # What is trained
 
 
@@ -280,7 +260,7 @@ def test_what_lies_in_no_tower_is_trained_unless_frozen():
 def test_a_head_is_adapted_like_any_tower():
     model, batch, _ = model_of('DINO')
     inject(model, methods=[dict(where='bbox_head', type='lora', targets=['other'], rank=2)], freeze=['*'])
-    trained = train(model, batch)
+    trained = tower_models.train('DINO', model)
     assert trained and all(n.startswith('bbox_head.') and is_adapter(n) for n in trained)
 
 
@@ -307,6 +287,26 @@ def test_the_summary_names_the_method_of_each_tower():
     model, _, where = model_of('DINO')
     text = str(inject(model, methods=towers(where)))
     assert 'backbone: icon, ' in text and 'encoder: lora, ' in text and '2 x MultiheadAttention' in text
+
+
+def test_branches_of_the_head_in_the_decoder_of_ddq(tmp_path):
+    """Which DDQ puts there when it is trained. They stay the head's: trained, and not a part of the decoder's base."""
+    model, batch, _ = model_of('DDQ')
+    inject(model, 'lora', where='decoder', rank=2)
+    tower_models.train('DDQ', model)
+    assert model.decoder.aux_reg_branches is model.bbox_head.aux_reg_branches
+    assert all(p.requires_grad for p in model.bbox_head.aux_reg_branches.parameters())
+    tuned = tower_models.predict('DDQ', model)
+    save_adapter(model, tmp_path / 'a.safetensors')
+    _, tensors = read_adapter(tmp_path / 'a.safetensors')
+    assert {n for n in tensors if n.startswith('decoder.')} == {n for n in tensors if 'decoder' in n and is_adapter(n)}
+    fresh, _, _ = model_of('DDQ')
+    load_adapter(fresh, tmp_path / 'a.safetensors')
+    assert same(tower_models.predict('DDQ', fresh), tuned)
+    remove(model)
+    summary = inject(model, 'lora', where='decoder', rank=2)  # now they are there from the beginning
+    assert all(p.requires_grad for p in model.bbox_head.aux_reg_branches.parameters())
+    assert summary.towers['decoder'].trained == sum(p.numel() for n, p in model.named_parameters() if is_adapter(n))
 
 
 # Several adapters

@@ -17,9 +17,10 @@ from .base import Attachment
 class ModuleBranchAttachment(Attachment):
     """Adds an adapter's output to the residual sum of attention or an FFN in a tower without known blocks.
 
-    The module computes ``x + branch(x)``, and a norm that follows it is another module, or the last thing it does. The
-    adapter A adds ``A(x)`` with ``input='normed'`` or ``'residual'``, which are the same here, ``A(branch(x))`` with
-    ``'output'``, and ``A(x + branch(x))`` with ``'sum'``.
+    The module computes ``r + branch(x)``, and a norm that follows it is another module, or the last thing it does.
+    Where norms follow, the residual r is x. Where they come first, x is the norm of r. The adapter A adds ``A(x)`` with
+    ``input='normed'``, ``A(r)`` with ``'residual'``, ``A(branch(x))`` with ``'output'``, and ``A(r + branch(x))`` with
+    ``'sum'``.
 
     Args:
         branch: The module.
@@ -52,9 +53,9 @@ class ModuleBranchAttachment(Attachment):
                 args = (*args[: self._position], moved, *args[self._position + 1 :])
             return self.joint.host_forward(x, *args, **kwargs)
         out = self.joint.host_forward(x, *args, **kwargs)
-        if self.input == 'output':
-            return out + self._delta(out - (x if given is None else given), kwargs)
-        return out + self._delta(out if self.input == 'sum' else x, kwargs)
+        residual = x if given is None else given
+        reads = {'normed': x, 'residual': residual, 'sum': out}
+        return out + self._delta(out - residual if self.input == 'output' else reads[self.input], kwargs)
 
     def _delta(self, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Apply the adapter to tokens (B, N, d), level by level if it needs their grids."""

@@ -66,8 +66,8 @@ class FromPatchEmbed:
 
     Attributes:
         read: ``(module, inputs, output) -> (height, width)`` or ``(height, width, prefix tokens)``.
-        num_prefix_tokens: Name of the host's attribute (a number or a flag), or
-            the number itself where the host has no such attribute.
+        num_prefix_tokens: Name of the host's attribute (a number or a flag), or, where the host has no such
+            attribute, the number itself or a function of the host.
         module: Name of the module in the host, ``''`` for the host itself; or a function that makes it of the
             block's name in the host. Defaults to ``'patch_embed'``.
         host: Import path of the host's class. Defaults to None, the innermost module that has such a ``module``.
@@ -75,7 +75,7 @@ class FromPatchEmbed:
     """
 
     read: Callable[[Any, tuple, Any], tuple[int, ...]]
-    num_prefix_tokens: str | int
+    num_prefix_tokens: str | int | Callable[[Any], int]
     module: str | Callable[[str], str] = 'patch_embed'
     host: str | None = None
     before: bool = False

@@ -74,7 +74,13 @@ def _mvit_grid_after(block: Any, size: Size) -> Size:
     return height, width
 
 
-_SEG_VIT = FromPatchEmbed(_read_resolution, 'with_cls_token')
+def _count_queries(host: Any) -> int:
+    return int(host.query_embed.shape[1])
+
+
+# The side adapter network of SAN has mask queries before the patches.
+_SAN = FromPatchEmbed(_read_resolution, _count_queries, host='mmseg.models.decode_heads.san_head.SideAdapterNetwork')
+_SEG_VIT = (_SAN, FromPatchEmbed(_read_resolution, 'with_cls_token'))
 _SEG_BEIT = FromPatchEmbed(_read_resolution, 1)
 _MMPRETRAIN = 'mmpretrain.models.backbones.'
 _MMDET = 'mmdet.models.backbones.'

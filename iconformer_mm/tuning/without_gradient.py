@@ -1,0 +1,86 @@
+"""Modules that their host runs without gradients, or past their ``forward``: adapters there would never be trained."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backbones import is_below, join
+from .families import class_path
+
+_SAN_RECOGNITION = 'mmseg.models.decode_heads.san_head.RecWithAttnbias'
+
+
+def find_without_gradient(model: nn.Module) -> dict[str, str]:
+    """List the modules in which adapters would get no gradient, by path, with the reason.
+
+    A method under ``torch.no_grad()`` counts if ``forward`` reaches it and if it names a module with parameters.
+    CLIP's text encoder in SAN is such a case.
+
+    Args:
+        model: The model, or a part of it.
+    """
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        children = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
+        for name, inner in _methods_without_gradient(type(module)):
+            for child in (each for each in children if each in inner.__code__.co_names):
+                found[join(path, child)] = f'{type(module).__name__}.{name} runs it under torch.no_grad()'
+        if class_path(type(module)) == _SAN_RECOGNITION and getattr(module, 'cross_attn', False):
+            found[join(path, 'layers')] = (
+                f'{type(module).__name__} with cross_attn=True reads the weights of its attention itself, so the '
+                'attention that is adapted is not the one that runs'
+            )
+    return found
+
+
+def check_reached(model: nn.Module, towers: dict[str, nn.Module], method: str) -> None:
+    """Refuse towers in which adapters would get no gradient.
+
+    Args:
+        model: The model that holds the towers.
+        towers: The towers by their paths in the model.
+        method: Name of the method.
+
+    Raises:
+        ValueError: A part of a tower is run without gradients, or past its ``forward``.
+    """
+    for path, reason in find_without_gradient(model).items():
+        tower = next((t for t in towers if not t or is_below(path, [t]) or is_below(t, [path])), None)
+        if tower is not None:
+            raise ValueError(
+                f"method '{method}' would train nothing in {path!r}: {reason}. Leave {tower!r} out, or name it with "
+                "type='frozen'"
+            )
+
+
+def _methods_without_gradient(cls: type) -> Iterator[tuple[str, Any]]:
+    """Yield the methods of a class that ``forward`` reaches and that run without gradients, unwrapped, by name."""
+    todo, seen = ['forward'], set()
+    while todo:
+        name = todo.pop()
+        method = getattr(cls, name, None)
+        if name in seen or not inspect.isfunction(method) or hasattr(nn.Module, name) and name != 'forward':
+            continue
+        seen.add(name)
+        inner = inspect.unwrap(method)
+        if not hasattr(inner, '__code__'):
+            continue
+        if inner is not method and _is_under_no_grad(method):
+            yield name, inner
+        todo += inner.__code__.co_names
+
+
+def _is_under_no_grad(method: Any) -> bool:
+    """Whether a decorator of a method is ``torch.no_grad()`` or ``torch.inference_mode()``."""
+    while hasattr(method, '__wrapped__'):
+        for cell in method.__closure__ or ():
+            context = getattr(cell.cell_contents, '__self__', cell.cell_contents)
+            if isinstance(context, (torch.no_grad, torch.inference_mode)):
+                return True
+        method = method.__wrapped__
+    return False
