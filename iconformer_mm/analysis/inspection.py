@@ -98,8 +98,11 @@ def _tuning_mistakes(cfg: Config) -> list[str]:
             'find_unused_parameters costs time, and frozen parameters do not need it: distributed training does not '
             'wait for them'
         )
-    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
+    wrapper = cfg.get('optim_wrapper') or {}
+    optimizer = wrapper.get('optimizer') or {}
     rate = optimizer.get('lr')
+    if rate is not None:
+        rate *= (wrapper.get('paramwise_cfg') or {}).get('adapter_lr_mult', 1)
     if type_name(optimizer).startswith('Adam') and rate is not None and rate < 3e-5 and set(names) != {'frozen'}:
         found.append(
             f'lr={rate:g} is a rate for full fine-tuning; adapters start from zero and need a higher one, 1e-3 to '
