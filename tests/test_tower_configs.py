@@ -307,6 +307,37 @@ def test_dino_trains_resumes_and_tests(data, base, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore')
+def test_a_resumed_run_ends_as_the_uninterrupted_one(data, base, tmp_path):
+    """To the last bit: adapters in three towers, neck, head, and the state of the optimizer."""
+
+    def train(folder, last, **changes):
+        cfg = recipe(DINO)
+        narrow(cfg)
+        cfg = two_iterations(cfg, data, tmp_path / folder)
+        cfg.train_cfg.update(max_iters=last, val_interval=100)
+        cfg.load_from = None
+        cfg.default_hooks.checkpoint = dict(type='AdapterCheckpointHook', interval=2, by_epoch=False, base=str(base))
+        runner = run(cfg, **changes)
+        runner.train()
+        assert runner.iter == last
+        return runner
+
+    whole = train('whole', 4, load_from=str(base))
+    train('cut', 2, load_from=str(base))
+    resumed = train('cut', 4, resume=True)
+    expected, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(v, found[n]) for n, v in expected.items())
+    states = [runner.optim_wrapper.state_dict()['state'] for runner in (whole, resumed)]
+    assert states[0].keys() == states[1].keys() and all(
+        torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][key][part]))
+        for key, parts in states[0].items()
+        for part, value in parts.items()
+    )
+    start = torch.load(base, weights_only=True)['state_dict']
+    assert any(n not in start and v.any() for n, v in found.items() if n.startswith('decoder.'))
+
+
+@pytest.mark.filterwarnings('ignore')
 def test_a_frozen_head_for_new_classes_is_refused(data, base, tmp_path):
     cfg = recipe(DINO)
     narrow(cfg)

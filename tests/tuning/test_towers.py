@@ -1,6 +1,8 @@
 """Methods beyond the backbone: encoders, decoders and heads of detectors, each with a method of its own."""
 
+import contextlib
 import copy
+import threading
 
 import pytest
 import small_detectors
@@ -355,6 +357,33 @@ def test_a_mixed_batch_of_towers_equals_each_adapter_alone():
     more = {**batch, 'data_samples': [*batch['data_samples'], batch['data_samples'][0]]}
     with pytest.raises(ValueError, match='3 data samples were given for 2 images'), mixed(model, ['one', 'two']):
         small_detectors.predict(model, more)
+
+
+def test_threads_run_adapters_of_their_own():
+    model, batch, where = model_of('DINO')
+    alone = {}
+    for number, name in enumerate(('one', 'two', None)):
+        if name is not None:
+            add_adapter(model, name, methods=towers(where), freeze=['*'])
+            set_adapter(model, name)
+            wake(model, number)
+        with contextlib.nullcontext() if name else disabled(model):
+            alone[name] = small_detectors.predict(model, batch)
+    assert not same(alone['one'], alone['two'])
+    wrong = []
+
+    def work(name):
+        for _ in range(3):
+            with mixed(model, [name, name]):
+                if not same(small_detectors.predict(model, batch), alone[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
 
 
 def test_a_file_says_which_method_is_where(tmp_path):
