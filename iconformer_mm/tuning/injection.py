@@ -39,7 +39,7 @@ from .methods import PEFTMethod, Towers, build_method
 from .packing import KINDS
 from .quantised import check_gradients_pass
 from .quantised_weight import named_weights
-from .recomputation import Recomputation
+from .recomputation import LayerRecomputation, Recomputation, layer_of
 from .replacement import Replacement
 from .selection import Selection
 from .sites import Site, find_sites, no_site_error
@@ -173,6 +173,7 @@ class Injection:
         self.trackers: dict[nn.Module, tuple[GridTracker, PatchEmbedTap]] = {}
         self.routers: dict[nn.Module, Replacement] = {}  # see mixed()
         self.recomputations: list[Recomputation] = []
+        self.layers: dict[nn.Module, LayerRecomputation] = {}  # of towers, with with_cp
         self.initialisation: KeptInitialisation | None = None
         self.adapters: dict[str, NamedAdapter] = {}
         self.with_cp = with_cp
@@ -330,19 +331,19 @@ class Injection:
                     f'methods: {unknown[0]!r} is not among the towers that are adapted: '
                     f'{", ".join(map(repr, self.backbones))}. All adapters of a model share its towers'
                 )
-        planned: list[Attachment] = []
+        recomputed = False
         for path, backbone in self.backbones.items():
             try:
-                planned += plan(backbone, method.of(path), selection, self.outside[path])
+                planned = plan(backbone, method.of(path), selection, self.outside[path])
+                if self.with_cp and planned:
+                    _check_recomputable(backbone, method.of(path), planned)
+                    recomputed = True
             except ValueError as error:
                 if len(self.backbones) == 1:
                     raise
                 raise ValueError(f'{path!r}: {error}') from error
-        if self.with_cp and (not planned or not all(isinstance(a, BlockAttachment) for a in planned)):
-            raise ValueError(
-                f"with_cp recomputes adapted blocks, and method '{method.name}' adapts none as a whole; use the "
-                "backbone's own with_cp, or MMEngine's activation_checkpointing"
-            )
+        if self.with_cp and not recomputed:
+            raise ValueError(f"with_cp recomputes adapted blocks, and method '{method.name}' adapts none")
 
     def _install(self, name: str, method: PEFTMethod, selection: Selection) -> None:
         """Make an adapter, and put it into the host."""
@@ -358,7 +359,7 @@ class Injection:
                 attachment.joint = self.joint(attachment.module)
                 attachment.joint.attachments[name] = attachment
                 if self.with_cp:
-                    attachment.joint.with_cp = True
+                    self._recompute(backbone, attachment)
                 for tapped in attachment.handlers:
                     self._tap(backbone, tapped).users += 1
                 for key, own in attachment.adapters.items():
@@ -374,6 +375,16 @@ class Injection:
         if module not in self.joints:
             self.joints[module] = Joint(module, self.switch)
         return self.joints[module]
+
+    def _recompute(self, backbone: nn.Module, attachment: Attachment) -> None:
+        """Recompute an adapted block, or the layer of a tower that holds an adapted module."""
+        layer = None if isinstance(attachment, BlockAttachment) else layer_of(backbone, attachment.name)
+        if layer in (None, attachment.name):
+            attachment.joint.with_cp = isinstance(attachment, BlockAttachment) or layer is not None
+            return
+        module = backbone.get_submodule(layer)
+        if module not in self.layers:
+            self.layers[module] = LayerRecomputation(module, self.switch)
 
     def _tap(self, backbone: nn.Module, name: str) -> Tap:
         module = backbone.get_submodule(name)
@@ -486,6 +497,9 @@ class Injection:
         self.routers.clear()
         for recomputation in self.recomputations:
             recomputation.release()
+        for layer in self.layers.values():
+            layer.restore()
+        self.layers.clear()
         for joint in self.joints.values():
             joint.restore()
         self.joints.clear()
@@ -507,6 +521,25 @@ class Injection:
             self.initialisation.release()
         for backbone in self.backbones.values():
             delattr(backbone, _KEY)
+
+
+def _check_recomputable(tower: nn.Module, method: PEFTMethod, planned: Sequence[Attachment]) -> None:
+    """Refuse to recompute a tower that is adapted neither block by block nor in layers.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if all(isinstance(attachment, BlockAttachment) for attachment in planned):
+        return
+    if find_sites(tower):
+        raise ValueError(
+            f"with_cp recomputes adapted blocks, and method '{method.name}' adapts none as a whole; use the "
+            "backbone's own with_cp, or MMEngine's activation_checkpointing"
+        )
+    if all(layer_of(tower, attachment.name) is None for attachment in planned):
+        raise ValueError(
+            f'with_cp recomputes the layers of a tower, and {type(tower).__name__} has no list of layers; leave it out'
+        )
 
 
 def make_attachments(
@@ -746,7 +779,7 @@ def inject(
             memory of float32. ``'int8'``, ``'float8'`` (a quarter) and ``'nf4'`` (an eighth) quantise the weights of
             linear layers by torchao, and hold other matrices in bfloat16. The backbone runs under bfloat16 autocast,
             outputs are rounded, and :func:`remove` gives the rounded weights back. Defaults to None, as they are.
-        with_cp: Whether adapted blocks are recomputed in the backward pass (gradient
+        with_cp: Whether adapted blocks, or layers of other towers, are recomputed in the backward pass (gradient
             checkpointing), also where the backbone has no such option. Defaults to False,
             which leaves it to the backbone.
         blocks: The blocks to adapt: ``'all'``, ``'first:2'``, ``'last:4'``, ``'stage:2'`` of a pyramid (from 0), or a

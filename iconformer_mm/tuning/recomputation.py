@@ -1,13 +1,19 @@
-"""Gradient checkpointing that a host applies from outside its blocks."""
+"""Gradient checkpointing: what a host applies from outside its blocks, and ours of the layers of a tower."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from .attachments import Joint
+from iconformer_mm.compat import left_to_python
+
+from .attachments import Joint, Switch
+from .replacement import Replacement
+from .routing import Alone
 from .sites import Site
 
 # Names of the flags for gradient checkpointing: timm's, and that of MMPretrain's TinyViT and MixMIM.
@@ -92,3 +98,49 @@ class _Setter:
     def restore(self) -> None:
         """Restore the module's own method."""
         del self.module.set_grad_checkpointing
+
+
+def layer_of(tower: nn.Module, name: str) -> str | None:
+    """Return the name of the layer that holds an adapted module: the outermost one in a list of modules.
+
+    Args:
+        tower: A tower without known blocks.
+        name: Name of the module in it.
+
+    Returns:
+        The layer's name, or None if the module is in no layer. A linear layer in a list is no such layer.
+    """
+    words = name.split('.')
+    for end in range(len(words)):
+        holder = tower.get_submodule('.'.join(words[:end]))
+        if isinstance(holder, nn.ModuleList):
+            layer = '.'.join(words[: end + 1])
+            return layer if any(True for _ in tower.get_submodule(layer).children()) else None
+    return None
+
+
+class LayerRecomputation(Replacement):
+    """Recomputes a layer of a tower in the backward pass, with the adapter of the original call.
+
+    Args:
+        layer: The layer, whose modules are adapted.
+        switch: Their switch.
+    """
+
+    def __init__(self, layer: nn.Module, switch: Switch) -> None:
+        super().__init__(layer)
+        self.switch = switch
+        self.replace()
+
+    @left_to_python
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer."""
+        if not torch.is_grad_enabled():
+            return self.host_forward(*args, **kwargs)
+        override = self.switch.override or Alone(self.switch.active)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.switch.overridden(override):
+                return self.host_forward(*args, **kwargs)
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)

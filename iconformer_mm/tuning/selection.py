@@ -172,7 +172,10 @@ def choose_blocks(sites: list[Site], blocks: str | Sequence[int | str], backbone
         ValueError: There are no such blocks.
     """
     if not sites:
-        raise ValueError(f'blocks={blocks!r}: {backbone} has no known Transformer blocks to choose among')
+        raise ValueError(
+            f'blocks={blocks!r}: {backbone} has no known Transformer blocks to choose among. Name layers of a tower by '
+            "where=['decoder.layers.[45]']"
+        )
     names = [site.name for site in sites]
     stages: dict[str, list[int]] = {}
     for index, name in enumerate(names):

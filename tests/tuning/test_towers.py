@@ -62,9 +62,11 @@ def only(batch, number):
 # The invariants, on every model
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', [*MODELS, 'GLIP'])
 def test_towers_start_exact_train_only_adapters_and_go(name, tmp_path):
     """With iCoN in the backbone and LoRA in the others; tests/towers_table.py tries each method in each tower."""
+    if tower_models.MODELS[name].reads_text:
+        pytest.importorskip('transformers', reason='the text encoder is that of transformers (extra "text")')
     model, _, where = model_of(name)
     kind = tower_models.MODELS[name]
     before, keys = bits(model), list(model.state_dict())
@@ -244,6 +246,33 @@ def test_queries_come_before_the_patches_of_a_side_adapter_network():
     torch.testing.assert_close(seen['out'], expected)
 
 
+@pytest.mark.parametrize('name', ['DINO', 'Mask2Former', 'SAN'])
+def test_layers_of_towers_are_recomputed(name):
+    """Gradients are the same, also when adapters are disabled, or another is active, in the backward pass."""
+    kind, found = tower_models.MODELS[name], []
+    for with_cp in (False, True):
+        model = tower_models.build(name)
+        methods = towers(list(kind.towers), kind.backbone)
+        forward = {n for n, m in model.named_modules() if 'forward' in vars(m)}
+        torch.manual_seed(0)
+        inject(model, methods=methods, freeze=kind.freeze, with_cp=with_cp)
+        wake(model)
+        ffn = next(m for n, m in model.named_modules() if n.startswith(kind.towers[-1]) and type(m).__name__ == 'FFN')
+        calls = []
+        ffn.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        total = tower_models.losses(name, model)
+        before = len(calls)
+        with disabled(model):
+            total.backward()
+        assert len(calls) == (2 if with_cp else 1) * before
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        remove(model)
+        assert {n for n, m in model.named_modules() if 'forward' in vars(m)} == forward
+    assert found[0].keys() == found[1].keys()
+    for n, gradient in found[0].items():
+        torch.testing.assert_close(found[1][n], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, n=n: f'{n}: {text}')
+
+
 # What is trained
 
 
@@ -283,6 +312,7 @@ def test_patterns_name_the_outermost_modules():
     assert find_towers(model, ['decoder.layers.*', 'encoder']) == ('decoder.layers.0', 'decoder.layers.1', 'encoder')
     nested = nn.ModuleDict(dict(detector=model))
     assert find_towers(nested, 'backbone') == ('detector.backbone',)
+    assert find_towers(model, 'decoder.layers.[12]') == ('decoder.layers.1',)
 
 
 def test_the_summary_names_the_method_of_each_tower():
@@ -424,7 +454,9 @@ def test_a_file_says_which_method_is_where(tmp_path):
         (dict(where='bbox_head'), r"finds no linear map q, v in DETRHead; set targets=\['other', 'fc1', 'fc2'\]"),
         (dict(where='decoder', blocks='last:1'), 'has no known Transformer blocks to choose among'),
         (dict(where='decoder', dropout=0.1), 'reads the weights of its layers, so dropout cannot be applied'),
-        (dict(where='encoder', with_cp=True), 'with_cp recomputes adapted blocks'),
+        (dict(where='bbox_head', targets=['other'], with_cp=True), 'DETRHead has no list of layers; leave it out'),
+        (dict(method='frozen', where='encoder', with_cp=True), "and method 'frozen' adapts none"),
+        (dict(method='bitfit', where='backbone', with_cp=True), 'with_cp recomputes adapted blocks'),
         (dict(method=None, methods=[]), 'methods must be a list of dict\\(where='),
         (dict(method=None, methods=['lora']), "got 'lora' in it"),
         (dict(methods=[dict(type='lora')]), 'methods says what goes where, so method cannot be given beside it'),

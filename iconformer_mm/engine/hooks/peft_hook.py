@@ -57,7 +57,7 @@ class PEFTHook(WeightsHook):
             weights themselves if validation measured their average. Defaults to True.
         frozen_dtype: Precision to hold the frozen matrices in: ``'bfloat16'``, ``'int8'``, ``'nf4'`` or
             ``'float8'``, see :func:`iconformer_mm.inject`. Defaults to None, their own dtype.
-        with_cp: Whether adapted blocks are recomputed in the backward pass (gradient
+        with_cp: Whether adapted blocks, or layers of other towers, are recomputed in the backward pass (gradient
             checkpointing). Defaults to False, the backbone's own setting.
         blocks: The blocks to adapt, see :func:`iconformer_mm.inject`. Defaults to ``'all'``.
         unfreeze: Patterns of the backbone's own parameters to train as well. Defaults to none.
