@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -328,8 +330,22 @@ def grounding_dino(bert: str) -> dict[str, Any]:
     return _wide(config)
 
 
+@contextlib.contextmanager
+def narrow_fusion() -> Iterator[None]:
+    """Build fusion layers of GLIP for a narrow text encoder: no config reaches their widths, 768 and 2048."""
+    from mmdet.models.utils import VLFuse
+
+    init: Any = VLFuse.__init__
+    whole = init.__defaults__
+    init.__defaults__ = (256, WIDTH, WIDTH, 2, 0.1, 0.0, False)
+    try:
+        yield
+    finally:
+        init.__defaults__ = whole
+
+
 def glip(bert: str) -> dict[str, Any]:
-    """GLIP with fusion layers and a text encoder from a folder, 768 channels wide as the fusion layers ask for."""
+    """GLIP with fusion layers and a text encoder from a folder. It is built within :func:`narrow_fusion`."""
     return dict(
         type='GLIP',
         data_preprocessor=dict(type='DetDataPreprocessor', pad_size_divisor=32),
@@ -379,7 +395,8 @@ def build(config: dict[str, Any], seed: int = 0) -> nn.Module:
 
     register_all_modules(init_default_scope=True)
     torch.manual_seed(seed)
-    model = MODELS.build(ConfigDict(copy.deepcopy(config)))
+    with narrow_fusion() if config['type'] == 'GLIP' else contextlib.nullcontext():
+        model = MODELS.build(ConfigDict(copy.deepcopy(config)))
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel('ERROR')  # it would list every tensor

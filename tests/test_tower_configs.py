@@ -13,7 +13,7 @@ from conftest import ROOT
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from small_bert import write_bert
-from small_detectors import repair_grounding_dino
+from small_detectors import narrow_fusion, repair_grounding_dino
 
 from iconformer_mm import inject, summarize
 from iconformer_mm.analysis.inspection import find_mistakes, inspect_model
@@ -194,7 +194,7 @@ def narrow(cfg):
 
 
 def narrow_glip(cfg):
-    """The same detector with a narrow Swin and one fusion layer, whose width is written into the library."""
+    """The same detector with a narrow Swin and one fusion layer."""
     model = cfg.model
     model.backbone.update(embed_dims=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, drop_path_rate=0.0)
     model.neck.in_channels = [16, 32, 64]
@@ -360,18 +360,24 @@ def test_inspection_names_the_towers(data):
     assert inspection.cost.gflop > 0 and inspection.cost.gradient_mib > 0
 
 
+@pytest.fixture
+def fusion():
+    with narrow_fusion():
+        yield
+
+
 @pytest.mark.parametrize('name', [n for n in RECIPES if n.startswith(('grounding', 'glip'))])
 @pytest.mark.filterwarnings('ignore')
-def test_detectors_that_read_text_train_and_test(name, data, tmp_path):
+def test_detectors_that_read_text_train_and_test(name, data, fusion, tmp_path):
     pytest.importorskip('transformers', reason='the text encoder is that of transformers (extra "text")')
     repair_grounding_dino()
     cfg = recipe(name)
+    cfg.model.language_model.name = write_bert(tmp_path / 'bert')
     if name.startswith('glip'):
         narrow_glip(cfg)
-        cfg.model.language_model.name = cfg.model.bbox_head.lang_model_name = write_bert(tmp_path / 'bert', width=768)
+        cfg.model.bbox_head.lang_model_name = cfg.model.language_model.name
     else:
         narrow(cfg)
-        cfg.model.language_model.name = write_bert(tmp_path / 'bert')
     cfg = two_iterations(cfg, data, tmp_path / 'run')
     model = MODELS.build(copy.deepcopy(cfg.model))
     torch.manual_seed(0)

@@ -64,10 +64,10 @@ class TowerModel:
 
 
 @functools.lru_cache
-def _bert(width: int) -> str:
+def _bert() -> str:
     from small_bert import write_bert
 
-    return write_bert(Path(tempfile.mkdtemp(prefix='bert-')), width=width)
+    return write_bert(Path(tempfile.mkdtemp(prefix='bert-')))
 
 
 MODELS = {
@@ -125,13 +125,13 @@ MODELS = {
         library=small_segmentors,
     ),
     'Grounding DINO': TowerModel(
-        lambda: small_detectors.grounding_dino(_bert(32)),
+        lambda: small_detectors.grounding_dino(_bert()),
         ('language_model', *LAYERS),
         'mmdet::mm_grounding_dino/coco/grounding_dino_swin-t_finetune_16xb4_1x_coco.py',
         reads_text=True,
     ),
     'GLIP': TowerModel(
-        lambda: small_detectors.glip(_bert(768)),
+        lambda: small_detectors.glip(_bert()),
         ('language_model', 'bbox_head.head.dyhead_tower'),
         'mmdet::glip/glip_atss_swin-t_fpn_dyhead_16xb2_ms-2x_funtune_coco.py',
         reads_text=True,
@@ -215,7 +215,7 @@ def without_values(cfg: Any, reads_text: bool) -> nn.Module:
     if cfg.default_scope == 'mmseg':
         import mmdet.models  # noqa: F401
     cfg.model.pop('pretrained', None)
-    text = _empty_bert(_bert(32)) if reads_text else contextlib.nullcontext()
+    text = _empty_bert(_bert()) if reads_text else contextlib.nullcontext()
     with empty_parameters(), text as bert:
         if bert is not None:
             cfg.model.language_model.name = bert
