@@ -43,7 +43,7 @@ def shrink_segmentor(model, divisor):
     for part, keys in (
         (model.data_preprocessor, ['size']),
         (model.test_cfg, ['crop_size', 'stride']),
-        (model.backbone, ['img_size']),
+        (model.get('backbone', {}), ['img_size']),
     ):
         part.update({key: divided(part[key], divisor) for key in keys if part.get(key)})
 

@@ -250,11 +250,6 @@ def narrow_san(cfg, folder):
         for step in loader.dataset.pipeline:
             if step['type'] == 'LoadAnnotations':
                 step['reduce_zero_label'] = True
-            for key in ('scale', 'crop_size'):
-                if isinstance(step.get(key), tuple):
-                    step[key] = (64, 96)
-            if 'scales' in step:
-                step['scales'] = [64]
     model.data_preprocessor.size_divisor = 32
     cfg.data_preprocessor.size_divisor = 32
     cfg.train_cfg.pop('val_begin')

@@ -77,10 +77,9 @@ def _methods_without_gradient(cls: type) -> Iterator[tuple[str, Any]]:
 
 def _is_under_no_grad(method: Any) -> bool:
     """Whether a decorator of a method is ``torch.no_grad()`` or ``torch.inference_mode()``."""
-    while hasattr(method, '__wrapped__'):
-        for cell in method.__closure__ or ():
-            context = getattr(cell.cell_contents, '__self__', cell.cell_contents)
-            if isinstance(context, (torch.no_grad, torch.inference_mode)):
-                return True
+    while inspect.isfunction(method) and hasattr(method, '__wrapped__'):
+        held = inspect.getclosurevars(method).nonlocals.values()
+        if any(isinstance(getattr(each, '__self__', each), (torch.no_grad, torch.inference_mode)) for each in held):
+            return True
         method = method.__wrapped__
     return False
