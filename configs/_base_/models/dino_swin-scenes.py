@@ -1,4 +1,4 @@
-# MMDetection's DINO for images of 96 x 128: 64 channels, three levels, two encoder and three decoder layers, 50 queries.
+# MMDetection's DINO, but narrower: three levels, two encoder and three decoder layers, 50 queries.
 _attention = dict(embed_dims=64, num_heads=4, dropout=0.0)
 _deformable = dict(embed_dims=64, num_heads=4, num_levels=3, num_points=4, dropout=0.0)
 _ffn = dict(embed_dims=64, feedforward_channels=256, ffn_drop=0.0)
