@@ -1,3 +1,8 @@
+# Trains dino_swin-scenes_source.safetensors, the base of configs/comparison/detectors.yaml:
+#   python tools/dataset_converters/make_scenes.py --out data/scenes_pretrain --styles source \
+#       --formats coco --train 4000 --val 200 --seed 1
+#   python tools/train.py configs/scenes/dino_swin-scenes_pretrain-source.py
+#   python tools/export_backbone.py CHECKPOINT configs/scenes/dino_swin-scenes_source.safetensors --whole
 _base_ = [
     '../_base_/models/dino_swin-scenes.py',
     '../_base_/datasets/scenes_boxes.py',
