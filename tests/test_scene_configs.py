@@ -62,7 +62,7 @@ def test_trains_resumes_and_tests(task, method, data, tmp_path):
     metric = (TASKS | COMPARED)[task][1]
     build_runner(small_config(task, method, data, tmp_path, 2)).train()
     cfg = small_config(task, method, data, tmp_path, 3)
-    cfg.resume = True
+    cfg.update(resume=True, load_from=None)
     runner = build_runner(copy.deepcopy(cfg))
     runner.train()
     assert runner.iter == 3

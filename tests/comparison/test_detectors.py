@@ -129,10 +129,8 @@ def test_a_run_trains_and_validates(tmp_path):
     towers = summarize(runner.model).towers
     assert [towers[path].method for path in TOWERS] == ['icon', 'lora', 'lora']
     assert check_frozen_weights(runner.model, run.task.base_file())
-    rates = {group['lr'] / group['initial_lr'] for group in runner.optim_wrapper.optimizer.param_groups}
-    assert len(rates) == 1  # one schedule
-    initial = {group['initial_lr'] for group in runner.optim_wrapper.optimizer.param_groups}
-    assert initial == {pytest.approx(1e-3), pytest.approx(1e-2)}  # of the head, and of adapters
+    rates = sorted({group['initial_lr'] for group in runner.optim_wrapper.optimizer.param_groups})
+    assert rates == pytest.approx([1e-3, 1e-2])  # of the head, and of adapters
     keep_predictions(runner, [1, 3], tmp_path / 'pictures.npz')
     pictures = np.load(tmp_path / 'pictures.npz')
     assert pictures['truth'].shape == pictures['predicted'].shape == (2, 96, 128, 3)
