@@ -14,8 +14,8 @@ from iconformer_mm.engine import load_config
 CONFIGS = sorted(
     str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*/*.py') if p.parent.name not in ('foundation', 'towers')
 )
-COUNTS = {'cifar100': 8, 'svhn': 8, 'food101': 8, 'quickstart': 5, 'coco': 32, 'ade20k': 24, 'nyu': 8, 'scenes': 13}
-COUNTS['comparison'] = 2  # not benchmarks: no metafile lists them
+COUNTS = {'cifar100': 8, 'svhn': 8, 'food101': 8, 'quickstart': 5, 'coco': 32, 'ade20k': 24, 'nyu': 8, 'scenes': 14}
+COUNTS['comparison'] = 3  # not benchmarks: no metafile lists them
 # Shares of iCoN, in percent, for backbones whose adapters are not in the published budget.
 SHARES = {'_swin-t_': 3.730, 'segformer_mit-b5': 4.854, 'beit-base': 1.901, 'mae-base': 1.891}
 METHODS = ('icon', 'adaptformer', 'frozen', 'full')
@@ -96,7 +96,7 @@ def test_builds_and_trains_what_it_says(name):
     assert cfg.train_dataloader.dataset and cfg.val_evaluator
     if 'quickstart' not in name and 'pretrain-' not in name:
         backbone = cfg.model.backbone
-        weights = (backbone.get('init_cfg') or {}).get('checkpoint') or cfg.model.get('pretrained')
+        weights = (backbone.get('init_cfg') or {}).get('checkpoint') or cfg.model.get('pretrained') or cfg.load_from
         assert weights.endswith('swin-scenes_source.safetensors' if 'scenes' in name else '.pth')
 
 

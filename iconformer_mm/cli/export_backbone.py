@@ -1,4 +1,4 @@
-"""Write the backbone of a checkpoint as safetensors weights to pre-train from."""
+"""Write the backbone of a checkpoint, or the whole model, as safetensors weights to start from."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         default='',
         help="put before each name; MMDetection's Swin wants 'backbone.'",
     )
+    parser.add_argument('--whole', action='store_true', help='write the whole model, for load_from')
     parser.add_argument('--trust', action='store_true', help='unpickle the checkpoint even if that could execute code')
     args = parser.parse_args(argv)
+    if args.whole and args.prefix:
+        parser.error('--whole keeps the names of the model: leave out --prefix')
 
     try:
         whole = state_dict_of(read_checkpoint(args.checkpoint, args.trust, advice='add --trust'), args.checkpoint)
     except (DamagedFileError, UntrustedFileError, FileNotFoundError) as error:
         raise SystemExit(f'error: {error}') from None
-    prefix = 'backbone.'
+    prefix = '' if args.whole else 'backbone.'
     state = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
     if not state:
         raise SystemExit(f'error: {args.checkpoint} is of no model with a backbone: it has no tensor {prefix}*')

@@ -20,7 +20,7 @@ def reference_of(comparison: Comparison) -> Method:
     methods = comparison.methods
     if comparison.reference is not None:
         return methods[comparison.reference]
-    return next((each for each in methods.values() if each.method['type'] == 'icon'), next(iter(methods.values())))
+    return next((each for each in methods.values() if each.type == 'icon'), next(iter(methods.values())))
 
 
 def seed_scores(results: Results, task: Task, method: Method) -> SeedScores | None:

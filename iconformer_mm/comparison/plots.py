@@ -24,10 +24,12 @@ class TradeoffPanel:
     Attributes:
         title: Title of the score.
         points: Of each method, by its name: trained parameters, mean score, standard deviation.
+        where: Where the trained parameters are. Defaults to the backbone.
     """
 
     title: str
     points: Mapping[str, tuple[int, float, float]]
+    where: str = 'backbone'
 
 
 @dataclass
@@ -112,7 +114,7 @@ def plot_tradeoff(
                 axes.errorbar(trained, mean, yerr=std, label=name, markersize=7, capsize=3, **look)
         _scale_parameters(axes, [x for name, (x, _, _) in panel.points.items() if name != reference])
         axes.margins(0.1)
-        axes.set(title=panel.title, xlabel='trained parameters of the backbone')
+        axes.set(title=panel.title, xlabel=f'trained parameters of the {panel.where}')
         axes.grid(alpha=0.3)
     _shared_legend(figure, grid, names)
     save_figure(figure, path)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +35,7 @@ from iconformer_mm.files import written_whole
 from iconformer_mm.inference.predictions import kind_of
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.freezing import is_adapter
-from iconformer_mm.tuning.injection import find_backbone
+from iconformer_mm.tuning.injection import backbones_of
 from iconformer_mm.tuning.quantised_weight import held_weights
 
 from .image_scores import ImageScores, observe
@@ -154,7 +154,7 @@ def train_and_validate(
 def make_config(settings: dict[str, Any], base: Path, folder: Path, save_adapter: bool = False) -> Config:
     """The config of a run, which writes no checkpoints. A base that was fetched is loaded into the backbone."""
     cfg = load_config(str(ROOT / settings['config']))
-    add_peft(cfg, settings['method'])
+    add_peft(cfg, settings.get('method') or settings['methods'])
     cfg.default_hooks.peft.save_adapter = save_adapter
     cfg.merge_from_dict(settings['options'])
     if 'base' in settings:
@@ -224,50 +224,42 @@ def count(model: nn.Module) -> dict[str, int | float]:
 def check_frozen_weights(model: nn.Module, base: Path) -> bool:
     """Compare the backbone with the base, bit by bit; False where the method freezes nothing.
 
+    Each adapted module is compared. Of a module beyond the backbone the base has the names in the model.
+
     Raises:
         RuntimeError: A frozen parameter changed, or the base lacks it.
     """
     injection = get_injection(model)
     if injection is None or not injection.method.freezes:
         return False
-    backbone, weights = find_backbone(model), load_base(base)
-    state = {name: p.detach().cpu() for name, p in backbone.named_parameters() if not is_adapter(name)}
-    if not weights.keys() & state.keys():  # the backbone wraps another library's model, as TIMMFeatures does
-        wrapper = next(iter(state)).partition('.')[0]
-        weights = {f'{wrapper}.{name}': value for name, value in weights.items()}
-    for precision in injection.precisions:
-        weights = {name: precision.rounded(name, value) for name, value in weights.items()}
-        state |= {name: weight.unpacked().cpu() for name, weight in held_weights(backbone)}
-    missing = [name for name in state if name not in weights]
-    if missing:
-        raise RuntimeError(f'{base} lacks {missing[0]}, which is frozen: it is not the base of this backbone')
-    check_tensors(weights, state, 'after training')
+    towers, content = backbones_of(model), load_file(base)
+    for path, tower in towers.items():
+        places = (f'{path}.', 'backbone.', '')  # in the base; one of a backbone alone may have no prefix
+        prefix = next(place for place in places if any(name.startswith(place) for name in content))
+        weights = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
+        precisions = [precision for precision in injection.precisions if precision.module is tower]
+        _check_frozen(tower, weights, precisions, f'{path or "backbone"}.', base)
     return True
 
 
-def load_base(path: Path) -> dict[str, torch.Tensor]:
-    """Read the pre-trained weights of a backbone, by their names in it."""
-    return {name.removeprefix('backbone.'): value for name, value in load_file(path).items()}
-
-
-def check_tensors(weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], where: object) -> None:
-    """Compare a backbone's tensors with the base's, bit by bit.
-
-    Args:
-        weights: The base's tensors; those that the backbone lacks are left out.
-        state: The backbone's.
-        where: What the backbone's are from, for the message.
-
-    Raises:
-        RuntimeError: A tensor changed, or there is none to compare.
-    """
-    # A backbone may lack some: the norms of stages that its head does not read.
-    names = [name for name in weights if name in state]
-    if not names:
-        raise RuntimeError(f'{where}: there are none of the weights of the base')
-    for name in names:
-        if not torch.equal(weights[name], state[name]):
-            raise RuntimeError(f'{where}: the frozen tensor backbone.{name} changed in training')
+def _check_frozen(
+    tower: nn.Module, weights: dict[str, torch.Tensor], precisions: Sequence[Any], prefix: str, base: Path
+) -> None:
+    """Compare one adapted module with its weights in the base, by their names in it."""
+    state = {name: p.detach().cpu() for name, p in tower.named_parameters() if not is_adapter(name)}
+    if not weights.keys() & state.keys():  # the backbone wraps another library's model, as TIMMFeatures does
+        wrapper = next(iter(state)).partition('.')[0]
+        weights = {f'{wrapper}.{name}': value for name, value in weights.items()}
+    for precision in precisions:
+        weights = {name: precision.rounded(name, value) for name, value in weights.items()}
+        state |= {name: weight.unpacked().cpu() for name, weight in held_weights(tower)}
+    missing = [name for name in state if name not in weights]
+    if missing:
+        raise RuntimeError(f'{base} lacks {prefix}{missing[0]}, which is frozen: it is not the base of this model')
+    # The base may have more: the norms of stages that a head does not read.
+    for name, value in state.items():
+        if not torch.equal(weights[name], value):
+            raise RuntimeError(f'after training: the frozen tensor {prefix}{name} changed in training')
 
 
 def keep_predictions(runner: Runner, indices: Sequence[int], path: Path) -> None:

@@ -86,7 +86,8 @@ class Method:
     Attributes:
         name: Its key in the YAML file.
         title: Its name in tables and plots.
-        method: Config of the PEFT method.
+        method: Config of the PEFT method, for the backbone. None if there are ``methods``.
+        methods: In its place a config for each module, with ``where``, as :func:`iconformer_mm.inject` takes them.
         tasks: Names of the tasks it is defined on.
         learning_rates: By task, rates in place of those of the task.
         options: Settings that override the config's and the task's.
@@ -94,10 +95,16 @@ class Method:
 
     name: str
     title: str
-    method: dict[str, Any]
+    method: dict[str, Any] | None = None
+    methods: tuple[dict[str, Any], ...] = ()
     tasks: tuple[str, ...] = ()
     learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def type(self) -> str | None:
+        """Name of the PEFT method; None of several for several modules."""
+        return None if self.method is None else self.method['type']
 
 
 @dataclass(frozen=True)
@@ -123,9 +130,10 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """All that determines the result."""
         options = {**self.task.options, **self.method.options, **(self.task.search_options if self.search else {})}
+        method, methods = self.method.method, self.method.methods
         settings = dict(
             config=self.task.config,
-            method=self.method.method,
+            **(dict(methods=list(methods)) if method is None else dict(method=method)),
             learning_rate=self.learning_rate,
             seed=self.seed,
             metric=self.task.metric,
@@ -154,6 +162,11 @@ class Comparison:
     tasks: dict[str, Task]
     methods: dict[str, Method]
     reference: str | None = None
+
+    @property
+    def has_towers(self) -> bool:
+        """Whether a method adapts more than the backbone, so that shares are those of all adapted modules."""
+        return any(method.methods for method in self.methods.values())
 
     def pairs(self, tasks: Collection[str], methods: Collection[str]) -> list[tuple[Task, Method]]:
         """The named tasks with each of the named methods that is defined there, task by task."""
@@ -288,9 +301,16 @@ def _task(name: str, content: Any, folder: Path) -> Task:
 def _method(name: str, content: Any, tasks: Collection[str]) -> Method:
     where = f'methods.{name}'
     content = _check_keys(where, content, Method)
-    method = _dictionary(f'{where}.method', content['method'])
-    if 'type' not in method:
-        raise ComparisonError(f'{where}.method needs a type, such as {{type: icon, bottleneck: 16}}; it is {method}')
+    if ('method' in content) == ('methods' in content):
+        raise ComparisonError(f'{where} needs either method or methods')
+    if 'method' in content:
+        method = _dictionary(f'{where}.method', content['method'])
+        if 'type' not in method:
+            raise ComparisonError(
+                f'{where}.method needs a type, such as {{type: icon, bottleneck: 16}}; it is {method}'
+            )
+    else:
+        content['methods'] = _methods(f'{where}.methods', content['methods'])
     content['tasks'] = _list(f'{where}.tasks', content.get('tasks', list(tasks)), str)
     for task in content['tasks']:
         if task not in tasks:
@@ -302,6 +322,17 @@ def _method(name: str, content: Any, tasks: Collection[str]) -> Method:
     content['learning_rates'] = {t: _list(f'{where}.learning_rates.{t}', rates[t], float) for t in rates}
     content['options'] = _dictionary(f'{where}.options', content.get('options', {}))
     return Method(name, **content)
+
+
+def _methods(where: str, value: Any) -> tuple[dict[str, Any], ...]:
+    """A method for each module. Which modules a model has is known when it is built."""
+    entries = value if isinstance(value, list) else []
+    if not entries or not all(isinstance(entry, dict) and {'where', 'type'} <= entry.keys() for entry in entries):
+        raise ComparisonError(
+            f'{where} must be a list of methods with where and type, such as '
+            f'[{{where: backbone, type: icon}}, {{where: [encoder, decoder], type: lora}}]; it is {value!r}'
+        )
+    return tuple(entries)
 
 
 def _check_keys(where: str, content: Any, form: type) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class Row:
         diverged: Those of them that diverged; of a search without a rate, all of its runs.
         learning_rate: The rate that the search found.
         trained_parameters: In the whole model.
-        trained_backbone: On the backbone's side.
-        backbone_share: The latter by the backbone's parameters.
+        trained_backbone: On the backbone's side; with a method for each module, in all of these.
+        backbone_share: The latter by the parameters of the same modules.
         train_seconds: Mean over the runs.
         rank: Among the methods on this task, 1 is the best; equal ones share the mean of theirs.
         scores: One a seed.
@@ -141,7 +141,7 @@ def table(results: Results, rows: Rows, bold: str) -> tuple[list[str], list[list
 def table_of_a_task(results: Results, rows: Rows, bold: str) -> tuple[list[str], list[list[str]]]:
     """Titles and cells for one task."""
     (task,) = results.comparison.tasks.values()
-    titles = ['method', 'trained params', 'backbone share', task.title, 'seconds', 'adapter (KiB)']
+    titles = ['method', 'trained params', share_title(results), task.title, 'seconds', 'adapter (KiB)']
     best = min((row.rank for row in rows.values()), default=None)
     lines = []
     for method in results.comparison.methods.values():
@@ -157,12 +157,17 @@ def table_of_a_task(results: Results, rows: Rows, bold: str) -> tuple[list[str],
     return titles, lines
 
 
+def share_title(results: Results) -> str:
+    """Title of the trained shares: of the backbone, or of all modules that a method adapts."""
+    return 'adapted modules: share' if results.comparison.has_towers else 'backbone share'
+
+
 def table_of_tasks(results: Results, rows: Rows, bold: str) -> tuple[list[str], list[list[str]]]:
     """Titles and cells for several tasks."""
     comparison = results.comparison
     groups = backbones(results)
     titles = ['method']
-    titles += ['backbone share' + (f': {", ".join(group)}' if len(groups) > 1 else '') for group in groups]
+    titles += [share_title(results) + (f': {", ".join(group)}' if len(groups) > 1 else '') for group in groups]
     titles += [task.title for task in comparison.tasks.values()] + ['mean rank']
     lines = []
     for method in comparison.methods.values():
@@ -241,7 +246,8 @@ def tradeoff_panels(results: Results, rows: Rows) -> list[TradeoffPanel]:
             for row in rows.values()
             if row.task == task.name and row.mean is not None
         }
-        panels.append(TradeoffPanel(axis_title(task), points))
+        where = 'adapted modules' if results.comparison.has_towers else 'backbone'
+        panels.append(TradeoffPanel(axis_title(task), points, where))
     return [panel for panel in panels if panel.points] or panels
 
 
@@ -320,7 +326,7 @@ def report(results: Results, folder: Path, console: Console) -> None:
     write(folder / 'differences.md', lambda path: path.write_text(differences_text(results), 'utf-8'))
     write(folder / 'search.md', lambda path: path.write_text(search_text(results), 'utf-8'))
     names = [method.title for method in comparison.methods.values()]
-    full = next((method.title for method in comparison.methods.values() if method.method['type'] == 'full'), None)
+    full = next((method.title for method in comparison.methods.values() if method.type == 'full'), None)
     write(folder / 'tradeoff.png', lambda path: plot_tradeoff(tradeoff_panels(results, rows), names, path, full))
     write(folder / 'curves.png', lambda path: plot_curves(curve_panels(results, rows), names, path, full))
     written = [*FILES]

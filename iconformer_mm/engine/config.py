@@ -135,7 +135,7 @@ def _is_misspelt(name: str, setting: str) -> bool:
     return difflib.SequenceMatcher(None, name, setting).ratio() >= 0.92 or name in swapped
 
 
-def add_peft(cfg: Config, method: str | dict) -> None:
+def add_peft(cfg: Config, method: str | dict | list[dict]) -> None:
     """Add a PEFTHook to a config. The model's config does not change.
 
     The hook becomes ``default_hooks.peft``, so its options can be set on the command
@@ -144,7 +144,8 @@ def add_peft(cfg: Config, method: str | dict) -> None:
 
     Args:
         cfg: The config, changed in place.
-        method: Name or config of the method, or a file with a method.
+        method: Name or config of the method, or a file with a method. A list has a method for each module, as
+            :func:`iconformer_mm.inject` takes them as ``methods``.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -152,6 +153,8 @@ def add_peft(cfg: Config, method: str | dict) -> None:
     """
     if isinstance(method, str) and method.endswith('.py'):
         hook = _read_method(method)
+    elif isinstance(method, list):
+        hook = dict(type='PEFTHook', methods=method)
     else:
         hook = dict(type='PEFTHook', method=dict(type=method) if isinstance(method, str) else method)
     if hook.get('methods') is None:  # those of several modules are built with the model

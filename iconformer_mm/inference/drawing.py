@@ -77,3 +77,24 @@ def draw_instances(
         outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(drawn, outlines, -1, [int(c) for c in np.minimum(colour + 60, 255)], 1)
     return drawn
+
+
+def draw_boxes(
+    image: np.ndarray, boxes: Sequence[Sequence[float]], labels: Sequence[int], palette: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """Draw the outlines of boxes over an image, each in its class's colour.
+
+    Args:
+        image: (H, W, 3), uint8, RGB.
+        boxes: N boxes, as x and y of two corners, in pixels.
+        labels: N class indices.
+        palette: RGB of each class.
+
+    Returns:
+        (H, W, 3), uint8.
+    """
+    drawn = np.ascontiguousarray(image // 3 + 40)
+    for box, label in zip(boxes, labels):
+        left, top, right, bottom = (round(value) for value in box)
+        cv2.rectangle(drawn, (left, top), (right, bottom), [int(c) for c in palette[label]], 1)
+    return drawn

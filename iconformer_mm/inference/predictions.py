@@ -15,7 +15,7 @@ import numpy as np
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from .drawing import draw_classes, draw_depth, draw_instances, enlarge
+from .drawing import draw_boxes, draw_classes, draw_depth, draw_instances, enlarge
 
 SCORE_THRESHOLD = 0.3
 TOP_INSTANCES = 10
@@ -262,12 +262,14 @@ class Instances(PredictionKind):
         which: str = 'pred',
         score_threshold: float = SCORE_THRESHOLD,
     ) -> np.ndarray:
-        """The masks over the image."""
-        if which == 'gt':
-            truth = sample.gt_instances
-            return draw_instances(image, truth.masks.masks.astype(bool), truth.labels.tolist(), palette)
-        found = above(sample, score_threshold).cpu()
-        return draw_instances(image, found.masks.numpy(), found.labels.tolist(), palette)
+        """The masks over the image; without masks the boxes."""
+        found = sample.gt_instances if which == 'gt' else above(sample, score_threshold).cpu()
+        labels = found.labels.tolist()
+        if 'masks' not in found:
+            boxes = getattr(found.bboxes, 'tensor', found.bboxes)  # MMDetection wraps those of the ground truth
+            return draw_boxes(image, boxes.tolist(), labels, palette)
+        masks = found.masks.masks.astype(bool) if which == 'gt' else found.masks.numpy()
+        return draw_instances(image, masks, labels, palette)
 
     def score(self, prediction: BaseDataElement) -> Tensor:
         """The sum of the ten largest scores; 0 if nothing is found."""

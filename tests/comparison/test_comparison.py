@@ -314,6 +314,8 @@ def test_rates_like_1e_3_are_numbers(tmp_path):
         ('tasks.digits.config', 'nowhere.py', 'tasks.digits.config: there is no file'),
         ('tasks.digits.learning_rates', ['fast'], "tasks.digits.learning_rates must be float, it is 'fast'"),
         ('methods.icon.method', dict(bottleneck=4), 'methods.icon.method needs a type'),
+        ('methods.icon.method', None, 'methods.icon needs either method or methods'),
+        ('methods.icon.methods', [dict(where='encoder', type='lora')], 'methods.icon needs either method or methods'),
         ('methods.icon.tasks', ['digit'], "methods.icon.tasks: unknown task 'digit' (did you mean 'digits'?)"),
         ('methods.icon.learning_rates', dict(digit=[1.0]), "methods.icon.learning_rates: unknown task 'digit'"),
         ('methods.icon.learning_rates', dict(digits=[]), 'methods.icon.learning_rates.digits must be a list'),
@@ -366,7 +368,8 @@ def test_comparisons_in_configs(path):
     """Their methods can be made, their options are settings of the configs, the README counts their runs."""
     comparison = load_comparison(path)
     for method in comparison.methods.values():
-        build_method(method.method)
+        for each in [method.method] if method.method is not None else method.methods:
+            build_method({key: value for key, value in each.items() if key != 'where'})
     for task in comparison.tasks.values():
         cfg = load_config(str(ROOT / task.config))
         for key in {**task.options, **task.search_options}:

@@ -5,7 +5,7 @@ import torch
 from mmengine.structures import InstanceData
 
 from iconformer_mm.inference import draw_prediction
-from iconformer_mm.inference.drawing import draw_classes, draw_instances
+from iconformer_mm.inference.drawing import draw_boxes, draw_classes, draw_instances
 
 PALETTE = [(200, 0, 0), (0, 200, 0)]
 
@@ -13,6 +13,16 @@ PALETTE = [(200, 0, 0), (0, 200, 0)]
 def test_classes_are_coloured():
     drawn = draw_classes(np.array([[0, 1], [255, 1]]), PALETTE)
     assert drawn.tolist() == [[[200, 0, 0], [0, 200, 0]], [[0, 0, 0], [0, 200, 0]]]
+
+
+def test_boxes_are_outlined_in_the_colour_of_their_class():
+    image = np.full((12, 16, 3), 90, np.uint8)
+    drawn = draw_boxes(image, [[2.4, 1.0, 9.6, 8.0], [0.0, 0.0, 1.0, 1.0]], [1, 0], [(9, 9, 9), (200, 30, 60)])
+    outline = np.zeros((12, 16), bool)
+    outline[1, 2:11] = outline[8, 2:11] = outline[1:9, 2] = outline[1:9, 10] = True
+    assert (drawn[outline] == (200, 30, 60)).all() and (drawn[:2, :2] == 9).all()
+    outline[:2, :2] = True
+    assert (drawn[~outline] == 70).all() and (image == 90).all()
 
 
 def test_instances_are_drawn_over_the_image():

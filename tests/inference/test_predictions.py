@@ -76,3 +76,17 @@ def test_what_is_no_prediction():
         kind_of(BaseDataElement(gt_label=torch.tensor(1)))
     with pytest.raises(KeyError, match='a description has one of depth_m, area, instances, label'):
         caption(dict(other=1))
+
+
+def test_boxes_without_masks_beside_the_truth():
+    """The truth may be wrapped, as MMDetection's data sets give it. Predictions of a small score are left out."""
+    wrapper = pytest.importorskip('mmdet.structures.bbox').HorizontalBoxes
+    boxes = torch.tensor([[2.0, 3.0, 9.0, 8.0], [1.0, 1.0, 12.0, 10.0]])
+    truth = InstanceData(bboxes=wrapper(boxes[:1]), labels=torch.tensor([1]))
+    found = InstanceData(bboxes=boxes, labels=torch.tensor([1, 0]), scores=torch.tensor([0.9, 0.1]))
+    sample = BaseDataElement(pred_instances=found, gt_instances=truth)
+    image, palette = np.zeros((12, 16, 3), np.uint8), [(0, 200, 0), (200, 0, 0)]
+    drawn = kind_of(sample).picture(sample, image, palette, 'gt')
+    assert (drawn[3, 2:10] == (200, 0, 0)).all()
+    assert np.array_equal(drawn, kind_of(sample).picture(sample, image, palette))
+    assert not np.array_equal(drawn, kind_of(sample).picture(sample, image, palette, score_threshold=0.05))

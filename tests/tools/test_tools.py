@@ -13,6 +13,9 @@ import pytest
 import torch
 from commands import call, scalars, tool
 from conftest import ROOT, free_port
+from safetensors.torch import load_file
+
+from iconformer_mm.cli.export_backbone import main as export_backbone
 
 DEIT = 'mmpretrain::deit/deit-tiny_4xb256_in1k'
 QUICKSTART = 'configs/quickstart/vit-quickstart_icon_digits.py'
@@ -153,6 +156,19 @@ def test_mistakes_on_the_command_line(arguments, message, tmp_path):
 def test_mistakes_in_testing(tmp_path):
     assert 'checkpoint none.pth does not exist' in tool('test.py', QUICKSTART, 'none.pth', ok=False)
     assert 'checkpoint none.pth does not exist' in tool('export_backbone.py', 'none.pth', 'x', ok=False)
+
+
+def test_a_whole_model_is_exported(tmp_path, capsys):
+    """Of a detector that is pre-trained as a whole; without the option the backbone alone is written."""
+    state = {'backbone.a': torch.ones(2), 'encoder.b': torch.zeros(3)}
+    torch.save(dict(state_dict=state), tmp_path / 'a.pth')
+    for options, expected in (([], {'a'}), (['--whole'], set(state))):
+        export_backbone([str(tmp_path / 'a.pth'), str(tmp_path / 'out.safetensors'), *options])
+        written = load_file(tmp_path / 'out.safetensors')
+        assert set(written) == expected and f'{len(expected)} tensors' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        export_backbone([str(tmp_path / 'a.pth'), 'x', '--whole', '--prefix', 'p.'])
+    assert '--whole keeps the names of the model: leave out --prefix' in capsys.readouterr().err
 
 
 def test_missing_data(tmp_path):
