@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -224,6 +226,8 @@ def load_shards(model: nn.Module, path: str | os.PathLike, prefix: str = '', dev
             if name in held:
                 precision, local = held[name]
                 precision.take(local, value.to(placing.device))
+                del value
+                return_freed_memory()
             else:
                 placing.put(name, value)
     for precision, _ in held.values():
@@ -237,6 +241,13 @@ def load_shards(model: nn.Module, path: str | os.PathLike, prefix: str = '', dev
     if unused:
         print_log(f'{path}: {len(unused)} tensors are not of the model, such as {some(unused)}', logger='current')
     return unused
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system. glibc keeps it, and packing a weight takes much of it."""
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
+    if trim is not None:
+        trim(0)
 
 
 def _select(stored: dict[str, Stored], prefix: str, path: Any) -> dict[str, Stored]:

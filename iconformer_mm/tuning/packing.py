@@ -25,6 +25,7 @@ OLDEST_TORCH = (2, 5)
 _MARK = b'iconq1\0'
 _HEAD = struct.Struct('<7sBQ8s32s8s32s')
 _ALIGNMENT = 16
+_ROWS_OF = 2**20  # values that are quantised at a time, where rows are quantised one by one
 _BLOCK, _SCALER_BLOCK = 64, 256  # of NF4 (QLoRA, Dettmers et al., NeurIPS 2023)
 _SMALLEST_BLOCK = 16
 # Levels of NF4 as torchao rounds them.
@@ -147,10 +148,18 @@ class Format:
         if weight.is_meta:
             return packed
         write_head(packed, self.kind, {})
-        matrix = weight.detach().float().flatten(1).contiguous()
-        made = _quantise_nf4(matrix, self) if self.kind == 'nf4' else _quantise_rows(matrix, self.kind)
-        for name, part in self.parts(packed).items():
-            part.copy_(made[name].flatten())
+        matrix, parts = weight.detach().flatten(1), self.parts(packed)
+        if self.kind == 'nf4':
+            for name, values in _quantise_nf4(matrix.float().contiguous(), self).items():
+                parts[name].copy_(values)
+            return packed
+        # Rows have scales of their own. A part at a time takes little memory beside the weight.
+        count = max(1, _ROWS_OF // matrix.shape[1])
+        by_row = {name: part.view(matrix.shape[0], -1) for name, part in parts.items()}
+        for start in range(0, matrix.shape[0], count):
+            rows = slice(start, start + count)
+            for name, values in _quantise_rows(matrix[rows].float().contiguous(), self.kind).items():
+                by_row[name][rows] = values.view(len(values), -1)
         return packed
 
     def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:

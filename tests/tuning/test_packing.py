@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from iconformer_mm.tuning import packing
 from iconformer_mm.tuning.packing import KINDS, Format, is_packed, kind_of, recorded_fingerprints, write_head
 
 pytest.importorskip('torchao', reason='the original stack has none; test_frozen_precision has its message')
@@ -99,3 +100,14 @@ def test_heads_say_what_they_are(kind):
     assert recorded_fingerprints(packed) == prints
     assert torch.equal(form.unpack(packed, torch.float32), before)
     assert not is_packed(packed[:-1]) and not is_packed(torch.zeros(500, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize('kind', ['int8', 'float8'])
+def test_a_weight_is_packed_in_parts_of_any_size(kind, monkeypatch):
+    """Rows have scales of their own, so that parts of the rows give the bytes of the whole."""
+    weight = torch.randn(37, 4, 2, 3).bfloat16()
+    weight[5] = 0
+    form = Format(kind, weight.shape)
+    whole = form.pack(weight)
+    monkeypatch.setattr(packing, '_ROWS_OF', 24 * 5 + 1)
+    assert torch.equal(form.pack(weight), whole)
