@@ -87,19 +87,20 @@ class Method:
         name: Its key in the YAML file.
         title: Its name in tables and plots.
         method: Config of the PEFT method, for the backbone. None if there are ``methods``.
-        methods: In its place a config for each module, with ``where``, as :func:`iconformer_mm.inject` takes them.
         tasks: Names of the tasks it is defined on.
         learning_rates: By task, rates in place of those of the task.
         options: Settings that override the config's and the task's.
+        methods: In place of ``method`` a config for each module, with ``where``, as :func:`iconformer_mm.inject` takes
+            them.
     """
 
     name: str
     title: str
     method: dict[str, Any] | None = None
-    methods: tuple[dict[str, Any], ...] = ()
     tasks: tuple[str, ...] = ()
     learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    methods: tuple[dict[str, Any], ...] = ()
 
     @property
     def type(self) -> str | None:

@@ -18,8 +18,8 @@ _SAN_RECOGNITION = 'mmseg.models.decode_heads.san_head.RecWithAttnbias'
 def find_without_gradient(model: nn.Module) -> dict[str, str]:
     """List the modules in which adapters would get no gradient, by path, with the reason.
 
-    A method under ``torch.no_grad()`` counts if ``forward`` reaches it and if it names a module with parameters.
-    CLIP's text encoder in SAN is such a case.
+    A method under ``torch.no_grad()`` counts if ``forward`` reaches it and if it names a module with parameters that no
+    other such method names. CLIP's text encoder in SAN is such a case.
 
     Args:
         model: The model, or a part of it.
@@ -27,9 +27,11 @@ def find_without_gradient(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for path, module in model.named_modules():
         children = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
-        for name, inner in _methods_without_gradient(type(module)):
-            for child in (each for each in children if each in inner.__code__.co_names):
-                found[join(path, child)] = f'{type(module).__name__}.{name} runs it under torch.no_grad()'
+        methods = list(_methods_of_forward(type(module)))
+        for child in children:
+            users = {name: without for name, inner, without in methods if child in inner.__code__.co_names}
+            if users and all(users.values()):
+                found[join(path, child)] = f'{type(module).__name__}.{min(users)} runs it under torch.no_grad()'
         if class_path(type(module)) == _SAN_RECOGNITION and getattr(module, 'cross_attn', False):
             found[join(path, 'layers')] = (
                 f'{type(module).__name__} with cross_attn=True reads the weights of its attention itself, so the '
@@ -58,8 +60,8 @@ def check_reached(model: nn.Module, towers: dict[str, nn.Module], method: str) -
             )
 
 
-def _methods_without_gradient(cls: type) -> Iterator[tuple[str, Any]]:
-    """Yield the methods of a class that ``forward`` reaches and that run without gradients, unwrapped, by name."""
+def _methods_of_forward(cls: type) -> Iterator[tuple[str, Any, bool]]:
+    """Yield the methods of a class that ``forward`` reaches: name, unwrapped, and whether it runs without gradients."""
     todo, seen = ['forward'], set()
     while todo:
         name = todo.pop()
@@ -70,8 +72,7 @@ def _methods_without_gradient(cls: type) -> Iterator[tuple[str, Any]]:
         inner = inspect.unwrap(method)
         if not hasattr(inner, '__code__'):
             continue
-        if inner is not method and _is_under_no_grad(method):
-            yield name, inner
+        yield name, inner, inner is not method and _is_under_no_grad(method)
         todo += inner.__code__.co_names
 
 
