@@ -255,6 +255,15 @@ def narrow_san(cfg, folder):
     cfg.train_cfg.pop('val_begin')
 
 
+def write_base(cfg, path):
+    """Write random weights of the unadapted model; return the model."""
+    model = MODELS.build(copy.deepcopy(cfg.model))
+    torch.manual_seed(0)
+    model.init_weights()
+    torch.save(dict(state_dict=model.state_dict()), path)
+    return model
+
+
 def run(cfg, **changes):
     cfg = copy.deepcopy(cfg)
     cfg.update(**changes, experiment_name=uuid.uuid4().hex, visualizer=None)
@@ -374,10 +383,7 @@ def test_detectors_that_read_text_train_and_test(name, data, fusion, tmp_path):
     else:
         narrow(cfg)
     cfg = two_iterations(cfg, data, tmp_path / 'run')
-    model = MODELS.build(copy.deepcopy(cfg.model))
-    torch.manual_seed(0)
-    model.init_weights()
-    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'base.pth')
+    write_base(cfg, tmp_path / 'base.pth')
     runner = run(cfg, load_from=str(tmp_path / 'base.pth'))
     runner.train()
     if 'full' not in name:
@@ -397,10 +403,7 @@ def test_segmentation_trains_and_tests(name, data, tmp_path):
     else:
         narrow_masks(cfg)
     cfg = two_iterations(cfg, data, tmp_path / 'run')
-    model = MODELS.build(copy.deepcopy(cfg.model))
-    torch.manual_seed(0)
-    model.init_weights()
-    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'base.pth')
+    model = write_base(cfg, tmp_path / 'base.pth')
     runner = run(cfg, load_from=str(tmp_path / 'base.pth'))
     runner.train()
     before, after = model.state_dict(), runner.model.state_dict()

@@ -52,7 +52,7 @@ def work(rank: int, folder: str, freeze: list[str]) -> None:
 @pytest.mark.parametrize('freeze', [['*'], ['neck']], ids=['towers alone', 'with the head'])
 def test_gradients_of_the_joint_batch(freeze, tmp_path):
     mp.start_processes(work, args=(str(tmp_path), freeze), nprocs=2, start_method='forkserver')
-    found = torch.load(tmp_path / 'gradients.pt')
+    found = torch.load(tmp_path / 'gradients.pt', weights_only=True)
     model = make(freeze)
     expected = step(model, model, data(NAME))
     assert found.keys() == expected.keys()
