@@ -122,10 +122,10 @@ def build_runner(cfg: Config) -> Runner:
     _take_seed_of_resumed(cfg)
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_mmpretrain_dataloaders(cfg)
-    if cfg.get('launcher', 'none') == 'pytorch' and _is_restarted():
+    is_on_cpus = cfg.get('launcher', 'none') == 'pytorch' and not torch.cuda.is_available()
+    if is_on_cpus or _is_restarted():
         _join_process_group(cfg)
-    if cfg.get('launcher', 'none') == 'pytorch' and not torch.cuda.is_available():
-        _join_process_group(cfg)
+    if is_on_cpus:
         _replace_sync_bn(cfg.model)
         if cfg.get('model_wrapper_cfg') is None and not _is_flexible(cfg):
             cfg.model_wrapper_cfg = dict(
