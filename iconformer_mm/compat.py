@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import sys
 from collections.abc import Callable
@@ -136,11 +137,16 @@ _MAP_READERS = {
 
 
 def read_maps_in_order() -> None:
-    """Let the operators of mmcv, where they are imported, read maps of any memory format.
+    """Let the operators of mmcv, where they are installed, read maps of any memory format.
 
     Maps of a plain ViT are often in channels_last, and convolutions keep that. mmcv reads their values in the wrong
     order, without an error (https://github.com/open-mmlab/mmcv/issues/2203), so that RoI heads learn nothing.
     """
+    # They are imported here, since a head may be made after its backbone is adapted. This takes 40 ms.
+    try:
+        importlib.import_module('mmcv.ops')
+    except ImportError:  # mmcv-lite, or an environment without compiled operators
+        return
     for module, name in _MAP_READERS.items():
         function = getattr(sys.modules.get(f'mmcv.ops.{module}'), name, None)
         if function is not None and not hasattr(function.forward, 'in_order'):

@@ -1,5 +1,9 @@
 """Configs are found by the import name of their library; what watches tensors is known."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from conftest import ROOT
@@ -87,3 +91,21 @@ def test_mmcv_reads_maps_of_an_adapted_model_in_order():
         torch.testing.assert_close(a.grad, b.grad)
     reference = ops.RoIAlign(3, 1.0, 2, use_torchvision=True)(x, box)
     torch.testing.assert_close(ops.RoIAlign(3, 1.0, 2)(x, box), reference)
+
+
+def test_operators_imported_after_the_backbone_is_adapted_read_in_order():
+    """A head with RoIs may be made last, by one who adapts a backbone alone."""
+    code = """
+        import sys, timm, torch
+        from iconformer_mm import inject
+        from torch import nn
+        assert 'mmcv.ops' not in sys.modules
+        inject(timm.create_model('vit_tiny_patch16_224', depth=1), 'icon')
+        from mmcv.ops import RoIAlign
+        x = torch.randn(1, 4, 9, 12, generator=torch.Generator().manual_seed(0))
+        box = torch.tensor([[0, 1.0, 1.0, 6.0, 6.0]])
+        read = RoIAlign(3, 1.0, 2)
+        torch.testing.assert_close(read(x.to(memory_format=torch.channels_last), box), read(x, box))
+    """
+    pytest.importorskip('mmcv.ops')
+    subprocess.run([sys.executable, '-c', textwrap.dedent(code)], check=True)
