@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment, then checks style and types and runs all tests, one process a core. Options go to pytest.
+# Makes the environment, then checks style and types and runs all tests side by side. Options go to pytest.
 #
 #   bash tools/run_tests.sh [OPTION ...]
 #   bash tools/run_tests.sh --original [OPTION ...]   the tests on the original OpenMMLab releases
@@ -28,6 +28,7 @@ else
 fi
 
 export PIP_NO_INDEX=1     # nothing is installed from here on
-export OMP_NUM_THREADS=1  # cores are for tests side by side; each process takes some GB
-jobs=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=1  # cores are for tests side by side
+# One more than there are cores, since many tests wait for processes of theirs. Each takes some GB.
+jobs=$(($(getconf _NPROCESSORS_ONLN) + 1))
 exec $python -m pytest --numprocesses "$((jobs < 4 ? jobs : 4))" --dist worksteal "$@"
