@@ -1,4 +1,5 @@
 import gc
+import importlib
 import logging
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from mmengine.registry import init_default_scope
 
 sys.path.insert(0, str(Path(__file__).parent))
 import shortcuts  # noqa: E402, F401
+
+from iconformer_mm.registry import PEFT_METHODS  # noqa: E402
 
 os.environ['PIP_NO_INDEX'] = '1'  # nothing may be installed by a test
 # Processes that tests start by forkserver are copies of one that has imported the libraries.
@@ -47,6 +51,23 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         return str(probe.getsockname()[1])
+
+
+@pytest.fixture
+def import_methods(monkeypatch):
+    """Import a module of benchmarks that registers methods. They are forgotten after the test."""
+    registered, names = dict(PEFT_METHODS.module_dict), []
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+
+    def load(name: str) -> ModuleType:
+        names.append(name)
+        return importlib.import_module(name)
+
+    yield load
+    for name in names:
+        sys.modules.pop(name, None)
+    PEFT_METHODS.module_dict.clear()
+    PEFT_METHODS.module_dict.update(registered)
 
 
 @pytest.fixture(autouse=True, scope='module')

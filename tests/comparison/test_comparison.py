@@ -364,9 +364,13 @@ def test_no_file_and_no_yaml(tmp_path):
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs' / 'comparison').glob('*.yaml')), ids=lambda path: path.stem)
-def test_comparisons_in_configs(path):
+def test_comparisons_in_configs(path, import_methods):
     """Their methods can be made, their options are settings of the configs, the README counts their runs."""
     comparison = load_comparison(path)
+    for task in comparison.tasks.values():
+        for name in task.options.get('custom_imports.imports', ()):
+            if name != 'iconformer_mm':
+                import_methods(name)
     for method in comparison.methods.values():
         for each in [method.method] if method.method is not None else method.methods:
             build_method({key: value for key, value in each.items() if key != 'where'})
