@@ -7,6 +7,10 @@ A comparison keeps the adapter file of the first seed of each method beside its 
 validation images are seen once to record the kernels of every image, and once for each swap: all kernels of another
 image, the mean kernel over images, and random kernels of the same mean and deviation. Differences are paired, image by
 image, with 95 % bootstrap intervals over images.
+
+A second table says, layer by layer, which share of the kernels' variance lies between images (the rest lies between
+channels), and which share of that lies between classes and between conditions. Conditions are those of a data set that
+``iconformer data`` wrote.
 """
 
 from __future__ import annotations
@@ -22,12 +26,13 @@ from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from rich.progress import track
 
-from iconformer_mm.analysis.kernel_probe import whole_images
+from iconformer_mm.analysis.kernel_probe import share_between_groups, share_between_images, whole_images
 from iconformer_mm.analysis.kernel_swap import SWAPS, KernelBank, given_kernels
 from iconformer_mm.checkpoint.real_base import fetch_base
 from iconformer_mm.comparison.image_scores import ImageScores, observe
 from iconformer_mm.comparison.single_run import make_config
 from iconformer_mm.comparison.spec import FETCHED, ROOT
+from iconformer_mm.datasets.conditions import RECORD
 from iconformer_mm.inference import AdapterInferencer
 from measure import Table, write_results
 
@@ -77,8 +82,33 @@ def difference(own: ImageScores, swapped: ImageScores, seed: int = 0) -> tuple[f
     return own.score() - swapped.score(), float(low), float(high)
 
 
-def rows_of(result: Path) -> list[dict[str, Any]]:
-    """Measure one run."""
+def groups_of(dataset: Any) -> dict[str, list[Any]]:
+    """Return the class of each image of a classifier's data set, and its condition where that is on record."""
+    samples = [dataset.get_data_info(index) for index in range(len(dataset))]
+    groups = {'classes': [sample.get('gt_label') for sample in samples]}
+    paths = [Path(sample['img_path']).resolve() for sample in samples]
+    record = next((each / RECORD for each in paths[0].parents if (each / RECORD).is_file()), None)
+    if record is not None:
+        conditions = json.loads(record.read_text(encoding='utf-8'))
+        groups['conditions'] = [conditions[path.relative_to(record.parent).as_posix()] for path in paths]
+    return groups
+
+
+def share_rows(task: str, bank: KernelBank, groups: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Share out the variance of the kernels of each layer."""
+    rows = []
+    for layer, tensor in bank.kernels.items():
+        kernels = tensor.float().cpu().numpy()
+        row = dict(task=task, layer=layer, images=share_between_images(kernels))
+        for name, members in groups.items():
+            if 1 < len(set(members)) < len(members):
+                row[name] = share_between_groups(kernels, members)
+        rows.append(row)
+    return rows
+
+
+def rows_of(result: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measure one run: what swaps cost, and the shares of the kernels' variance."""
     inferencer, cfg, settings = load(result)
     model = inferencer.model.eval()
     loader_cfg = cfg.val_dataloader
@@ -97,7 +127,7 @@ def rows_of(result: Path) -> list[dict[str, Any]]:
             found = evaluate(model, loader, cfg.val_evaluator, settings['metric'], f'{task}: {swap}')
         lost, low, high = difference(own, found)
         rows.append(dict(task=task, kernels=swap, score=found.score(), lost=lost, low=low, high=high))
-    return rows
+    return rows, share_rows(task, bank, groups_of(loader.dataset))
 
 
 def main() -> None:
@@ -108,10 +138,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
+    shares: list[dict[str, Any]] = []
+    columns = {'task': '', 'kernels': '', 'score': '.2f', 'lost': '.2f', 'low': '.2f', 'high': '.2f'}
+    share_columns = {'task': '', 'layer': '', 'images': '.3f', 'classes': '.3f', 'conditions': '.3f'}
     for result in args.results:
-        rows += rows_of(result)
-        columns = {'task': '', 'kernels': '', 'score': '.2f', 'lost': '.2f', 'low': '.2f', 'high': '.2f'}
-        write_results(args.out, [Table('swapped kernels', columns, rows)], dict(resamples=RESAMPLES))
+        found, found_shares = rows_of(result)
+        rows += found
+        shares += found_shares
+        tables = [Table('swapped kernels', columns, rows), Table('shares of variance', share_columns, shares)]
+        write_results(args.out, tables, dict(resamples=RESAMPLES))
 
 
 if __name__ == '__main__':

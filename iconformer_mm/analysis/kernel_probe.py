@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,35 @@ def share_between_images(kernels: np.ndarray) -> float:
     total = np.square(kernels - kernels.mean(axis=(0, 1))).sum()
     between = np.square(changes - changes.mean(axis=0)).sum()
     return float(between / total) if total > 0 else 0.0
+
+
+def share_between_groups(kernels: np.ndarray, groups: Sequence[Hashable]) -> float:
+    """Return the share of the kernels' variance over images that lies between groups of images.
+
+    It is the adjusted share of an analysis of variance, summed over channels and taps, ``1 - (within / (N - G)) /
+    (total / (N - 1))`` (epsilon squared, Kelley, PNAS 1935). Groups that say nothing have 0 on average.
+
+    Args:
+        kernels: Kernels of images, (N, c, K, K).
+        groups: The group of each image, such as its class.
+
+    Returns:
+        The share, at most 1. 0 for static kernels.
+
+    Raises:
+        ValueError: The numbers differ, or there are fewer than two groups, or no group of two images.
+    """
+    number, members = len(kernels), defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    if len(groups) != number:
+        raise ValueError(f'there are {number} images and {len(groups)} groups of images')
+    if not 2 <= len(members) < number:
+        raise ValueError(f'{number} images in {len(members)} groups have no variance between and within groups')
+    changes = (kernels - kernels[:1]).reshape(number, -1).astype(np.float64)  # exactly 0 for static kernels
+    total = np.square(changes - changes.mean(axis=0)).sum()
+    within = sum(np.square(part - part.mean(axis=0)).sum() for part in (changes[m] for m in members.values()))
+    return float(1 - (within / (number - len(members))) / (total / (number - 1))) if total > 0 else 0.0
 
 
 def stack_layers(kernels: dict[str, np.ndarray]) -> np.ndarray:

@@ -6,10 +6,17 @@ import torch
 import torch.nn.functional as F
 from families import stir
 from mmengine.registry import MODELS, init_default_scope
+from scipy.stats import f_oneway
 from trained_adapters import DIGITS, SCENES, digit, trained
 
 from iconformer_mm import inject, save_adapter
-from iconformer_mm.analysis.kernel_probe import icon_adapters, look_at_adapters, share_between_images, stack_layers
+from iconformer_mm.analysis.kernel_probe import (
+    icon_adapters,
+    look_at_adapters,
+    share_between_groups,
+    share_between_images,
+    stack_layers,
+)
 from iconformer_mm.engine import load_config
 from iconformer_mm.inference import AdapterInferencer
 
@@ -121,3 +128,20 @@ def test_layers_weigh_the_same():
     for part in (stacked[:, :18], stacked[:, 18:54]):
         assert np.linalg.norm(part, axis=1).mean() == pytest.approx(1)
     assert np.allclose(stacked[:, 18:54] / stacked[0, 18], large.reshape(5, -1) / large[0, 0, 0, 0])
+
+
+def test_shares_between_groups():
+    """Against the F statistic of an analysis of variance; 0 on average for groups that say nothing."""
+    rng = np.random.default_rng(0)
+    groups = rng.integers(3, size=40)
+    values = rng.normal(size=40) + groups
+    f = f_oneway(*(values[groups == group] for group in range(3))).statistic
+    expected = 2 * (f - 1) / (2 * f + 37)
+    assert share_between_groups(values.reshape(40, 1, 1, 1), list(groups)) == pytest.approx(expected)
+    noise = rng.normal(size=(400, 8, 3, 3))
+    assert abs(share_between_groups(noise, [str(index % 4) for index in range(400)])) < 0.01
+    assert share_between_groups(np.repeat(noise[:2], 2, axis=0), [0, 0, 1, 1]) == 1
+    assert share_between_groups(np.broadcast_to(noise[:1], (4, 8, 3, 3)), [0, 0, 1, 1]) == 0
+    for wrong, message in (([0, 0], '40 images and 2 groups'), ([0] * 40, 'in 1 groups'), (range(40), 'in 40 groups')):
+        with pytest.raises(ValueError, match=message):
+            share_between_groups(values.reshape(40, 1, 1, 1), wrong)

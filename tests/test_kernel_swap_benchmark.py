@@ -1,0 +1,37 @@
+"""The benchmark of swapped kernels finds the groups that an image belongs to."""
+
+import sys
+
+import cv2
+import numpy as np
+import torch
+from conftest import ROOT
+from mmpretrain.datasets import CustomDataset
+
+from iconformer_mm.analysis.kernel_swap import KernelBank
+from iconformer_mm.datasets.conditions import write_conditions
+
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+import kernel_swap  # noqa: E402
+
+
+def test_groups_and_shares(tmp_path):
+    """Kernels that are made of the class share out to the class alone."""
+    for name in ('cat', 'dog'):
+        folder = tmp_path / 'clear' / 'test' / name
+        folder.mkdir(parents=True)
+        for index in range(12):
+            cv2.imwrite(str(folder / f'{index}.png'), np.full((16, 16, 3), 90, np.uint8))
+    conditions = write_conditions(tmp_path / 'clear', tmp_path / 'mixed')
+    clear, mixed = (
+        CustomDataset(data_root=str(tmp_path / name), data_prefix='test', pipeline=[]) for name in ('clear', 'mixed')
+    )
+    assert kernel_swap.groups_of(clear) == {'classes': [0] * 12 + [1] * 12}
+    groups = kernel_swap.groups_of(mixed)
+    names = [mixed.get_data_info(index)['img_path'].split('mixed/')[1] for index in range(24)]
+    assert groups == {'classes': [0] * 12 + [1] * 12, 'conditions': [conditions[name] for name in names]}
+    bank = KernelBank()
+    bank._parts['layers.0'] = [torch.tensor(groups['classes'], dtype=torch.float32).view(24, 1, 1, 1)]
+    (row,) = kernel_swap.share_rows('pets', bank, groups)
+    assert (row['task'], row['layer'], row['images'], row['classes']) == ('pets', 'layers.0', 1, 1)
+    assert abs(row['conditions']) < 0.5
