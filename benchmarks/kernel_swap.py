@@ -9,8 +9,8 @@ image, the mean kernel over images, and random kernels of the same mean and devi
 image, with 95 % bootstrap intervals over images.
 
 A second table says, layer by layer, which share of the kernels' variance lies between images (the rest lies between
-channels), and which share of that lies between classes and between conditions. Conditions are those of a data set that
-``iconformer data`` wrote.
+channels), and which share of that lies between classes, backgrounds and conditions. Backgrounds and conditions are on
+record in data sets that ``iconformer data`` wrote.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ from iconformer_mm.comparison.image_scores import ImageScores, observe
 from iconformer_mm.comparison.single_run import make_config
 from iconformer_mm.comparison.spec import FETCHED, ROOT
 from iconformer_mm.datasets.conditions import RECORD
+from iconformer_mm.datasets.objects import SOURCES
 from iconformer_mm.inference import AdapterInferencer
 from measure import Table, write_results
 
 RESAMPLES = 10_000
+GROUPS = ('classes', 'backgrounds', 'conditions')
 
 
 def load(result: Path) -> tuple[AdapterInferencer, Any, dict[str, Any]]:
@@ -83,15 +85,25 @@ def difference(own: ImageScores, swapped: ImageScores, seed: int = 0) -> tuple[f
 
 
 def groups_of(dataset: Any) -> dict[str, list[Any]]:
-    """Return the class of each image of a classifier's data set, and its condition where that is on record."""
+    """Return the class of each image of a classifier's data set, and its condition and background where on record."""
     samples = [dataset.get_data_info(index) for index in range(len(dataset))]
     groups = {'classes': [sample.get('gt_label') for sample in samples]}
     paths = [Path(sample['img_path']).resolve() for sample in samples]
-    record = next((each / RECORD for each in paths[0].parents if (each / RECORD).is_file()), None)
-    if record is not None:
-        conditions = json.loads(record.read_text(encoding='utf-8'))
-        groups['conditions'] = [conditions[path.relative_to(record.parent).as_posix()] for path in paths]
+    conditions = find_record(paths[0], RECORD)
+    if conditions is not None:
+        root, found = conditions
+        groups['conditions'] = [found[path.relative_to(root).as_posix()] for path in paths]
+    sources = find_record(paths[0], SOURCES)
+    if sources is not None:
+        root, found = sources
+        groups['backgrounds'] = [found[p.parent.relative_to(root).as_posix()][int(p.stem)][0] for p in paths]
     return groups
+
+
+def find_record(image: Path, name: str) -> tuple[Path, Any] | None:
+    """Return the folder above an image that holds a record, and the record."""
+    folder = next((each for each in image.parents if (each / name).is_file()), None)
+    return None if folder is None else (folder, json.loads((folder / name).read_text(encoding='utf-8')))
 
 
 def share_rows(task: str, bank: KernelBank, groups: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -140,7 +152,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     shares: list[dict[str, Any]] = []
     columns = {'task': '', 'kernels': '', 'score': '.2f', 'lost': '.2f', 'low': '.2f', 'high': '.2f'}
-    share_columns = {'task': '', 'layer': '', 'images': '.3f', 'classes': '.3f', 'conditions': '.3f'}
+    share_columns = {'task': '', 'layer': '', 'images': '.3f', **dict.fromkeys(GROUPS, '.3f')}
     for result in args.results:
         found, found_shares = rows_of(result)
         rows += found

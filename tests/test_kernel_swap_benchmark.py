@@ -10,6 +10,7 @@ from mmpretrain.datasets import CustomDataset
 
 from iconformer_mm.analysis.kernel_swap import KernelBank
 from iconformer_mm.datasets.conditions import write_conditions
+from iconformer_mm.files import write_json
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import kernel_swap  # noqa: E402
@@ -22,14 +23,19 @@ def test_groups_and_shares(tmp_path):
         folder.mkdir(parents=True)
         for index in range(12):
             cv2.imwrite(str(folder / f'{index}.png'), np.full((16, 16, 3), 90, np.uint8))
+    backgrounds = [['sea.jpg', 'a.png'] if index % 3 else ['sky.jpg', 'a.png'] for index in range(12)]
+    write_json(tmp_path / 'clear' / 'sources.json', {'test/cat': backgrounds, 'test/dog': backgrounds[::-1]})
     conditions = write_conditions(tmp_path / 'clear', tmp_path / 'mixed')
     clear, mixed = (
         CustomDataset(data_root=str(tmp_path / name), data_prefix='test', pipeline=[]) for name in ('clear', 'mixed')
     )
-    assert kernel_swap.groups_of(clear) == {'classes': [0] * 12 + [1] * 12}
     groups = kernel_swap.groups_of(mixed)
     names = [mixed.get_data_info(index)['img_path'].split('mixed/')[1] for index in range(24)]
+    assert names[:3] == ['test/cat/0.png', 'test/cat/1.png', 'test/cat/10.png']
+    shown = {'test/cat': backgrounds, 'test/dog': backgrounds[::-1]}
+    assert groups.pop('backgrounds') == [shown[name[:8]][int(name[9:-4])][0] for name in names]
     assert groups == {'classes': [0] * 12 + [1] * 12, 'conditions': [conditions[name] for name in names]}
+    assert kernel_swap.groups_of(clear).keys() == {'classes', 'backgrounds'}
     bank = KernelBank()
     bank._parts['layers.0'] = [torch.tensor(groups['classes'], dtype=torch.float32).view(24, 1, 1, 1)]
     (row,) = kernel_swap.share_rows('pets', bank, groups)

@@ -19,6 +19,7 @@ from iconformer_mm.datasets.few_shot import image_files
 from iconformer_mm.datasets.scenes import save_image, write_ade20k, write_coco
 from iconformer_mm.files import replaced_folder, write_json
 
+SOURCES = 'sources.json'  # what each image shows, its background first
 SPLITS = ('train', 'val', 'test')
 SHARES = {'train': 0.5, 'val': 0.2, 'test': 0.3}  # of the objects of each category, and of the backgrounds
 FORMS = ('classification', 'semantic', 'instance')
@@ -373,7 +374,7 @@ def write_objects(
                 (folder / 'classes.txt').write_text('\n'.join((BACKGROUND, *composer.classes)) + '\n')
             else:
                 write_coco(folder, split, items, composer.classes)
-        write_json(folder / 'sources.json', sources)
+        write_json(folder / SOURCES, sources)
 
 
 def _write_classes(
