@@ -11,8 +11,8 @@ from mmengine.registry import init_default_scope
 from tiny_runs import config
 
 from iconformer_mm.checkpoint import load_safetensors, read_adapter
-from iconformer_mm.engine import AdapterDeepSpeedStrategy, FullyShardStrategy, build_runner, leave_process_group
 from iconformer_mm.checkpoint.tuned_state import frozen_state
+from iconformer_mm.engine import AdapterDeepSpeedStrategy, FullyShardStrategy, build_runner, leave_process_group
 from iconformer_mm.tuning.backbones import unwrap
 
 ICON = dict(type='PEFTHook', method=dict(type='icon', bottleneck=8))

@@ -107,9 +107,9 @@ class AdapterDeepSpeedStrategy(DeepSpeedStrategy):
             ValueError: An option cannot be kept.
         """
         if isinstance(optim_wrapper, dict):
-            self._options_of(optim_wrapper)
+            self._translate(optim_wrapper)
 
-    def _options_of(self, optim_wrapper: dict) -> tuple[dict, float | None]:
+    def _translate(self, optim_wrapper: dict) -> tuple[dict, float | None]:
         """Return the config for DeepSpeed's wrapper, and the largest norm of gradients."""
         options = dict(optim_wrapper)
         name = type_name(options)
@@ -118,14 +118,16 @@ class AdapterDeepSpeedStrategy(DeepSpeedStrategy):
                 f"strategy 'DeepSpeedStrategy' runs its own optimizer wrapper, not {name}: use type='OptimWrapper'. "
                 "For less memory, set frozen_dtype='bfloat16' of the PEFTHook"
             )
-        if options.pop('accumulative_counts', 1) != 1:
-            raise _accumulation_error(f'accumulative_counts={optim_wrapper["accumulative_counts"]!r}')
-        clip = dict(options.pop('clip_grad', None) or {})
+        count = options.pop('accumulative_counts', 1)
+        if count != 1:
+            raise _accumulation_error(f'accumulative_counts={count!r}')
+        given = options.pop('clip_grad', None)
+        clip = dict(given or {})
         most = clip.pop('max_norm', None)
-        if clip.pop('norm_type', 2) != 2 or clip.pop('type', 'norm') != 'norm' or clip:
+        if (clip.pop('type', 'norm'), clip.pop('norm_type', 2)) != ('norm', 2) or clip:
             raise ValueError(
                 "strategy 'DeepSpeedStrategy' clips gradients by their 2-norm, so `clip_grad` must be "
-                f'dict(max_norm=...), got {optim_wrapper["clip_grad"]!r}'
+                f'dict(max_norm=...), got {given!r}'
             )
         own = self.config.get('gradient_clipping')
         if most is not None and own not in (None, 0, most):
@@ -133,14 +135,14 @@ class AdapterDeepSpeedStrategy(DeepSpeedStrategy):
         unknown = options.keys() - {'type', 'optimizer', 'constructor', 'paramwise_cfg', '_scope_'}
         if unknown:
             raise ValueError(
-                f"strategy 'DeepSpeedStrategy': {sorted(unknown)[0]!r} of `optim_wrapper` is not supported; remove it"
+                f"strategy 'DeepSpeedStrategy': {min(unknown)!r} of `optim_wrapper` is not supported; remove it"
             )
         return dict(options, type='DeepSpeedOptimWrapper'), most
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> BaseOptimWrapper:
         """Build DeepSpeed's wrapper from the config of any, and scale learning rates if the config asks for it."""
         if isinstance(optim_wrapper, dict):
-            optim_wrapper, most = self._options_of(optim_wrapper)
+            optim_wrapper, most = self._translate(optim_wrapper)
             if most is not None:
                 self.config['gradient_clipping'] = most
         self.optim_wrapper = super().build_optim_wrapper(optim_wrapper, model)

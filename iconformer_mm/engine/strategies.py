@@ -25,7 +25,11 @@ from .deepspeed_strategy import complete_deepspeed
 
 OLDEST_TORCH = (2, 7)  # fully_shard, and distributing tensors without sending them
 # By the strategy, the package that it needs.
-_LIBRARIES = {'DeepSpeedStrategy': 'deepspeed', 'ColossalAIStrategy': 'colossalai'}
+_LIBRARIES = {
+    'DeepSpeedStrategy': 'deepspeed',
+    'AdapterDeepSpeedStrategy': 'deepspeed',
+    'ColossalAIStrategy': 'colossalai',
+}
 # Options of MMEngine's FSDPStrategy and of its wrapper that say what `fully_shard` does anyway.
 _SAME = {'model_wrapper': None, 'state_dict_cfg': 'full', 'skip_init_weights': False, 'activation_checkpointing': None}
 _SAME_WRAPPER = {'type': 'MMFullyShardedDataParallel', 'use_orig_params': True}
@@ -67,7 +71,7 @@ def complete_strategy(strategy: dict | None, launcher: str, find_unused_paramete
             f"strategy '{name}' is for several processes: start them with tools/dist_train.sh or torchrun, and "
             '--launcher pytorch'
         )
-    if name == 'DeepSpeedStrategy':
+    if library == 'deepspeed':
         strategy = complete_deepspeed(strategy)
     if name == 'FSDPStrategy':
         strategy = _as_fully_shard(strategy)

@@ -15,6 +15,8 @@ from iconformer_mm.engine.strategies import OLDEST_TORCH, complete_strategy
 shards = pytest.mark.skipif(
     tuple(int(n) for n in torch.__version__.split('.')[:2]) < OLDEST_TORCH, reason='sharding needs torch 2.7'
 )
+
+
 def test_one_process_trains_as_with_mmengines_runner(tmp_path):
     runner = train(tmp_path / 'flexible', runner_type='FlexibleRunner')
     assert type(runner) is CheckedFlexibleRunner
@@ -99,7 +101,6 @@ def test_a_backbone_from_shards(tmp_path):
 @pytest.mark.parametrize(
     ('strategy', 'launcher', 'error', 'message'),
     [
-        (dict(type='DeepSpeedStrategy'), 'pytorch', ImportError, 'needs deepspeed, which is not installed'),
         (dict(type='FSDPStrategy'), 'none', ValueError, 'is for several processes: start them with'),
         (dict(type='FSDPStrategy', skip_init_weights=True), 'pytorch', ValueError, 'buffers that no file holds'),
         (dict(type='FSDPStrategy', state_dict_cfg='local'), 'pytorch', ValueError, 'gathered whole'),
