@@ -38,7 +38,7 @@ from iconformer_mm.files import require_space, write_json
 
 MIB = 2**20
 WAYS = ('whole', 'shards')
-PRECISIONS = ('bfloat16', 'int8', 'nf4', 'none')
+PRECISIONS = ('bfloat16', 'int8', 'float8', 'nf4', 'none')
 
 
 def build(name: str) -> nn.Module:

@@ -1,5 +1,6 @@
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 from .config import add_peft, load_config
+from .deepspeed_strategy import AdapterDeepSpeedStrategy
 from .flexible_runner import CheckedFlexibleRunner
 from .hooks import AdapterCheckpointHook, AdapterStatisticsHook, PEFTHook, WeightsHook
 from .launch import build_runner, exempt_from_collection, leave_process_group
@@ -9,6 +10,7 @@ from .strategies import FullyShardStrategy
 
 __all__ = [
     'AdapterCheckpointHook',
+    'AdapterDeepSpeedStrategy',
     'AdapterStatisticsHook',
     'BFloat16OptimWrapper',
     'CheckedFlexibleRunner',

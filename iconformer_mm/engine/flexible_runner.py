@@ -16,6 +16,7 @@ from iconformer_mm.checkpoint.training_checkpoint import check_resumable
 from iconformer_mm.registry import type_name
 from iconformer_mm.tuning.unused import unused_adapters
 
+from .deepspeed_strategy import AdapterDeepSpeedStrategy
 from .large_bases import without_values
 from .runner import CheckedRunner, check_loop
 from .strategies import complete_strategy
@@ -63,6 +64,9 @@ class CheckedFlexibleRunner(FlexibleRunner):
                 "EMAHook averages a model that is not wrapped: remove it, or train with MMEngine's Runner (without "
                 'runner_type)'
             )
+
+        if isinstance(self.strategy, AdapterDeepSpeedStrategy):
+            self.strategy.check_optim_wrapper(self.optim_wrapper)
 
     def build_strategy(
         self, strategy: BaseStrategy | dict | None = None, launcher: str = 'none', **kwargs: Any

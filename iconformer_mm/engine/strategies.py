@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Collection
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +21,15 @@ from iconformer_mm.checkpoint.sharded import placed_like, whole
 from iconformer_mm.registry import accepted, is_type, type_name
 from iconformer_mm.tuning.families import family_of
 
+from .deepspeed_strategy import complete_deepspeed
+
 OLDEST_TORCH = (2, 7)  # fully_shard, and distributing tensors without sending them
 # By the strategy, the package that it needs.
-_LIBRARIES = {'DeepSpeedStrategy': 'deepspeed', 'ColossalAIStrategy': 'colossalai'}
+_LIBRARIES = {
+    'DeepSpeedStrategy': 'deepspeed',
+    'AdapterDeepSpeedStrategy': 'deepspeed',
+    'ColossalAIStrategy': 'colossalai',
+}
 # Options of MMEngine's FSDPStrategy and of its wrapper that say what `fully_shard` does anyway.
 _SAME = {'model_wrapper': None, 'state_dict_cfg': 'full', 'skip_init_weights': False, 'activation_checkpointing': None}
 _SAME_WRAPPER = {'type': 'MMFullyShardedDataParallel', 'use_orig_params': True}
@@ -40,7 +44,8 @@ def complete_strategy(strategy: dict | None, launcher: str, find_unused_paramete
         find_unused_parameters: The option of DDP. Defaults to False.
 
     Returns:
-        The config to build. MMEngine's ``FSDPStrategy`` becomes a :class:`FullyShardStrategy`.
+        The config to build. MMEngine's ``FSDPStrategy`` becomes a :class:`FullyShardStrategy`, its
+        ``DeepSpeedStrategy`` an :class:`~.deepspeed_strategy.AdapterDeepSpeedStrategy`.
 
     Raises:
         ImportError: The strategy's library is not installed.
@@ -66,8 +71,8 @@ def complete_strategy(strategy: dict | None, launcher: str, find_unused_paramete
             f"strategy '{name}' is for several processes: start them with tools/dist_train.sh or torchrun, and "
             '--launcher pytorch'
         )
-    if name == 'DeepSpeedStrategy':
-        _refuse_partitioned(strategy)
+    if library == 'deepspeed':
+        strategy = complete_deepspeed(strategy)
     if name == 'FSDPStrategy':
         strategy = _as_fully_shard(strategy)
     if is_type(strategy, 'DDPStrategy') and not torch.cuda.is_available():
@@ -81,19 +86,6 @@ def complete_strategy(strategy: dict | None, launcher: str, find_unused_paramete
         wrapper = dict(strategy.get('model_wrapper') or dict(type='MMDistributedDataParallel', broadcast_buffers=False))
         strategy['model_wrapper'] = {'find_unused_parameters': True, **wrapper}
     return strategy
-
-
-def _refuse_partitioned(strategy: dict) -> None:
-    """Refuse ZeRO stage 3, under which no process has a whole adapter to write."""
-    config = strategy.get('config') or {}
-    if isinstance(config, str):
-        config = json.loads(Path(config).read_text(encoding='utf-8'))
-    zero = strategy.get('zero_optimization') or config.get('zero_optimization') or {}
-    if zero.get('stage') == 3:
-        raise ValueError(
-            "strategy 'DeepSpeedStrategy' with zero_optimization.stage=3 splits the adapters, so they could not be "
-            "written: use stage 1 or 2, or strategy=dict(type='FSDPStrategy'), which gathers them"
-        )
 
 
 def _as_fully_shard(strategy: dict) -> dict:

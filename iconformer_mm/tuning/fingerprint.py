@@ -11,6 +11,7 @@ from torch import Tensor
 from .packing import is_packed, recorded_fingerprints
 
 DIGITS = 64
+_VALUES = 2**20  # that are rounded at a time
 
 
 class UnknownBaseError(ValueError):
@@ -74,10 +75,13 @@ class FingerprintStream:
             return
         head = f'{name} {tuple(value.shape)}\n'.encode()
         for dtype, digests in self._digests.items():
-            rounded = value.to(device='cpu', dtype=dtype).contiguous().view(torch.int16).numpy()
-            for digest, names in zip(digests, self._sets):
-                if name in names:
-                    digest.update(head)
+            chosen = [digest for digest, names in zip(digests, self._sets) if name in names]
+            for digest in chosen:
+                digest.update(head)
+            # A part at a time, so that no copy of a large weight is made.
+            for part in value.reshape(-1).split(_VALUES):
+                rounded = part.to(device='cpu', dtype=dtype).view(torch.int16).numpy()
+                for digest in chosen:
                     digest.update(rounded.data)
 
     def results(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -25,7 +25,8 @@ OLDEST_TORCH = (2, 5)
 _MARK = b'iconq1\0'
 _HEAD = struct.Struct('<7sBQ8s32s8s32s')
 _ALIGNMENT = 16
-_ROWS_OF = 2**20  # values that are quantised at a time, where rows are quantised one by one
+_VALUES_OF_ROWS = 2**20  # values that are quantised at a time
+_VALUES_OF_NF4 = 2**15  # fewer: torchao compares each value with all 16 levels at once
 _BLOCK, _SCALER_BLOCK = 64, 256  # of NF4 (QLoRA, Dettmers et al., NeurIPS 2023)
 _SMALLEST_BLOCK = 16
 # Levels of NF4 as torchao rounds them.
@@ -148,19 +149,50 @@ class Format:
         if weight.is_meta:
             return packed
         write_head(packed, self.kind, {})
-        matrix, parts = weight.detach().flatten(1), self.parts(packed)
+        parts = self.parts(packed)
         if self.kind == 'nf4':
-            for name, values in _quantise_nf4(matrix.float().contiguous(), self).items():
-                parts[name].copy_(values)
+            self._pack_nf4(weight.detach(), parts)
             return packed
-        # Rows have scales of their own. A part at a time takes little memory beside the weight.
-        count = max(1, _ROWS_OF // matrix.shape[1])
-        by_row = {name: part.view(matrix.shape[0], -1) for name, part in parts.items()}
-        for start in range(0, matrix.shape[0], count):
-            rows = slice(start, start + count)
-            for name, values in _quantise_rows(matrix[rows].float().contiguous(), self.kind).items():
+        # Rows have scales of their own.
+        by_row = {name: part.view(self.shape[0], -1) for name, part in parts.items()}
+        for rows, matrix in self._matrices(weight.detach(), _VALUES_OF_ROWS):
+            for name, values in _quantise_rows(matrix, self.kind).items():
                 by_row[name][rows] = values.view(len(values), -1)
         return packed
+
+    def _pack_nf4(self, weight: Tensor, parts: dict[str, Tensor]) -> None:
+        """Write the parts of a weight in NF4. Blocks of zeros, and scales that are all equal, stay exact.
+
+        Values are quantised by some blocks at a time. Scales have a mean in common, so they are quantised at the end.
+        """
+        largest = torch.empty(parts['scales'].shape, device=weight.device)
+        for rows, matrix in self._matrices(weight, _VALUES_OF_NF4):
+            blocks = matrix.view(-1, self.block)
+            largest[self._blocks(rows)] = blocks.abs().amax(dim=1)
+            parts['values'][self._blocks(rows, self.block // 2)] = _nf4_codes(blocks)
+        scales, factors, mean = _nf4_scales(largest, self.scaler_block)
+        parts['scales'].copy_(scales)
+        parts['factors'].copy_(factors)
+        parts['mean'].copy_(mean)
+
+    def _blocks(self, rows: slice, size: int = 1) -> slice:
+        """Return where the blocks of NF4 of some rows lie, each of ``size`` elements."""
+        columns = self.shape[1:].numel()
+        return slice(*(row * columns // self.block * size for row in (rows.start, rows.stop)))
+
+    def _matrices(self, weight: Tensor, values: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some rows at a time as a matrix, in float32 and contiguous, in whole blocks of NF4.
+
+        Args:
+            weight: The weight.
+            values: About how many values to yield at a time.
+        """
+        columns = self.shape[1:].numel()
+        step = self.block // math.gcd(columns, self.block) if self.kind == 'nf4' else 1
+        count = step * max(1, values // (step * columns))
+        for start in range(0, len(weight), count):
+            rows = slice(start, min(start + count, len(weight)))
+            yield rows, weight[rows].flatten(1).float().contiguous()
 
     def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weight that a packed one stands for: computed in float32, then rounded to ``dtype``."""
@@ -195,17 +227,33 @@ def _quantise_rows(matrix: Tensor, kind: str) -> dict[str, Tensor]:
     return dict(scales=weight.scale.flatten().masked_fill(zeros, 1), values=values)
 
 
-def _quantise_nf4(matrix: Tensor, form: Format) -> dict[str, Tensor]:
-    """Quantise a matrix to NF4 by torchao. Blocks of zeros, and scales that are all equal, stay exact."""
-    from torchao.quantization import to_nf4
+def _nf4_codes(blocks: Tensor) -> Tensor:
+    """Quantise blocks by torchao: for each value the nearest level of NF4, two codes in a byte."""
+    from torchao.quantization import NF4Tensor
 
-    made = to_nf4(matrix, form.block, form.scaler_block)
-    values, factors, scales = made.quantized_data.flatten(), made.quantization_factor, made.quantized_scalers
-    zeros = (matrix.view(-1, form.block) == 0).all(dim=1)
-    values = torch.where(zeros.repeat_interleave(form.block // 2), _TWO_ZEROS, values)
-    equal = factors.isinf()
-    scales = torch.where(equal.repeat_interleave(form.scaler_block), 0, scales)
-    return dict(mean=made.scaler_mean.reshape(1), factors=factors.masked_fill(equal, 1), scales=scales, values=values)
+    levels = torch.tensor(_NF4, device=blocks.device)
+    codes = NF4Tensor.convert_to_norm_float_weight(blocks, *blocks.shape, levels).view(len(blocks), -1)
+    zeros = (blocks == 0).all(dim=1)  # torchao divides them by zero
+    return codes.masked_fill(zeros[:, None], _TWO_ZEROS).flatten()
+
+
+def _nf4_scales(largest: Tensor, scaler_block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise the scales of blocks by torchao.
+
+    Args:
+        largest: Of each block, the largest absolute value.
+        scaler_block: How many scales share a factor.
+
+    Returns:
+        The scales in int8, the factors and the mean.
+    """
+    from torchao.quantization import NF4Tensor
+
+    # torchao takes the largest of each block itself. Of blocks of one value that is the value.
+    scales, factors, mean = NF4Tensor.double_quantize_scalers(largest, 1, scaler_block)
+    equal = factors.isinf()  # torchao divides by the largest difference from the mean
+    scales = scales.masked_fill(equal.repeat_interleave(scaler_block), 0)
+    return scales, factors.masked_fill(equal, 1), mean
 
 
 def write_head(packed: Tensor, kind: str, fingerprints: Mapping[bytes, str]) -> None:

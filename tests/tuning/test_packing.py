@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from iconformer_mm.tuning import packing
 from iconformer_mm.tuning.packing import KINDS, Format, is_packed, kind_of, recorded_fingerprints, write_head
@@ -102,12 +104,85 @@ def test_heads_say_what_they_are(kind):
     assert not is_packed(packed[:-1]) and not is_packed(torch.zeros(500, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize('kind', ['int8', 'float8'])
-def test_a_weight_is_packed_in_parts_of_any_size(kind, monkeypatch):
-    """Rows have scales of their own, so that parts of the rows give the bytes of the whole."""
-    weight = torch.randn(37, 4, 2, 3).bfloat16()
-    weight[5] = 0
+def weights():
+    """Weights of several shapes, dtypes and layouts in memory, with a row of zeros each."""
+    made = {
+        'a block a row': matrix((48, 64)),
+        'blocks over rows': matrix((64, 27)),  # a block every 64 / gcd(27, 64) rows
+        'rows of odd parts': matrix((160, 36)),
+        'narrow blocks': matrix((6, 8)),
+        'wide rows': matrix((3, 4096)),
+        'patches': matrix((64, 3, 4, 4)),
+        'bfloat16': matrix((96, 40)).bfloat16(),
+        'float16': matrix((96, 40)).half(),
+        'float64': matrix((96, 40)).double(),
+        'transposed': matrix((40, 96)).t(),
+        'every other row': matrix((128, 40))[::2],
+        'every other column': matrix((64, 80))[:, ::2],
+        'channels last': matrix((64, 8, 3, 3)).contiguous(memory_format=torch.channels_last),
+        'in a larger one': matrix((64, 100)).bfloat16()[:, 30:70],
+    }
+    for weight in made.values():
+        weight[1] = 0
+    return made
+
+
+def set_sizes(monkeypatch, size):
+    monkeypatch.setattr(packing, '_VALUES_OF_NF4', size)
+    monkeypatch.setattr(packing, '_VALUES_OF_ROWS', size)
+
+
+@pytest.mark.parametrize('name', weights())
+def test_nf4_in_parts_is_torchaos_conversion_of_the_whole(name, monkeypatch):
+    """To the last bit: codes, scales, factors and mean."""
+    from torchao.quantization import to_nf4
+
+    weight = weights()[name]
+    form = Format('nf4', weight.shape)
+    whole = to_nf4(weight.float().flatten(1).contiguous(), form.block, form.scaler_block)
+    sound = (weight.float().reshape(-1, form.block) != 0).any(dim=1)  # torchao divides by zero in the others
+    for size in (1, 100, 1000, 2**20):
+        set_sizes(monkeypatch, size)
+        parts = form.parts(form.pack(weight))
+        assert torch.equal(parts['scales'], whole.quantized_scalers)
+        assert torch.equal(parts['factors'], whole.quantization_factor)
+        assert torch.equal(parts['mean'], whole.scaler_mean.reshape(1))
+        codes, expected = (v.view(len(sound), -1) for v in (parts['values'], whole.quantized_data))
+        assert torch.equal(codes[sound], expected[sound])
+        assert (codes[~sound] == 0x77).all()  # twice the level 0
+
+
+@each_kind
+@pytest.mark.parametrize('name', weights())
+def test_a_weight_is_packed_in_parts_of_any_size(kind, name, monkeypatch):
+    weight = weights()[name]
     form = Format(kind, weight.shape)
-    whole = form.pack(weight)
-    monkeypatch.setattr(packing, '_ROWS_OF', 24 * 5 + 1)
-    assert torch.equal(form.pack(weight), whole)
+    whole = form.pack(weight.clone(memory_format=torch.contiguous_format))
+    for size in (1, 100, 1000):
+        set_sizes(monkeypatch, size)
+        assert torch.equal(form.pack(weight), whole)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most bytes that the memory of a tensor has which an operator returns, without that of one tensor."""
+
+    def __init__(self, weight):
+        self.own = weight.untyped_storage().data_ptr()
+        self.nbytes = 0
+        super().__init__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if type(tensor) is torch.Tensor and tensor.untyped_storage().data_ptr() != self.own:
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+@each_kind
+def test_temporary_tensors_do_not_grow_with_the_weight(kind):
+    weight = torch.zeros(2048, 4096, dtype=torch.bfloat16)
+    form = Format(kind, weight.shape)
+    with Largest(weight) as largest:
+        form.pack(weight)
+    assert largest.nbytes == form.nbytes  # the packed weight's; all others are smaller

@@ -144,11 +144,6 @@ class AdapterCheckpointHook(CheckpointHook):
 
     def before_prepare(self, runner: Runner) -> None:
         """Do what :meth:`before_run` does, before a CheckedFlexibleRunner wraps the model."""
-        if hasattr(runner, 'strategy') and type(runner.strategy).__name__ == 'DeepSpeedStrategy':
-            raise ValueError(
-                "AdapterCheckpointHook cannot write DeepSpeed's sharded optimizer: use MMEngine's CheckpointHook, or "
-                "strategy=dict(type='FSDPStrategy')"
-            )
         self.before_run(runner)
 
     def before_wrap(self, runner: Runner) -> None:

@@ -21,6 +21,8 @@ from iconformer_mm.checkpoint.sharded import whole
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.injection import backbones_of, unwrap
 
+from ..deepspeed_strategy import is_split
+
 
 @HOOKS.register_module()
 class AdapterStatisticsHook(Hook):
@@ -81,6 +83,11 @@ class AdapterStatisticsHook(Hook):
             raise ValueError('AdapterStatisticsHook finds no adapters in the model: add a PEFTHook to the config')
         if isinstance(runner.optim_wrapper, OptimWrapperDict):
             raise ValueError('AdapterStatisticsHook supports one optimizer, but there are several')
+        if is_split(runner.optim_wrapper.optimizer):
+            raise ValueError(
+                'AdapterStatisticsHook reads whole gradients, which ZeRO splits: remove the hook, or use '
+                'zero_optimization.stage=0 or another strategy'
+            )
         own = {id(p) for backbone in backbones_of(runner.model).values() for p in backbone.parameters()}
         self._head = [p for p in unwrap(runner.model).parameters() if p.requires_grad and id(p) not in own]
 
