@@ -42,6 +42,7 @@ from .quantised_weight import named_weights
 from .recomputation import LayerRecomputation, Recomputation, layer_of
 from .replacement import Replacement
 from .selection import Selection
+from .shared_state import SharedState, make_shareable
 from .sites import Site, find_sites, no_site_error
 from .summary import Summary, TowerSummary
 from .trained_base import TrainedBase, set_values
@@ -175,6 +176,7 @@ class Injection:
         self.recomputations: list[Recomputation] = []
         self.layers: dict[nn.Module, LayerRecomputation] = {}  # of towers, with with_cp
         self.initialisation: KeptInitialisation | None = None
+        self.shared: list[SharedState] = []
         self.adapters: dict[str, NamedAdapter] = {}
         self.with_cp = with_cp
         items = list(self.backbones.items())
@@ -519,6 +521,8 @@ class Injection:
             parameter.requires_grad_(True)
         if self.initialisation is not None:
             self.initialisation.release()
+        for state in self.shared:
+            state.release()
         for backbone in self.backbones.values():
             delattr(backbone, _KEY)
 
@@ -944,6 +948,8 @@ def adapt(
         FrozenParts(host, frozen)
     if selection.backbones is not None and method.adapts:
         injection.initialisation = KeptInitialisation(host, PARTS)
+    if method.adapts:
+        injection.shared = make_shareable(host)
     if hold:
         hold_base(host)
     return injection
