@@ -268,6 +268,14 @@ class Injection:
         """The attachments of the active adapter."""
         return self.current.attachments if self.current else []
 
+    def learning_modules(self) -> dict[str, list[nn.Module]]:
+        """Modules with adapters that are trained, by the path of their backbone."""
+        found: dict[str, list[nn.Module]] = {}
+        for path, attachment in zip(self.current.paths if self.current else (), self.attachments):
+            if any(p.requires_grad for key in attachment.adapters for p in attachment.part(key).parameters()):
+                found.setdefault(path, []).append(attachment.module)
+        return found
+
     def named_attachments(self, adapter: str | None = None) -> dict[str, Attachment]:
         """The attachments of an adapter, by their names in the backbone; of several, with its path.
 
