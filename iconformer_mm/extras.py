@@ -7,6 +7,7 @@ from importlib.util import find_spec
 # Import names by the extra of pyproject.toml that installs them.
 EXTRAS = {
     'det': ('pycocotools',),
+    'text': ('transformers',),
     'cpu': ('numba',),
     'plot': ('matplotlib',),
     'report': ('matplotlib', 'jinja2', 'markdown_it'),

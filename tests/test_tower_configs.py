@@ -28,6 +28,8 @@ from iconformer_mm.tuning.selection import Selection
 
 RECIPES = sorted(path.stem for path in (ROOT / 'configs' / 'towers').glob('*.py'))
 DINO = 'dino-5scale_swin-l_icon-lora_coco'
+# By the beginning of a recipe, its model in tower_models.
+KINDS = {'mask2former': 'Mask2Former', 'san': 'SAN', 'glip': 'GLIP', 'grounding-dino': 'Grounding DINO'}
 
 
 def recipe(name):
@@ -146,11 +148,9 @@ BACKBONES = {
 @pytest.mark.parametrize('name', SHARES)
 def test_shares(name):
     """Of the models of full size, whose parameters have no values here."""
-    kind = {'mask2former': 'Mask2Former', 'san': 'SAN', 'glip': 'GLIP', 'grounding-dino': 'Grounding DINO'}
-    cfg, reads_text = recipe(name), name.startswith(('glip', 'grounding'))
-    if reads_text:
-        pytest.importorskip('transformers', reason='the text encoder is that of transformers (extra "text")')
-    model = tower_models.without_values(cfg, reads_text)
+    kind, cfg = KINDS[name.partition('_')[0]], recipe(name)
+    tower_models.need_transformers(kind)
+    model = tower_models.without_values(cfg, tower_models.MODELS[kind].reads_text)
     method, paths = choose(model, methods=cfg.custom_hooks[0].methods)
     found = {
         path: sum(
@@ -158,7 +158,7 @@ def test_shares(name):
         )
         for path in paths
     }
-    backbone = tower_models.MODELS[kind[name.partition('_')[0]]].backbone
+    backbone = tower_models.MODELS[kind].backbone
     assert found == {backbone: BACKBONES[name.split('_')[1]], **SHARES[name]}
 
 
@@ -373,7 +373,7 @@ def fusion():
 @pytest.mark.parametrize('name', [n for n in RECIPES if n.startswith(('grounding', 'glip'))])
 @pytest.mark.filterwarnings('ignore')
 def test_detectors_that_read_text_train_and_test(name, data, fusion, tmp_path):
-    pytest.importorskip('transformers', reason='the text encoder is that of transformers (extra "text")')
+    tower_models.need_transformers(KINDS[name.partition('_')[0]])
     repair_grounding_dino()
     cfg = recipe(name)
     cfg.model.language_model.name = write_bert(tmp_path / 'bert')

@@ -31,6 +31,7 @@ from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import check_averages, describe_training
 from iconformer_mm.tuning.methods import build_method
 from iconformer_mm.tuning.unused import unused_adapters
+from iconformer_mm.tuning.without_gradient import GradientWatch
 
 PAGE = (ROOT / 'docs' / 'troubleshooting.md').read_text(encoding='utf-8')
 
@@ -73,6 +74,16 @@ def merge_tokens():
     backbone.drop_after_pos = nn.Identity()
     backbone.drop_after_pos.forward = lambda x: x[:, :10]
     backbone(torch.zeros(1, 3, 64, 64))
+
+
+def train_text_without_gradients():
+    model = nn.ModuleDict(dict(backbone=vit(), language_model=vit()))
+    inject(model, 'lora', where=['backbone', 'language_model'])
+    watch = GradientWatch(get_injection(model).learning_modules())
+    watch.begin()
+    with torch.no_grad():
+        model.language_model(torch.zeros(1, 3, 64, 64))
+    watch.end()
 
 
 def run_block_alone():
@@ -261,6 +272,7 @@ CASES = {
     'error: the weights': lambda tmp_path: tell(tmp_path, f'http://127.0.0.1:{free_port()}/deit.pth'),
     'error: no tensor of': lambda tmp_path: tell(tmp_path, tmp_path / 'alone.pth', 'backbone.'),
     'with_cp recomputes': lambda _: inject(vit(), 'bitfit', with_cp=True),
+    'no gradient comes back': lambda _: train_text_without_gradients(),
     'nothing to train': lambda _: PEFTOptimWrapperConstructor(dict(optimizer=dict(type='SGD', lr=0.1)))(frozen_vit()),
     'wrong pre-trained weights for VisionTransformer: ... of': lambda _: load_weights(rename),
     'wrong pre-trained weights for VisionTransformer: ... frozen': lambda _: load_weights(take_other),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import small_detectors
 import small_segmentors
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from iconformer_mm.checkpoint import empty_parameters
 from iconformer_mm.engine import load_config
+from iconformer_mm.engine.config import check_text_encoder
 from iconformer_mm.tuning.freezing import is_adapter
 
 LAYERS = ('encoder', 'decoder')
@@ -137,6 +139,14 @@ MODELS = {
         reads_text=True,
     ),
 }
+
+
+def need_transformers(name: str) -> None:
+    """Skip a test of a model that reads text, if MMDetection cannot build it with the transformers that there is."""
+    try:
+        check_text_encoder(dict(type=name.replace(' ', '')))
+    except (ImportError, ValueError) as error:
+        pytest.skip(str(error))
 
 
 @functools.lru_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterator
 from traceback import walk_tb
 from types import FrameType
@@ -40,7 +41,8 @@ def explain(error: BaseException) -> str | None:
     """One line on a mistake of the user's; None for an error that may be one of the program.
 
     Mistakes are what iconformer_mm says so of; what the mm libraries' builders refuse: an unknown argument, or an
-    unknown name of a class; and weights that cannot be downloaded, found or taken.
+    unknown name of a class; weights that cannot be downloaded, found or taken; and an mm library that a release of
+    transformers breaks.
     """
     for each in (error, error.__cause__):
         if isinstance(each, MissingExtraError):
@@ -49,7 +51,7 @@ def explain(error: BaseException) -> str | None:
         # What a data set's config is mistaken in is no fault of the data.
         mistake = _config_mistake(error.__cause__) if error.__cause__ else None
         return mistake or f'error in the data: {one_line(error)}'
-    mistake = _config_mistake(error) or _weights_mistake(error)
+    mistake = _config_mistake(error) or _weights_mistake(error) or _import_mistake(error)
     if mistake is None and isinstance(error, (ValueError, FileNotFoundError, DamagedFileError)) and _is_ours(error):
         return f'error: {one_line(error)}'
     return mistake
@@ -93,6 +95,24 @@ def _weights_mistake(error: BaseException) -> str | None:
             'init_cfg, or give the one of this file'
         )
     return None
+
+
+def _import_mistake(error: BaseException) -> str | None:
+    """One line on an mm library that cannot be imported beside a release of transformers; None for another error.
+
+    MMPretrain 1.3 derives classes from those of transformers, or from None if transformers has them no longer.
+    """
+    transformers = sys.modules.get('transformers')
+    if transformers is None or not isinstance(error, TypeError):
+        return None
+    frame = next(_frames(error), None)
+    name = frame.f_globals.get('__name__', '') if frame is not None and frame.f_code.co_name == '<module>' else ''
+    if not name.startswith(('mmpretrain.', 'mmdet.', 'mmseg.')):
+        return None
+    return (
+        f'error: {name} cannot be imported beside transformers {transformers.__version__} ({one_line(error)}): '
+        "pip install 'transformers>=4.40,<4.50', or uninstall it where no model reads text"
+    )
 
 
 def _weights_named(frame: FrameType) -> str | None:

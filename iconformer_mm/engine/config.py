@@ -7,6 +7,8 @@ import difflib
 import inspect
 import os
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 from iconformer_mm.compat import config_folder
+from iconformer_mm.extras import require_extra
 from iconformer_mm.messages import one_line
 from iconformer_mm.registry import accepted, is_type
 from iconformer_mm.tuning.methods import build_method
@@ -215,6 +218,32 @@ def check_precision(cfg: Config) -> None:
         )
 
 
+def check_text_encoder(model: Any) -> None:
+    """Reject a detector that reads text if MMDetection cannot run its text encoder.
+
+    Args:
+        model: The config of the model.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        ValueError: transformers is too new for this MMDetection.
+    """
+    kind = next((name for name in ('GLIP', 'GroundingDINO') if is_type(model or {}, name)), None)
+    if kind is None:
+        return
+    require_extra('text', f'the text encoder of {kind}')
+    # MMDetection goes on without what it cannot import, and its layers lack the later arguments of those they replace.
+    is_too_new = not hasattr(import_module('transformers').PreTrainedTokenizerBase, 'batch_encode_plus')
+    if kind == 'GLIP':
+        attention = import_module('mmdet.models.utils.vlfuse_helper').HFBertAttention
+        is_too_new |= attention is object or 'cache_position' in inspect.signature(attention.forward).parameters
+    if is_too_new:
+        raise ValueError(
+            f'MMDetection cannot run {kind} with transformers {version("transformers")}, which has changed too much: '
+            "pip install 'transformers>=4.40,<4.50'"
+        )
+
+
 def peft_hooks(cfg: Config) -> list[Any]:
     """List the PEFTHooks among a config's custom and default hooks, as configs or as built hooks.
 
@@ -273,7 +302,13 @@ def _timm_default(kind: Any) -> bool:
 
 
 def build_model(cfg: Config) -> BaseModel:
-    """Build the model of a config for one process, without its pre-trained weights."""
+    """Build the model of a config for one process, without its pre-trained weights.
+
+    Raises:
+        MissingExtraError: It reads text, and transformers is not installed.
+        ValueError: transformers is too new for it.
+    """
+    check_text_encoder(cfg.model)
     init_default_scope(cfg.default_scope)
     model = copy.deepcopy(cfg.model)
     if cfg.get('data_preprocessor') is not None:  # MMPretrain's configs have it outside the model

@@ -20,6 +20,7 @@ from iconformer_mm.checkpoint.training_checkpoint import is_seed
 from iconformer_mm.files import expanded
 from iconformer_mm.registry import is_type
 
+from .config import check_text_encoder
 from .flexible_runner import CheckedFlexibleRunner
 from .hooks import WeightsHook
 from .hooks.adapter_checkpoint_hook import newest_intact, on_main_process
@@ -118,7 +119,12 @@ def build_runner(cfg: Config) -> Runner:
 
     Args:
         cfg: The config.
+
+    Raises:
+        MissingExtraError: The model reads text, and transformers is not installed.
+        ValueError: transformers is too new for the model.
     """
+    check_text_encoder(cfg.get('model'))
     _take_seed_of_resumed(cfg)
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_mmpretrain_dataloaders(cfg)

@@ -42,6 +42,7 @@ from .quantised_weight import named_weights
 from .recomputation import LayerRecomputation, Recomputation, layer_of
 from .replacement import Replacement
 from .selection import Selection
+from .shared_state import SharedState, make_shareable
 from .sites import Site, find_sites, no_site_error
 from .summary import Summary, TowerSummary
 from .trained_base import TrainedBase, set_values
@@ -175,6 +176,7 @@ class Injection:
         self.recomputations: list[Recomputation] = []
         self.layers: dict[nn.Module, LayerRecomputation] = {}  # of towers, with with_cp
         self.initialisation: KeptInitialisation | None = None
+        self.shared: list[SharedState] = []
         self.adapters: dict[str, NamedAdapter] = {}
         self.with_cp = with_cp
         items = list(self.backbones.items())
@@ -265,6 +267,14 @@ class Injection:
     def attachments(self) -> list[Attachment]:
         """The attachments of the active adapter."""
         return self.current.attachments if self.current else []
+
+    def learning_modules(self) -> dict[str, list[nn.Module]]:
+        """Modules with adapters that are trained, by the path of their backbone."""
+        found: dict[str, list[nn.Module]] = {}
+        for path, attachment in zip(self.current.paths if self.current else (), self.attachments):
+            if any(p.requires_grad for key in attachment.adapters for p in attachment.part(key).parameters()):
+                found.setdefault(path, []).append(attachment.module)
+        return found
 
     def named_attachments(self, adapter: str | None = None) -> dict[str, Attachment]:
         """The attachments of an adapter, by their names in the backbone; of several, with its path.
@@ -519,6 +529,8 @@ class Injection:
             parameter.requires_grad_(True)
         if self.initialisation is not None:
             self.initialisation.release()
+        for state in self.shared:
+            state.release()
         for backbone in self.backbones.values():
             delattr(backbone, _KEY)
 
@@ -944,6 +956,8 @@ def adapt(
         FrozenParts(host, frozen)
     if selection.backbones is not None and method.adapts:
         injection.initialisation = KeptInitialisation(host, PARTS)
+    if method.adapts:
+        injection.shared = make_shareable(host)
     if hold:
         hold_base(host)
     return injection

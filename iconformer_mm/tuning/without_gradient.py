@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+from torch.utils.hooks import RemovableHandle
 
 from .backbones import is_below, join
 from .families import class_path
@@ -58,6 +61,69 @@ def check_reached(model: nn.Module, towers: dict[str, nn.Module], method: str) -
                 f"method '{method}' would train nothing in {path!r}: {reason}. Leave {tower!r} out, or name it with "
                 "type='frozen'"
             )
+
+
+class GradientWatch:
+    """Sees whether a gradient comes back to each tower that a step of training runs (ours).
+
+    :func:`find_without_gradient` does not find a ``with torch.no_grad():`` around a call, or outputs that are detached.
+    So adapted modules are observed while they run. A tower is observed in the first step that runs it, and never
+    again. One that a step does not run, such as the head of another task, waits for its own.
+
+    The outputs of modules show it in every setting. Gradients of parameters would not: FSDP and DeepSpeed keep them
+    elsewhere, and a step of the optimizer clears them.
+
+    Args:
+        towers: Of each tower by path, the adapted modules.
+    """
+
+    def __init__(self, towers: Mapping[str, Iterable[nn.Module]]) -> None:
+        self._is_training = False
+        self._ran: set[str] = set()
+        self._reached: set[str] = set()
+        self._handles: dict[str, list[RemovableHandle]] = {
+            path: [module.register_forward_hook(partial(self._see, path)) for module in modules]
+            for path, modules in towers.items()
+        }
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self._is_training = True
+
+    def end(self) -> None:
+        """End a step, after its backward pass.
+
+        Raises:
+            ValueError: A tower ran, and no gradient came back to it.
+        """
+        self._is_training = False
+        without = [path for path in self._handles if path in self._ran - self._reached]
+        self._release(list(self._handles) if without else self._ran)
+        if without:
+            names = ', '.join(map(repr, without))
+            raise ValueError(
+                f'no gradient comes back to {names}, so nothing is trained there. The model runs it under '
+                "torch.no_grad(), or detaches what it computes. Name it with type='frozen' in `methods`, or leave it "
+                'out of `where`; to train it, change the model'
+            )
+
+    def release(self) -> None:
+        """Stop observing."""
+        self._release(list(self._handles))
+
+    def _release(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            for handle in self._handles.pop(path, ()):
+                handle.remove()
+
+    def _see(self, path: str, module: nn.Module, args: tuple, output: Any) -> None:
+        tensors = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+        if not self._is_training or not tensors:
+            return
+        self._ran.add(path)
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: self._reached.add(path))
 
 
 def _methods_of_forward(cls: type) -> Iterator[tuple[str, Any, bool]]:

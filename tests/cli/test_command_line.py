@@ -3,6 +3,7 @@
 import re
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,3 +289,17 @@ def test_mistakes_in_settings_end_every_tool_with_one_line(tool, arguments, mess
     monkeypatch.setattr(sys, 'argv', [f'{tool}.py', *given])
     end = ends_with(import_module(tool).main)
     assert message in end and '\n' not in end
+
+
+def test_a_library_that_a_release_of_transformers_breaks(monkeypatch):
+    """MMPretrain derives a class from None, where transformers has its base no longer."""
+    source = compile('class BertPreTrainedModel(None):\n    pass', 'language_model.py', 'exec')
+    error = error_of(exec, source, dict(__name__='mmpretrain.models.blip'))
+    monkeypatch.setitem(sys.modules, 'transformers', SimpleNamespace(__version__='5.24.0'))
+    assert explain(error) == (
+        'error: mmpretrain.models.blip cannot be imported beside transformers 5.24.0 (NoneType takes no arguments): '
+        "pip install 'transformers>=4.40,<4.50', or uninstall it where no model reads text"
+    )
+    assert explain(error_of(exec, source, dict(__name__='mine'))) is None
+    monkeypatch.delitem(sys.modules, 'transformers')
+    assert explain(error) is None

@@ -213,3 +213,25 @@ def test_constructor_needs_something_to_train():
     with only_trainable(model):
         assert not list(model.parameters())
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize('how', ['no_grad', 'detach'])
+def test_training_ends_at_once_if_no_gradient_comes_back(tmp_path, how):
+    runner = build(tmp_path)
+    extract = runner.model.extract_feat
+
+    def extract_feat(*args, **kwargs):
+        with torch.set_grad_enabled(how == 'detach'):
+            return tuple(feature.detach() for feature in extract(*args, **kwargs))
+
+    runner.model.extract_feat = extract_feat
+    with pytest.raises(ValueError, match="no gradient comes back to 'backbone'"):
+        runner.train()
+    assert runner.iter == 0
+
+
+def test_gradients_are_seen_with_accumulation_and_in_half_precision(tmp_path):
+    wrapper = dict(type='BFloat16OptimWrapper', accumulative_counts=2)
+    runner = build(tmp_path, optim_wrapper=wrapper)
+    runner.train()
+    assert runner.iter == 8 and not any(module._forward_hooks for module in runner.model.modules())

@@ -9,11 +9,10 @@ import pytest
 import small_detectors
 import torch
 from small_bert import write_bert
+from tower_models import need_transformers
 
 from iconformer_mm import add_adapter, disabled, inject, load_adapter, merge, remove, save_adapter, set_adapter
 from iconformer_mm.tuning.freezing import is_adapter
-
-transformers = pytest.importorskip('transformers', reason='BERT and CLIP are those of transformers (extra "text")')
 
 TOWERS = ['backbone', 'language_model', 'encoder', 'decoder']
 OTHERS = TOWERS[1:]
@@ -22,6 +21,7 @@ CLASSES = ('circle', 'square', 'small triangle')
 
 @functools.lru_cache
 def built():
+    need_transformers('Grounding DINO')
     folder = Path(tempfile.mkdtemp(prefix='bert-'))
     model = small_detectors.build(small_detectors.grounding_dino(write_bert(folder)))
     small_detectors.predict(model, data())
@@ -163,14 +163,13 @@ def test_bert_has_the_weights_that_it_was_built_with():
 
 
 def test_a_clip_text_tower():
-    from transformers import CLIPTextConfig, CLIPTextModel
-
+    transformers = pytest.importorskip('transformers', reason='CLIP is that of transformers (extra "text")')
     torch.manual_seed(0)
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
-    model = torch.nn.ModuleDict(dict(text_encoder=CLIPTextModel(config))).eval()
+    model = torch.nn.ModuleDict(dict(text_encoder=transformers.CLIPTextModel(config))).eval()
     ids = torch.randint(0, 20, (2, 8))
     expected = model.text_encoder(ids).last_hidden_state
     summary = inject(model, 'lora', where='text_encoder', targets=['q', 'k', 'v', 'o', 'fc1', 'fc2'], rank=2)

@@ -9,7 +9,7 @@ import small_detectors
 import torch
 import tower_models
 from torch import nn
-from tower_models import same, wake
+from tower_models import need_transformers, same, wake
 
 from iconformer_mm import (
     add_adapter,
@@ -65,8 +65,7 @@ def only(batch, number):
 @pytest.mark.parametrize('name', [*MODELS, 'GLIP'])
 def test_towers_start_exact_train_only_adapters_and_go(name, tmp_path):
     """With iCoN in the backbone and LoRA in the others; tests/towers_table.py tries each method in each tower."""
-    if tower_models.MODELS[name].reads_text:
-        pytest.importorskip('transformers', reason='the text encoder is that of transformers (extra "text")')
+    need_transformers(name)
     model, _, where = model_of(name)
     kind = tower_models.MODELS[name]
     before, keys = bits(model), list(model.state_dict())
@@ -389,31 +388,38 @@ def test_a_mixed_batch_of_towers_equals_each_adapter_alone():
         small_detectors.predict(model, more)
 
 
-def test_threads_run_adapters_of_their_own():
-    model, batch, where = model_of('DINO')
-    alone = {}
-    for number, name in enumerate(('one', 'two', None)):
-        if name is not None:
-            add_adapter(model, name, methods=towers(where), freeze=['*'])
-            set_adapter(model, name)
+@pytest.mark.parametrize('name', ['DINO', 'DDQ', 'Mask2Former', 'SAN', 'Grounding DINO', 'GLIP'])
+def test_threads_run_adapters_of_their_own(name):
+    need_transformers(name)
+    model, batch, where = model_of(name)
+    kind, alone = tower_models.MODELS[name], {}
+    for number, adapter in enumerate(('one', 'two', None)):
+        if adapter is not None:
+            add_adapter(model, adapter, methods=towers(where, kind.backbone), freeze=kind.freeze)
+            set_adapter(model, adapter)
             wake(model, number)
-        with contextlib.nullcontext() if name else disabled(model):
-            alone[name] = small_detectors.predict(model, batch)
+        with contextlib.nullcontext() if adapter else disabled(model):
+            alone[adapter] = tower_models.predict(name, model)
     assert not same(alone['one'], alone['two'])
-    wrong = []
+    # All threads leave the last tower before one goes on: what one has written there, another would read.
+    meeting, right = threading.Barrier(len(alone), timeout=60), []
 
-    def work(name):
-        for _ in range(3):
-            with mixed(model, [name, name]):
-                if not same(small_detectors.predict(model, batch), alone[name]):
-                    wrong.append(name)
+    def meet(*_):
+        meeting.wait()
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in alone]
+    model.get_submodule(where[-1]).register_forward_hook(meet)
+
+    def work(adapter):
+        for _ in range(2):
+            with mixed(model, [adapter, adapter]):
+                right.append(same(tower_models.predict(name, model), alone[adapter]))
+
+    threads = [threading.Thread(target=work, args=(adapter,)) for adapter in alone]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert right == [True] * 6
 
 
 def test_a_file_says_which_method_is_where(tmp_path):

@@ -3,15 +3,10 @@
 import pytest
 import towers_table
 from conftest import ROOT, not_with_the_originals
-from tower_models import MODELS
+from tower_models import MODELS, need_transformers
 from towers_table import METHODS
 
 NAMES, KINDS = list(MODELS), list(METHODS)
-
-
-def need_transformers(name):
-    if MODELS[name].reads_text:
-        pytest.importorskip('transformers', reason='the text encoder is that of transformers (extra "text")')
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -22,6 +22,7 @@ from iconformer_mm.tuning import get_injection, inject, summarize
 from iconformer_mm.tuning.frozen_precision import check_frozen_dtype
 from iconformer_mm.tuning.injection import Injection, unwrap
 from iconformer_mm.tuning.summary import SUMMARY_FILE
+from iconformer_mm.tuning.without_gradient import GradientWatch
 
 from ..load_log import note_fresh_adapters
 from ..prefix_cache import PrefixCache, PrefixCacheOptions
@@ -76,7 +77,8 @@ class PEFTHook(WeightsHook):
     Raises:
         MissingExtraError: ``frozen_dtype`` needs torchao, which is not installed or too old.
         ValueError: The model is already adapted or lacks what was selected, an option is unknown, the runner has no
-            config to rebuild its parts from, or it is a FlexibleRunner that build_runner did not build.
+            config to rebuild its parts from, it is a FlexibleRunner that build_runner did not build, or no gradient
+            came back to an adapted module in the first step that ran it.
         WeightsError: A tensor is not accounted for, or a checkpoint is of another method.
         DataError: The data does not fit the model.
         PrefixError: The model or the data cannot be cached, or the disk has no room.
@@ -121,6 +123,7 @@ class PEFTHook(WeightsHook):
         self.methods = methods
         self._cache = None if prefix_cache is None else PrefixCache(PrefixCacheOptions.of(prefix_cache))
         self._injection: Injection | None = None
+        self._watch: GradientWatch | None = None
 
     def before_run(self, runner: Runner) -> None:
         """Adapt the model, and rebuild the parts that hold its old parameters."""
@@ -178,20 +181,30 @@ class PEFTHook(WeightsHook):
             write_json(Path(runner.work_dir) / SUMMARY_FILE, asdict(summarize(unwrap(runner.model))))
         if self._cache is not None:
             self._cache.begin(runner)
+        if self._injection is not None and not runner.cfg.get('compile'):  # compiled code keeps the hooks it began with
+            self._watch = GradientWatch(self._injection.learning_modules())
 
     # With a prefix cache, this hook takes what was recorded out of a batch before anything else sees it.
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Begin a step at the first adapted block, if there is a prefix cache."""
+        if self._watch is not None:
+            self._watch.begin()
         if self._cache is not None:
             self._cache.enter(data_batch)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """End the step."""
+        """End the step.
+
+        Raises:
+            ValueError: An adapted module ran, and no gradient came back to it.
+        """
         if self._cache is not None:
             self._cache.leave()
+        if self._watch is not None:
+            self._watch.end()
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Begin a step of a validation that is cached."""
@@ -215,6 +228,8 @@ class PEFTHook(WeightsHook):
 
     def after_train(self, runner: Runner) -> None:
         """Write the adapter file."""
+        if self._watch is not None:
+            self._watch.release()
         if self._cache is not None:
             self._cache.end()
         self._save_adapter(runner)
