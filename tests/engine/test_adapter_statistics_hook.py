@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict
 from tiny_runs import build
 
 from iconformer_mm.engine import AdapterStatisticsHook
@@ -197,3 +198,15 @@ def test_mistakes(tmp_path):
         run(tmp_path, {}, custom_hooks=[dict(type='AdapterStatisticsHook')])
     with pytest.raises(ValueError, match='interval must be at least 1, got 0'):
         AdapterStatisticsHook(interval=0)
+
+
+def test_optimizers_that_it_cannot_read(tmp_path):
+    """Several of them, and one whose parameters ZeRO has flattened and split."""
+    runner = run(tmp_path, {})
+    hook, wrapper = AdapterStatisticsHook(), runner.optim_wrapper
+    wrapper.optimizer.single_partition_of_fp32_groups = []  # as DeepSpeed's stages 1 and 2 have
+    with pytest.raises(ValueError, match='reads whole gradients, which ZeRO splits'):
+        hook.before_train(runner)
+    runner.optim_wrapper = OptimWrapperDict(first=wrapper)
+    with pytest.raises(ValueError, match='supports one optimizer, but there are several'):
+        hook.before_train(runner)
