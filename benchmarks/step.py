@@ -87,12 +87,20 @@ class Case:
 _VIT = 'cifar100/vit-base-p16-mae_full_8xb128-100e_cifar100.py'
 _SWIN = 'cifar100/swin-base-in21k_full_1xb128-100e_cifar100.py'
 _VIT_S = {'model.backbone.arch': 'deit-small', 'model.neck.input_features': 384, 'model.head.in_channels': 384}
+_VIT_G = {
+    'model.backbone.arch': 'dinov2-giant',
+    'model.backbone.patch_size': 14,
+    'model.backbone.layer_scale_init_value': 1e-5,
+    'model.neck.input_features': 1536,
+    'model.head.in_channels': 1536,
+}
 _SWIN_T = {'model.backbone.arch': 'tiny', 'model.head.in_channels': 768}
 CASES = {
     'vit-s': Case(_VIT, (224, 224), 8, _VIT_S),
     'swin-t': Case(_SWIN, (224, 224), 8, _SWIN_T),
     'vit-b': Case(_VIT, (224, 224), 8),
     'swin-b': Case(_SWIN, (224, 224), 8),
+    'vit-g': Case(_VIT, (224, 224), 1, _VIT_G),
     'upernet-swin-b': Case('ade20k/swin-base-in22k_upernet_full_8xb2-160k_ade20k-512x512.py', (512, 512), 2),
     'upernet-swin-l': Case('ade20k/swin-large-in22k_upernet_full_8xb2-160k_ade20k-512x512.py', (512, 512), 2),
     # Untrained scores are below the detection threshold, so its mask heads do no work at inference.
