@@ -202,7 +202,7 @@ def test_learning_rates():
 
 
 @pytest.mark.parametrize(
-    ('name', 'page'), [('peft', 'comparison'), ('ablation', 'comparison'), ('detectors', 'towers')]
+    ('name', 'page'), [('peft', 'comparison_small'), ('ablation', 'comparison_small'), ('detectors', 'towers')]
 )
 def test_comparison(name, page, tmp_path):
     """The tables of the report are those of its runs, and the runs those of the configs."""

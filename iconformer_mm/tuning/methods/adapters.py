@@ -125,7 +125,7 @@ class AdapterMethod(PEFTMethod):
 class ICoNMethod(AdapterMethod):
     """iConFormer (arXiv 2409.02838): an :class:`ICoNAdapter` parallel to the attention of every block.
 
-    The placement and the default ``input='normed'`` are ours. See docs/comparison.md for the evidence.
+    The placement and the default ``input='normed'`` are ours. See docs/comparison_small.md for the evidence.
     """
 
     adapter_class = adapters.ICoNAdapter
