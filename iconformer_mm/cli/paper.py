@@ -46,7 +46,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('stage', nargs='?', choices=STAGES, default='plan', help='what to do (plan)')
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS), metavar='TASK', help='(all)')
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS), metavar='METHOD', help='(all)')
-    parser.add_argument('--all-models', action='store_true', help='all configs of a task, not the main one alone')
+    parser.add_argument(
+        '--models',
+        nargs='+',
+        metavar='WORD',
+        help='configs whose name has one of these words, such as mask-rcnn_swin-t; or all (the main one of each task)',
+    )
     parser.add_argument('--gpus', type=int, default=8, help='GPUs of a run (8); the batch in all stays the same')
     parser.add_argument('--data-root', type=expanded, default=Path('data'), help='folder of all data sets (data)')
     parser.add_argument('--archives', type=expanded, help='folder of what was downloaded (DATA_ROOT/downloads)')
@@ -60,13 +65,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def runs_of(args: argparse.Namespace) -> list[PaperRun]:
-    """The runs that the command line asks for."""
-    return [
-        PaperRun(task, model, method)
-        for task in args.tasks
-        for model in (models_of(task) if args.all_models else [TASKS[task].model])
-        for method in args.methods
-    ]
+    """The runs that the command line asks for.
+
+    Raises:
+        ValueError: No config has such a name.
+    """
+    chosen: list[tuple[str, str]] = []
+    for task in args.tasks:
+        for model in models_of(task):
+            if model == TASKS[task].model if args.models is None else _matches(model, args.models):
+                chosen.append((task, model))
+    if not chosen:
+        known = ', '.join(model for task in args.tasks for model in models_of(task))
+        raise ValueError(f'--models {" ".join(args.models)}: no config has such a name; there are {known}')
+    return [PaperRun(task, model, method) for task, model in chosen for method in args.methods]
+
+
+def _matches(model: str, words: Sequence[str]) -> bool:
+    return any(word == 'all' or word in model for word in words)
 
 
 def options_of(run: PaperRun, cfg: Config, args: argparse.Namespace) -> dict[str, Any]:
