@@ -75,9 +75,7 @@ def training_cost(
     hours = images * gflop * factor / (1e3 * peak * UTILISATION) / 3600
     each = sum(stored.values()) / 2 * (0.5 if half else 1.0)
     weights = sum(p.nbytes for p in model.parameters()) + 4 * sum(p.nbytes for p in trained)
-    return TrainingCost(
-        sum(p.numel() for p in trained), gflop, (weights + batch * each) / GIB + RESERVED_GIB, hours
-    )
+    return TrainingCost(sum(p.numel() for p in trained), gflop, (weights + batch * each) / GIB + RESERVED_GIB, hours)
 
 
 def _forward(model: nn.Module, pictures: Tensor) -> None:

@@ -85,6 +85,12 @@ def _matches(model: str, words: Sequence[str]) -> bool:
     return any(word == 'all' or word in model for word in words)
 
 
+def batch_of(run: PaperRun, cfg: Config) -> int:
+    """Images of a step of the recipe, on all GPUs."""
+    named = re.search(r'_(\d+)xb(\d+)-', run.name)
+    return (cfg.get('auto_scale_lr') or {}).get('base_batch_size') or (int(named[1]) * int(named[2]) if named else 16)
+
+
 def options_of(run: PaperRun, cfg: Config, args: argparse.Namespace) -> dict[str, Any]:
     """What is set of a config: where its data is, and the batch on one GPU, so that the recipe's batch is kept.
 
@@ -97,7 +103,7 @@ def options_of(run: PaperRun, cfg: Config, args: argparse.Namespace) -> dict[str
     if run.task == 'coco':
         annotations = str(folder / 'annotations' / 'instances_val2017.json')
         options.update({f'{name}_evaluator.ann_file': annotations for name in ('val', 'test')})
-    total = cfg.auto_scale_lr.base_batch_size
+    total = batch_of(run, cfg)
     if total % args.gpus:
         raise ValueError(f'{run.name}: its batch of {total} images cannot be shared evenly by {args.gpus} GPUs')
     return {**options, 'train_dataloader.batch_size': total // args.gpus, **(args.cfg_options or {})}
@@ -159,7 +165,9 @@ def plan(runs: list[PaperRun], args: argparse.Namespace, console: Console) -> No
     """Print what each run needs."""
     table = Table(title=f'estimates for {args.gpus} GPUs', title_justify='left')
     for column in ('config', 'images', 'steps', 'trained', 'GiB a GPU', 'GPU hours', 'data', 'weights'):
-        table.add_column(column, justify='left' if column in ('config', 'data', 'weights') else 'right', overflow='fold')
+        table.add_column(
+            column, justify='left' if column in ('config', 'data', 'weights') else 'right', overflow='fold'
+        )
     notes: dict[str, None] = {}
     for run in runs:
         cfg, options = config_of(run, args)
@@ -194,7 +202,7 @@ def plan(runs: list[PaperRun], args: argparse.Namespace, console: Console) -> No
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f'GPU hours are of an A100, taken to reach {UTILISATION:.0%} of {A100_HALF:g} TFLOP/s in mixed precision and '
-        f'of {A100_FLOAT:g} in float32. Validation and reading of images are not in them. Nothing of this was measured.',
+        f'of {A100_FLOAT:g} in float32. Validation and reading of images are not in them. Nothing was measured.',
         highlight=False,
     )
 
@@ -240,7 +248,9 @@ def newest_checkpoint(folder: Path) -> Path:
     Raises:
         FileNotFoundError: There is none.
     """
-    found = [(int(m[1]), path) for path in folder.glob('*.*') if (m := re.fullmatch(r'(?:epoch|iter)_(\d+)', path.stem))]
+    found = [
+        (int(m[1]), path) for path in folder.glob('*.*') if (m := re.fullmatch(r'(?:epoch|iter)_(\d+)', path.stem))
+    ]
     if not found:
         raise FileNotFoundError(f'the training in {folder} wrote no checkpoint')
     return max(found)[1]

@@ -64,7 +64,11 @@ def write_archives(out):
         WRITERS['coco'](out / 'coco', split, scenes(4 if split == 'train' else 2, 0, size=(96, 128)))
         WRITERS['ade20k'](out / 'new' / 'ADEChallengeData2016', split, scenes(16, 0, size=(96, 128)))
     pack(out / 'ADEChallengeData2016.zip', out / 'new')
-    for part, archive in (('train2017', 'train2017'), ('val2017', 'val2017'), ('annotations', 'annotations_trainval2017')):
+    for part, archive in (
+        ('train2017', 'train2017'),
+        ('val2017', 'val2017'),
+        ('annotations', 'annotations_trainval2017'),
+    ):
         shutil.copytree(out / 'coco' / part, out / 'new' / part)
         pack(out / f'{archive}.zip', out / 'new')
     shutil.rmtree(out / 'coco')
@@ -198,10 +202,10 @@ def test_plan_says_what_is_missing(tmp_path, capsys):
     assert '7,325,700' in printed and '7,154' in printed  # 100 epochs, 1,024 images a step
     assert 'svhn: download http://ufldl.stanford.edu/housenumbers/train_32x32.mat and' in printed
     assert f'into {tmp_path / "downloads"}' in printed
-    # An independent count: ViT-B/16 takes 17.6 GMAC, the adapters some more; 8 x as much and 35 % of 312 TFLOP/s.
+    # An independent count: ViT-B/16 takes 17.6 GMAC, and as much backwards, at 35 % of 312 TFLOP/s.
     hours = 7_325_700 * 2 * 17.6e9 * 2 / (0.35 * 312e12) / 3600
     (row,) = [line for line in printed.splitlines() if 'svhn' in line and '7,154' in line]
-    assert hours < float(re.findall(r'(\d+\.\d)', row)[-1]) < 1.2 * hours
+    assert float(re.findall(r'(\d+\.\d)', row)[-1]) == pytest.approx(hours, rel=0.1)  # printed with one digit
 
 
 @pytest.mark.parametrize('task', TASKS)
