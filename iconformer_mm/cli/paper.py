@@ -193,7 +193,7 @@ def plan(runs: list[PaperRun], args: argparse.Namespace, console: Console) -> No
             f'{images // (each * args.gpus):,}',
             f'{cost.trained:,}',
             f'{cost.memory_gib:.1f}',
-            f'{cost.gpu_hours:.1f}',
+            f'{cost.gpu_hours:.2f}',
             'there' if data_there else 'missing',
             'none' if weights is None else 'there' if weights_there else 'missing',
         )
