@@ -49,8 +49,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--models',
         nargs='+',
-        metavar='WORD',
-        help='configs whose name has one of these words, such as mask-rcnn_swin-t; or all (the main one of each task)',
+        metavar='START',
+        help='configs whose name begins so, such as mask-rcnn_swin-t; or all (the main one of each task)',
     )
     parser.add_argument('--gpus', type=int, default=8, help='GPUs of a run (8); the batch in all stays the same')
     parser.add_argument('--data-root', type=expanded, default=Path('data'), help='folder of all data sets (data)')
@@ -68,7 +68,7 @@ def runs_of(args: argparse.Namespace) -> list[PaperRun]:
     """The runs that the command line asks for.
 
     Raises:
-        ValueError: No config has such a name.
+        ValueError: No config's name begins so.
     """
     chosen: list[tuple[str, str]] = []
     for task in args.tasks:
@@ -77,12 +77,12 @@ def runs_of(args: argparse.Namespace) -> list[PaperRun]:
                 chosen.append((task, model))
     if not chosen:
         known = ', '.join(model for task in args.tasks for model in models_of(task))
-        raise ValueError(f'--models {" ".join(args.models)}: no config has such a name; there are {known}')
+        raise ValueError(f'--models {" ".join(args.models)}: no config begins so; there are {known}')
     return [PaperRun(task, model, method) for task, model in chosen for method in args.methods]
 
 
 def _matches(model: str, words: Sequence[str]) -> bool:
-    return any(word == 'all' or word in model for word in words)
+    return any(word == 'all' or model.startswith(word) for word in words)
 
 
 def batch_of(run: PaperRun, cfg: Config) -> int:

@@ -62,7 +62,7 @@ def write_archives(out):
 
     for split in ('train', 'val'):
         WRITERS['coco'](out / 'coco', split, scenes(4 if split == 'train' else 2, 0, size=(96, 128)))
-        WRITERS['ade20k'](out / 'new' / 'ADEChallengeData2016', split, scenes(16, 0, size=(96, 128)))
+        WRITERS['ade20k'](out / 'new' / 'ADEChallengeData2016', split, scenes(2, 0, size=(96, 128)))
     pack(out / 'ADEChallengeData2016.zip', out / 'new')
     for part, archive in (
         ('train2017', 'train2017'),
@@ -125,7 +125,11 @@ CASES = {
         'vit-base',
         [
             'model.backbone.arch=deit-tiny',
+            'model.backbone.img_size=64',
             'model.backbone.init_cfg=None',
+            'train_dataloader.dataset.pipeline.0.scale=64',
+            *(f'{name}_dataloader.dataset.pipeline.0.scale=64' for name in ('val', 'test')),
+            *(f'{name}_dataloader.dataset.pipeline.1.crop_size=64' for name in ('val', 'test')),
             'model.neck.input_features=192',
             'model.head.in_channels=192',
             'optim_wrapper.type=BFloat16OptimWrapper',
@@ -157,6 +161,10 @@ CASES = {
             'model.auxiliary_head.channels=16',
             'train_dataloader.batch_size=2',
             'default_hooks.checkpoint.interval=2',
+            'model.data_preprocessor.size=(96,96)',
+            'train_dataloader.dataset.pipeline.2.scale=(128,96)',
+            'train_dataloader.dataset.pipeline.3.crop_size=(96,96)',
+            *(f'{name}_dataloader.dataset.pipeline.1.scale=(128,96)' for name in ('val', 'test')),
         ],
     ),
 }
@@ -260,7 +268,7 @@ def test_bad_input(archives, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as end:
         paper.main(['plan', '--tasks', 'imagenet'])
     assert end.value.code == 2
-    with pytest.raises(SystemExit, match='no config has such a name; there are .*METHOD'):
+    with pytest.raises(SystemExit, match='no config begins so; there are .*METHOD'):
         paper.main(['plan', '--tasks', 'svhn', '--models', 'resnet'])
     with pytest.raises(SystemExit, match='1024 images cannot be shared evenly by 3 GPUs'):
         paper.main(['plan', '--tasks', 'svhn', '--methods', 'icon', '--gpus', '3'])
