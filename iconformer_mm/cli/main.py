@@ -23,6 +23,7 @@ COMMANDS = {
     'data': ('data', 'write sets of real images: digits, fashion, textiles, objects, a mixture'),
     'quickstart-real': ('quickstart_real', 'adapt a real DINOv2-S to images by four methods, and compare them'),
     'compare': ('compare', 'compare PEFT methods on several tasks, as a YAML file says'),
+    'paper': ('paper', "run the benchmarks of the paper's scale: prepare, plan, train, test, and fill a table"),
     'report': ('report', 'write one HTML page about a training run or a comparison'),
     'find-lr': ('find_lr', 'find a learning rate to begin with'),
     'visualize-icon': ('visualize_icon', "show iCoN's kernels for images, and where the model looks"),
