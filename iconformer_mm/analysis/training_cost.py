@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mmengine.model import revert_sync_batchnorm
@@ -78,7 +79,7 @@ def training_cost(
     return TrainingCost(sum(p.numel() for p in trained), gflop, (weights + batch * each) / GIB + RESERVED_GIB, hours)
 
 
-def _forward(model: nn.Module, pictures: Tensor) -> None:
+def _forward(model: Any, pictures: Tensor) -> None:
     """A forward pass with all heads; those of a two-stage detector see as many regions as in training."""
     if not hasattr(model, 'roi_head'):
         model(pictures, mode='tensor')
