@@ -90,6 +90,6 @@ def _forward(model: Any, pictures: Tensor) -> None:
     for part, number in ((head.bbox_head, ROIS), (head.mask_head, MASK_ROIS)):
         extractor = head.bbox_roi_extractor if part is head.bbox_head else head.mask_roi_extractor
         for index, each in enumerate(part if isinstance(part, nn.ModuleList) else [part]):
-            pool = extractor[index] if isinstance(extractor, nn.ModuleList) else extractor
+            pool: Any = extractor[index] if isinstance(extractor, nn.ModuleList) else extractor
             size = pool.roi_layers[0].output_size
             each(torch.zeros(len(pictures) * number, pool.out_channels, *size))
