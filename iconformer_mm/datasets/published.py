@@ -158,6 +158,7 @@ def _extract(archive: Path, new: Path, target: Path) -> None:
                 members = packed.getmembers()
                 _check_names(archive, [m.name if m.isfile() or m.isdir() else '..' for m in members])
                 require_space(target, sum(member.size for member in members), f'unpacking {archive.name}')
+                packed.extraction_filter = getattr(tarfile, 'data_filter', None)  # Python 3.10.12, 3.11.4
                 packed.extractall(new, members)
         else:
             _check_matlab(archive)
