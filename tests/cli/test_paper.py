@@ -15,6 +15,7 @@ import pytest
 from benchmark_runs import PYRAMID
 from commands import tool
 from conftest import ROOT
+from mmdet.datasets import CocoDataset
 from scipy.io import savemat
 
 from iconformer_mm.cli import paper
@@ -65,8 +66,9 @@ def write_archives(out):
         WRITERS['ade20k'](out / 'new' / 'ADEChallengeData2016', split, scenes(2, 0, size=(96, 128)))
         path = out / 'coco' / 'annotations' / f'instances_{split}2017.json'
         content = json.loads(path.read_text())
-        names = ('person', 'bicycle', 'car', 'motorcycle', 'airplane')  # of COCO, in place of the scenes' shapes
-        content['categories'] = [{**each, 'name': name} for each, name in zip(content['categories'], names)]
+        # All classes of COCO; the shapes of the scenes are its first ones.
+        names = CocoDataset.METAINFO['classes']
+        content['categories'] = [dict(id=index, name=name) for index, name in enumerate(names, 1)]
         path.write_text(json.dumps(content))
     pack(out / 'ADEChallengeData2016.zip', out / 'new')
     for part, archive in (
