@@ -256,6 +256,20 @@ def newest_checkpoint(folder: Path) -> Path:
     return max(found)[1]
 
 
+def with_score(run: PaperRun, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of a test, in which the task's own is.
+
+    Raises:
+        ValueError: It is not.
+    """
+    metric = TASKS[run.task].metric
+    if metric.startswith('coco/') and not any(name.startswith('coco/') for name in metrics):
+        return {**metrics, metric: 0.0}  # CocoMetric gives no numbers where nothing is found
+    if metric not in metrics:
+        raise ValueError(f'the test of {run.name} gave no {metric}; it gave {", ".join(metrics)}')
+    return metrics
+
+
 def run_all(runs: list[PaperRun], args: argparse.Namespace, console: Console) -> None:
     """Train and test what is not finished."""
     for run in runs:
@@ -290,9 +304,7 @@ def run_all(runs: list[PaperRun], args: argparse.Namespace, console: Console) ->
         metrics = folder / 'metrics.json'
         checkpoint = newest_checkpoint(folder)
         launch('test', [str(run.config), str(checkpoint), '--metrics', str(metrics), *common], args.gpus)
-        content = json.loads(metrics.read_text(encoding='utf-8'))
-        if TASKS[run.task].metric not in content:
-            raise ValueError(f'the test of {run.name} gave no {TASKS[run.task].metric}; it gave {", ".join(content)}')
+        content = with_score(run, json.loads(metrics.read_text(encoding='utf-8')))
         write_json(run.result(args.out), dict(settings=settings, checkpoint=checkpoint.name, metrics=content))
         os.remove(metrics)
 

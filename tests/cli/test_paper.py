@@ -15,6 +15,7 @@ import pytest
 from benchmark_runs import PYRAMID
 from commands import tool
 from conftest import ROOT
+from mmdet.datasets import CocoDataset
 from scipy.io import savemat
 
 from iconformer_mm.cli import paper
@@ -63,6 +64,12 @@ def write_archives(out):
     for split in ('train', 'val'):
         WRITERS['coco'](out / 'coco', split, scenes(4 if split == 'train' else 2, 0, size=(96, 128)))
         WRITERS['ade20k'](out / 'new' / 'ADEChallengeData2016', split, scenes(2, 0, size=(96, 128)))
+        path = out / 'coco' / 'annotations' / f'instances_{split}2017.json'
+        content = json.loads(path.read_text())
+        # All classes of COCO; the shapes of the scenes are its first ones.
+        names = CocoDataset.METAINFO['classes']
+        content['categories'] = [dict(id=index, name=name) for index, name in enumerate(names, 1)]
+        path.write_text(json.dumps(content))
     pack(out / 'ADEChallengeData2016.zip', out / 'new')
     for part, archive in (
         ('train2017', 'train2017'),
@@ -146,6 +153,8 @@ CASES = {
             'val_dataloader.dataset.pipeline.1.scale=(128,96)',
             'test_dataloader.dataset.pipeline.1.scale=(128,96)',
             'model.roi_head.bbox_head.fc_out_channels=32',
+            'model.test_cfg.rcnn.score_thr=0.0',  # untrained scores are low
+            'model.test_cfg.rcnn.max_per_img=20',
             'train_cfg.max_epochs=1',
             'train_dataloader.batch_size=2',
         ],
@@ -205,6 +214,14 @@ def test_runs_and_fills_the_table(task, prepared, tmp_path, capsys, monkeypatch,
 
 
 SMALL = ['model.backbone.arch=deit-small', 'model.neck.input_features=384', 'model.head.in_channels=384']
+
+
+def test_a_detector_that_finds_nothing_scores_zero():
+    run = paper.PaperRun('coco', TASKS['coco'].model, 'icon')
+    assert paper.with_score(run, {}) == {'coco/segm_mAP': 0.0}
+    assert paper.with_score(run, {'coco/segm_mAP': 0.5}) == {'coco/segm_mAP': 0.5}
+    with pytest.raises(ValueError, match='gave no coco/segm_mAP; it gave coco/bbox_mAP'):
+        paper.with_score(run, {'coco/bbox_mAP': 0.5})
 
 
 def test_plan_says_what_is_missing(tmp_path, capsys):
