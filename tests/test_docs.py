@@ -201,6 +201,27 @@ def test_learning_rates():
     assert {method: cells.replace('*', '') for method, cells in shown.items()} == expected
 
 
+def test_real_comparison(tmp_path):
+    """The differences in the docs are those of the runs, and the runs those of the config."""
+    folder = ROOT / 'benchmarks' / 'results' / 'real'
+    results = Results(load_comparison(ROOT / 'configs' / 'comparison' / 'real.yaml'), folder)
+    assert not results.stale and len(results.finished) == len(list(folder.glob('runs/*/*/*.json'))) > 40
+    report(results, tmp_path, Console(file=io.StringIO()))
+    for file in ('differences.md', 'search.md', 'results.csv'):
+        assert (tmp_path / file).read_text() == (folder / file).read_text(), file
+    pages = [(ROOT / 'docs' / name).read_text(encoding='utf-8') for name in ('comparison.md', 'choosing.md')]
+    shown = 0
+    for section in (folder / 'differences.md').read_text().split('\n## ')[1:]:
+        rows = {row[1]: row[2:] for row in (re.split(r' *\| *', line) for line in section.splitlines()) if len(row) > 5}
+        static = rows.get('iCoN, static kernels')
+        if static is not None:
+            (_, mean, interval, *_), (seeds, own, own_interval, better, bounds, *_) = rows['iCoN'], static
+            line = f'| {seeds} | {mean} ({interval}) | {own} ({own_interval}) | {better} | {bounds} |'
+            assert all(line in page for page in pages), line
+            shown += 1
+    assert shown >= 3
+
+
 @pytest.mark.parametrize(
     ('name', 'page'), [('peft', 'comparison_small'), ('ablation', 'comparison_small'), ('detectors', 'towers')]
 )
