@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -55,17 +54,13 @@ def free_port() -> str:
 
 @pytest.fixture
 def import_methods(monkeypatch):
-    """Import a module of benchmarks that registers methods. They are forgotten after the test."""
-    registered, names = dict(PEFT_METHODS.module_dict), []
+    """Let modules of benchmarks be imported that register methods. They are forgotten after the test."""
+    registered, modules = dict(PEFT_METHODS.module_dict), set(sys.modules)
     monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
-
-    def load(name: str) -> ModuleType:
-        names.append(name)
-        return importlib.import_module(name)
-
-    yield load
-    for name in names:
-        sys.modules.pop(name, None)
+    yield importlib.import_module
+    for name in set(sys.modules) - modules:
+        if Path(getattr(sys.modules[name], '__file__', None) or '').parent == ROOT / 'benchmarks':
+            del sys.modules[name]
     PEFT_METHODS.module_dict.clear()
     PEFT_METHODS.module_dict.update(registered)
 

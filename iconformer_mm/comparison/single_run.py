@@ -25,6 +25,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
 from safetensors.torch import load_file
 from torch import nn
 
@@ -154,6 +155,10 @@ def train_and_validate(
 def make_config(settings: dict[str, Any], base: Path, folder: Path, save_adapter: bool = False) -> Config:
     """The config of a run, which writes no checkpoints. A base that was fetched is loaded into the backbone."""
     cfg = load_config(str(ROOT / settings['config']))
+    own = {key: value for key, value in settings['options'].items() if key.startswith('custom_imports')}
+    if own:  # they may register the method
+        cfg.merge_from_dict(own)
+        import_modules_from_strings(**cfg.custom_imports)
     add_peft(cfg, settings.get('method') or settings['methods'])
     cfg.default_hooks.peft.save_adapter = save_adapter
     cfg.merge_from_dict(settings['options'])

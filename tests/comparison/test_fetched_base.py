@@ -32,6 +32,15 @@ def test_its_path_is_in_no_settings(tmp_path, monkeypatch):
     assert 'base' not in other.settings and other.task.base_file() == ROOT / 'base.pth'
 
 
+def test_methods_of_an_imported_module(tmp_path, monkeypatch, import_methods):
+    """A task may import the module that registers a method."""
+    monkeypatch.setattr(spec, 'fetch_base', lambda target: tmp_path / f'{target}.safetensors')
+    comparison = load_comparison(YAML.parent / 'generator.yaml')
+    (run, *_) = comparison.runs(comparison.tasks['mixture'], comparison.methods['class_sees'], 1e-3)
+    cfg = make_config(run.settings, run.task.base_file(), tmp_path)
+    assert cfg.default_hooks.peft.method == dict(type='icon-variant', class_sees=True)
+
+
 def test_an_unknown_target(tmp_path):
     text = YAML.read_text().replace('../', f'{YAML.parent.parent}/').replace('fetched:timm', 'fetched:tim')
     (tmp_path / 'c.yaml').write_text(text)
