@@ -57,7 +57,7 @@ def test_two_processes_train_as_one_on_the_joint_batch(tmp_path):
     for name in jobs.keys() - {'cut'}:
         own = frozen[name if name in frozen else 'sgd']
         for rank in range(2):
-            kept = torch.load(tmp_path / name / f'frozen_{rank}.pth')
+            kept = torch.load(tmp_path / name / f'frozen_{rank}.pth', weights_only=True)
             assert kept.keys() == own.keys()
             assert all(torch.equal(value, own[n]) and value.dtype == own[n].dtype for n, value in kept.items())
 

@@ -63,7 +63,7 @@ fsdp = pytest.mark.skipif(not shards_on_a_cpu(), reason='FSDP of this torch need
 @pytest.mark.parametrize('method', ['icon', 'lora', 'adapter', 'vpt'])
 def test_gradients_of_the_joint_batch(method, sharded, tmp_path):
     mp.start_processes(work, args=(str(tmp_path), method, sharded), nprocs=2, start_method='forkserver')
-    actual = torch.load(tmp_path / 'gradients.pt')
+    actual = torch.load(tmp_path / 'gradients.pt', weights_only=True)
     expected = gradients(build(method), image((64, 64), batch=4))
     assert actual.keys() == expected.keys() and all('adapter' in name for name in actual)
     for name, grad in expected.items():
