@@ -25,12 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from iconformer_mm.analysis.training_cost import A100_FLOAT, A100_HALF, UTILISATION, training_cost
+from iconformer_mm.comparison.markdown import to_markdown
 from iconformer_mm.comparison.paper import METHODS, PAPER, TASKS, PaperRun, models_of
+from iconformer_mm.comparison.single_run import finds_nothing
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.datasets.published import PUBLISHED
 from iconformer_mm.engine import load_config
 from iconformer_mm.engine.config import build_model, method_of
-from iconformer_mm.files import expanded, write_json
+from iconformer_mm.files import expanded, write_json, written_whole
 from iconformer_mm.tuning import get_injection, inject
 
 from . import convert_nyu
@@ -263,8 +265,8 @@ def with_score(run: PaperRun, metrics: dict[str, Any]) -> dict[str, Any]:
         ValueError: It is not.
     """
     metric = TASKS[run.task].metric
-    if metric.startswith('coco/') and not any(name.startswith('coco/') for name in metrics):
-        return {**metrics, metric: 0.0}  # CocoMetric gives no numbers where nothing is found
+    if finds_nothing(metric, metrics):
+        return {**metrics, metric: 0.0}
     if metric not in metrics:
         raise ValueError(f'the test of {run.name} gave no {metric}; it gave {", ".join(metrics)}')
     return metrics
@@ -326,9 +328,9 @@ def table(runs: list[PaperRun], args: argparse.Namespace, console: Console) -> N
     for row in rows:
         shown.add_row(*row)
     console.print(shown)
-    lines = [f'| {" | ".join(row)} |' for row in (head, ('---',) * len(head), *rows)]
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / 'table.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    with written_whole(args.out / 'table.md') as temporary:
+        temporary.write_text(to_markdown(head, rows), encoding='utf-8')
     console.print(f'as Markdown: {args.out / "table.md"}', highlight=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -193,11 +193,21 @@ def train(runner: Runner, metric: str) -> float | None:
         return None
     given = [name.removeprefix('val/') for name in runner.message_hub.log_scalars if name.startswith('val/')]
     if metric not in given:
-        if metric.startswith('coco/') and not any(name.startswith('coco/') for name in given):
-            return 0.0  # CocoMetric gives no numbers where nothing is found
+        if finds_nothing(metric, given):
+            return 0.0
         raise RuntimeError(f"the validation gave no metric '{metric}'; it gave: {', '.join(given)}")
     score = runner.message_hub.get_scalar(f'val/{metric}').current()
     return float(score) if math.isfinite(score) else None
+
+
+def finds_nothing(metric: str, given: Collection[str]) -> bool:
+    """Whether a detector found nothing, so that it scores 0: CocoMetric gives no numbers then.
+
+    Args:
+        metric: Name of the metric.
+        given: Names of the metrics that an evaluation gave.
+    """
+    return metric.startswith('coco/') and not any(name.startswith('coco/') for name in given)
 
 
 def history(runner: Runner, name: str) -> list[float]:
