@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -247,25 +247,8 @@ class AdapterDeepSpeedStrategy(DeepSpeedStrategy):
             'builds'
         )
 
-    def save_checkpoint(
-        self,
-        filename: str,
-        *,
-        save_optimizer: bool = True,
-        save_param_scheduler: bool = True,
-        extra_ckpt: dict | None = None,
-        callback: Callable | None = None,
-    ) -> None:
-        """Gather on all processes, and write one file on the first."""
-        own: Any = self
-        SingleDeviceStrategy.save_checkpoint(
-            own,
-            filename,
-            save_optimizer=save_optimizer,
-            save_param_scheduler=save_param_scheduler,
-            extra_ckpt=extra_ckpt,
-            callback=callback,
-        )
+    # Gathered on all processes and written by the first, as one file. MMEngine's would write DeepSpeed's own format.
+    save_checkpoint: Any = SingleDeviceStrategy.save_checkpoint
 
 
 def _read(config: str | dict | None) -> dict:
