@@ -13,12 +13,15 @@ import h5py
 import numpy as np
 import pytest
 from benchmark_runs import PYRAMID
-from commands import tool
+from commands import ranks, scalars, tool
 from conftest import ROOT
 from mmdet.datasets import CocoDataset
+from mmpretrain.datasets import CIFAR100
 from scipy.io import savemat
 
 from iconformer_mm.cli import paper
+from iconformer_mm.cli import test as cli_test
+from iconformer_mm.cli import train as cli_train
 from iconformer_mm.comparison.paper import TASKS, models_of
 from iconformer_mm.datasets.published import PUBLISHED
 from iconformer_mm.datasets.scenes import WRITERS, scenes
@@ -56,9 +59,11 @@ def write_archives(out):
     food = out / 'new' / 'food-101'
     (food / 'images' / 'pizza').mkdir(parents=True)
     (food / 'meta').mkdir()
-    for number, split in enumerate(('train', 'test')):
-        cv2.imwrite(str(food / 'images' / 'pizza' / f'{number}.jpg'), rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
-        (food / 'meta' / f'{split}.txt').write_text(f'pizza/{number}\n')
+    for split, numbers in (('train', (0, 1)), ('test', (2, 3))):
+        for number in numbers:
+            image = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+            cv2.imwrite(str(food / 'images' / 'pizza' / f'{number}.jpg'), image)
+        (food / 'meta' / f'{split}.txt').write_text(''.join(f'pizza/{number}\n' for number in numbers))
     pack(out / 'food-101.tar.gz', out / 'new')
 
     for split in ('train', 'val'):
@@ -81,8 +86,8 @@ def write_archives(out):
     shutil.rmtree(out / 'coco')
 
     with h5py.File(out / 'nyu_depth_v2_labeled.mat', 'w') as file:
-        file['images'] = rng.integers(0, 256, (4, 3, 64, 48), dtype=np.uint8)
-        file['depths'] = rng.uniform(1, 9, (4, 64, 48)).astype(np.float32)
+        file['images'] = rng.integers(0, 256, (4, 3, 640, 480), dtype=np.uint8)
+        file['depths'] = rng.uniform(1, 9, (4, 640, 480)).astype(np.float32)
         file['names/kitchen'] = np.array([[ord(letter)] for letter in 'kitchen'], np.uint16)
         kinds = file.create_dataset('sceneTypes', (1, 4), dtype=h5py.ref_dtype)
         kinds[0] = [file['names/kitchen'].ref] * 4
@@ -127,23 +132,29 @@ def test_prepare_takes_every_published_format(prepared, archives, no_weights):
 SHORT = ['train_cfg.max_iters=2', 'train_cfg.val_interval=9']
 SWIN = ['model.backbone.embed_dims=16', 'model.backbone.depths=[1,1,1,1]', 'model.backbone.num_heads=[1,2,4,8]']
 SWIN += ['model.backbone.init_cfg=None']
+VIT = [
+    'model.backbone.arch=deit-tiny',
+    'model.backbone.img_size=64',
+    'model.backbone.init_cfg=None',
+    *(f'{name}_dataloader.dataset.pipeline.IMAGE.scale=64' for name in ('train', 'val', 'test')),
+    *(f'{name}_dataloader.dataset.pipeline.CROP.crop_size=64' for name in ('val', 'test')),
+    'model.neck.input_features=192',
+    'model.head.in_channels=192',
+    'optim_wrapper.type=BFloat16OptimWrapper',
+    'train_cfg.max_epochs=1',
+    'train_dataloader.batch_size=2',
+]
+
+
+def vit(first):
+    """What makes a ViT and its images small; ``first`` is where the pipeline changes the size of an image."""
+    return [option.replace('IMAGE', str(first)).replace('CROP', str(first + 1)) for option in VIT]
+
+
 CASES = {
-    'svhn': (
-        'vit-base',
-        [
-            'model.backbone.arch=deit-tiny',
-            'model.backbone.img_size=64',
-            'model.backbone.init_cfg=None',
-            'train_dataloader.dataset.pipeline.0.scale=64',
-            *(f'{name}_dataloader.dataset.pipeline.0.scale=64' for name in ('val', 'test')),
-            *(f'{name}_dataloader.dataset.pipeline.1.crop_size=64' for name in ('val', 'test')),
-            'model.neck.input_features=192',
-            'model.head.in_channels=192',
-            'optim_wrapper.type=BFloat16OptimWrapper',
-            'train_cfg.max_epochs=1',
-            'train_dataloader.batch_size=4',
-        ],
-    ),
+    'cifar100': ('vit-base', vit(0)),
+    'svhn': ('vit-base', vit(0)),
+    'food101': ('vit-base', vit(1)),
     'coco': (
         'mask-rcnn_swin-t_fpn_METHOD_1x',
         [
@@ -176,6 +187,20 @@ CASES = {
             *(f'{name}_dataloader.dataset.pipeline.1.scale=(128,96)' for name in ('val', 'test')),
         ],
     ),
+    'nyu': (
+        'depth_swinv2-base',
+        [
+            *SHORT,
+            'model.backbone.arch=tiny',
+            'model.backbone.window_size=[5,5,5,5]',
+            'model.backbone.init_cfg=None',
+            'model.decode_head.in_channels=768',
+            'train_dataloader.batch_size=2',
+            'default_hooks.checkpoint.interval=2',
+            'model.data_preprocessor.size=(96,96)',
+            'train_dataloader.dataset.pipeline.4.crop_size=(96,96)',
+        ],
+    ),
 }
 
 
@@ -188,8 +213,12 @@ def test_runs_and_fills_the_table(task, prepared, tmp_path, capsys, monkeypatch,
 
     def launch(command, arguments, gpus):
         called.append(command)
-        tool(f'{command}.py', *arguments)
+        if task == 'cifar100':  # MMPretrain checks the hashes of the published files, which these are not
+            dict(train=cli_train, test=cli_test)[command].main(arguments)
+        else:
+            tool(f'{command}.py', *arguments)
 
+    monkeypatch.setattr(CIFAR100, '_check_integrity', lambda self: True)
     monkeypatch.setattr(paper, 'launch', launch)
     options = [*options, *(f'{name}_dataloader.num_workers=0' for name in ('train', 'val', 'test'))]
     options += [f'{name}_dataloader.persistent_workers=False' for name in ('train', 'val', 'test')]
@@ -211,6 +240,53 @@ def test_runs_and_fills_the_table(task, prepared, tmp_path, capsys, monkeypatch,
     result.write_text('{}')
     with pytest.raises(SystemExit, match='is damaged; remove it'):
         paper.main(['table', *common])
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_goes_on_in_several_processes(prepared, tmp_path, monkeypatch, no_weights):
+    """A training of two processes that dies after its first step goes on with the second, and is then tested."""
+    words, options = CASES['ade20k']
+    options = [option.replace('checkpoint.interval=2', 'checkpoint.interval=1') for option in options]
+    options += [f'{name}_dataloader.num_workers=0' for name in ('train', 'val', 'test')]
+    options += [f'{name}_dataloader.persistent_workers=False' for name in ('train', 'val', 'test')]
+    options += ['env_cfg.dist_cfg.backend=gloo', 'default_hooks.logger.interval=1']
+    dies = [True]
+
+    def launch(command, arguments, gpus):
+        assert gpus == 2
+        if command == 'train' and dies.pop():
+            ranks('train.py', *arguments, 'train_cfg.max_iters=1')
+            raise SystemExit('killed')
+        dies.append(False)
+        ranks(f'{command}.py', *arguments)
+
+    monkeypatch.setattr(paper, 'launch', launch)
+    common = ['--tasks', 'ade20k', '--methods', 'icon', '--models', words, '--gpus', '2', '--data-root', str(prepared)]
+    command = ['run', *common, '--out', str(tmp_path), '--cfg-options', *options]
+    with pytest.raises(SystemExit, match='killed'):
+        paper.main(command)
+    assert not list(tmp_path.glob('*/*.json'))
+    dies.append(False)
+    paper.main(command)
+    (result,) = tmp_path.glob('*/*.json')
+    assert json.loads(result.read_text())['checkpoint'] == 'iter_2.pth'
+    steps = [line['step'] for line in scalars(result.with_suffix('')) if 'loss' in line]
+    assert steps == [1, 2]
+
+
+def test_launch_starts_one_process_for_each_gpu(monkeypatch):
+    started = []
+
+    def run(command, check):
+        started.append(command[1:])
+        return SimpleNamespace(returncode=len(started) - 1)
+
+    monkeypatch.setattr(paper.subprocess, 'run', run)
+    paper.launch('train', ['a.py'], 1)
+    assert started == [['-m', 'iconformer_mm', 'train', 'a.py']]
+    with pytest.raises(SystemExit, match='train a.py --launcher pytorch` failed with exit code 1; .* goes on from'):
+        paper.launch('train', ['a.py'], 2)
+    assert started[1][:4] == ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
 
 SMALL = ['model.backbone.arch=deit-small', 'model.neck.input_features=384', 'model.head.in_channels=384']
