@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from iconformer_mm.figures import new_figure, save_figure
@@ -90,34 +91,52 @@ def differences_text(results: Results) -> str:
     return '\n'.join(parts)
 
 
-def average_ranks(comparison: Comparison, means: Mapping[tuple[str, str], float]) -> dict[str, float]:
-    """The average rank of each method that has finished on all tasks, among those methods.
+def largest_grid(comparison: Comparison, done: Collection[tuple[str, str]]) -> tuple[list[Task], list[Method]]:
+    """The largest complete part of an unfinished grid: held-out tasks, and the methods finished on all of them.
+
+    The part with the most cells is taken. Of equal ones, it is that with the most methods.
 
     Args:
         comparison: The comparison.
+        done: The names of a task and a method, for each cell whose seeds are all finished.
+    """
+    best: tuple[list[Task], list[Method]] = ([], [])
+    held_out = comparison.held_out
+    for number in range(1, len(held_out) + 1):
+        for tasks in combinations(held_out, number):
+            every = comparison.methods.values()
+            methods = [method for method in every if all((task.name, method.name) in done for task in tasks)]
+            if (len(tasks) * len(methods), len(methods)) > (len(best[0]) * len(best[1]), len(best[1])):
+                best = list(tasks), methods
+    return best
+
+
+def average_ranks(
+    tasks: Sequence[Task], methods: Sequence[Method], means: Mapping[tuple[str, str], float]
+) -> dict[str, float]:
+    """The average rank of each method, among these methods.
+
+    Args:
+        tasks: The tasks.
+        methods: The methods, finished on all of them.
         means: The mean scores, by the names of a task and a method.
 
     Returns:
         By the methods' titles.
     """
-    tasks = list(comparison.tasks.values())
-    whole = [name for name in comparison.methods if all((task.name, name) in means for task in tasks)]
-    ranks: dict[str, list[float]] = {name: [] for name in whole}
-    for task in tasks:
-        for name, rank in zip(whole, ranks_of([task.key(means[task.name, name]) for name in whole])):
-            ranks[name].append(rank)
-    return {comparison.methods[name].title: statistics.mean(values) for name, values in ranks.items()}
+    ranks = [ranks_of([task.key(means[task.name, method.name]) for method in methods]) for task in tasks]
+    return {method.title: statistics.mean(own) for method, own in zip(methods, zip(*ranks))}
 
 
-def plot_ranks(ranks: Mapping[str, float], tasks: int, path: Path) -> None:
+def plot_ranks(ranks: Mapping[str, float], tasks: Sequence[str], path: Path) -> None:
     """Draw a critical-difference diagram: average ranks, and bars over methods that do not differ at 5 %.
 
     Args:
         ranks: Average rank of each method, two methods at least.
-        tasks: Number of tasks.
+        tasks: Titles of the tasks.
         path: Image file to write.
     """
-    difference = critical_difference(len(ranks), tasks)
+    difference = critical_difference(len(ranks), len(tasks))
     order = sorted(ranks, key=lambda name: ranks[name])
     groups = cliques(ranks, difference)
     figure = new_figure(7.0, 1.3 + 0.26 * len(order) / 2 + 0.14 * len(groups))
@@ -141,8 +160,8 @@ def plot_ranks(ranks: Mapping[str, float], tasks: int, path: Path) -> None:
         y = -0.16 - 0.16 * index
         axes.hlines(y, ranks[group[0]] - 0.03, ranks[group[-1]] + 0.03, color='C0', linewidth=3)
     axes.set_title(
-        f'average rank on {tasks} task{"s" if tasks > 1 else ""}, 1 is the best; bars join methods that do not differ '
-        f'(critical difference {difference:.1f})',
+        f'average rank, 1 is the best; bars join methods that do not differ (critical difference {difference:.1f})\n'
+        f'on {", ".join(tasks)}',
         fontsize=9,
     )
     axes.set_ylim(depth - 0.3 * half, 0.75)

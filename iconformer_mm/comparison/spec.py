@@ -169,6 +169,11 @@ class Comparison:
         """Whether a method adapts more than the backbone, so that shares are those of all adapted modules."""
         return any(method.methods for method in self.methods.values())
 
+    @property
+    def held_out(self) -> list[Task]:
+        """The tasks that take their rates from others; all tasks where none does."""
+        return [task for task in self.tasks.values() if task.rates_of is not None] or list(self.tasks.values())
+
     def pairs(self, tasks: Collection[str], methods: Collection[str]) -> list[tuple[Task, Method]]:
         """The named tasks with each of the named methods that is defined there, task by task."""
         return [

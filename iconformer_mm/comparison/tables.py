@@ -18,7 +18,7 @@ from rich.table import Table
 
 from iconformer_mm.files import written_whole
 
-from .intervals import average_ranks, differences_text, plot_ranks
+from .intervals import average_ranks, differences_text, largest_grid, plot_ranks
 from .markdown import to_markdown
 from .plots import CurvePanel, TradeoffPanel, plot_curves, plot_tradeoff
 from .prediction_plots import PredictionRow, plot_predictions
@@ -168,7 +168,9 @@ def table_of_tasks(results: Results, rows: Rows, bold: str) -> tuple[list[str], 
     groups = backbones(results)
     titles = ['method']
     titles += [share_title(results) + (f': {", ".join(group)}' if len(groups) > 1 else '') for group in groups]
-    titles += [task.title for task in comparison.tasks.values()] + ['mean rank']
+    counted = comparison.held_out
+    titles += [task.title for task in comparison.tasks.values()]
+    titles.append('mean rank' if len(counted) == len(comparison.tasks) else 'mean rank, held out')
     lines = []
     for method in comparison.methods.values():
         own = [rows.get((task, method.name)) for task in comparison.tasks]
@@ -180,7 +182,8 @@ def table_of_tasks(results: Results, rows: Rows, bold: str) -> tuple[list[str], 
             ranks = [other.rank for other in rows.values() if other.task == task.name]
             best = row is not None and row.rank == min(ranks)
             line.append(score_text(task, row, best, len(comparison.seeds), bold))
-        line.append(mean_rank([row.rank for row in own if row is not None], len(own)))
+        ranks = [rows[task.name, method.name].rank for task in counted if (task.name, method.name) in rows]
+        line.append(mean_rank(ranks, len(counted)))
         lines.append(line)
     return titles, lines
 
@@ -330,9 +333,11 @@ def report(results: Results, folder: Path, console: Console) -> None:
     write(folder / 'tradeoff.png', lambda path: plot_tradeoff(tradeoff_panels(results, rows), names, path, full))
     write(folder / 'curves.png', lambda path: plot_curves(curve_panels(results, rows), names, path, full))
     written = [*FILES]
-    ranks = average_ranks(comparison, {key: row.mean for key, row in rows.items() if row.mean is not None})
-    if len(ranks) > 1 and len(comparison.tasks) > 1:
-        write(folder / RANKS, lambda path: plot_ranks(ranks, len(comparison.tasks), path))
+    means = {key: row.mean for key, row in rows.items() if row.mean is not None and row.seeds == len(comparison.seeds)}
+    ranked, methods = largest_grid(comparison, means)
+    if len(methods) > 1 and len(ranked) > 1:
+        ranks = average_ranks(ranked, methods, means)
+        write(folder / RANKS, lambda path: plot_ranks(ranks, [task.title for task in ranked], path))
         written.append(RANKS)
     if plot_pictures(results, folder / PICTURES):
         written.append(PICTURES)

@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from iconformer_mm.comparison.intervals import average_ranks, differences_text, plot_ranks, reference_of
+from iconformer_mm.comparison.intervals import average_ranks, differences_text, largest_grid, plot_ranks, reference_of
 from iconformer_mm.comparison.results import Results
 from iconformer_mm.comparison.spec import Comparison, Method, Task
 
@@ -72,9 +73,26 @@ def test_ranks(tmp_path):
         ('up', 'icon'): 3.0, ('up', 'lora'): 3.0, ('up', 'frozen'): 1.0,
         ('down', 'icon'): 0.1, ('down', 'lora'): 0.3, ('down', 'frozen'): 0.2,
     }  # fmt: skip
-    ranks = average_ranks(make_comparison(), means)
+    comparison = make_comparison()
+    tasks, methods = largest_grid(comparison, means)
+    ranks = average_ranks(tasks, methods, means)
     assert ranks == dict(Icon=1.25, Lora=2.25, Frozen=2.5)
-    del means['down', 'lora']
-    assert average_ranks(make_comparison(), means) == dict(Icon=1.0, Frozen=2.0)
-    plot_ranks(ranks, 2, tmp_path / 'ranks.png')
+    plot_ranks(ranks, ['up', 'down'], tmp_path / 'ranks.png')
     assert cv2.imread(str(tmp_path / 'ranks.png')).std() > 5
+    del means['down', 'lora']
+    tasks, methods = largest_grid(comparison, means)
+    assert average_ranks(tasks, methods, means) == dict(Icon=1.0, Frozen=2.0)
+    assert largest_grid(comparison, []) == ([], [])
+
+
+def test_ranks_count_held_out_tasks_alone():
+    """Of these 3 x 4 cells the largest complete part has all methods on two tasks; the searched task does not count."""
+    names = ('a', 'b', 'c', 'd')
+    tasks = {'dev': make_task('dev', True)}
+    tasks.update({name: replace(make_task(name, True), rates_of='dev') for name in names})
+    methods = {name: Method(name, name.title(), dict(type=name), tuple(tasks)) for name in ('icon', 'lora', 'frozen')}
+    comparison = Comparison('title', (0,), (100,), tasks, methods)
+    done = {('dev', name) for name in methods}
+    done |= {('b', name) for name in methods} | {('d', name) for name in methods} | {('a', 'icon'), ('a', 'lora')}
+    found, complete = largest_grid(comparison, done)
+    assert ([task.name for task in found], [method.name for method in complete]) == (['b', 'd'], list(methods))
