@@ -219,9 +219,23 @@ def search_text(results: Results) -> str:
         if rates:
             parts.append(f'## {task.title}\n')
             parts.append(to_markdown(['method', *(f'{rate:g}' for rate in rates)], lines))
+            edges = at_edge(results, task)
+            if edges:
+                parts.append(f'Best at the edge of its rates, and perhaps better beyond: {", ".join(edges)}.\n')
     if len(parts) == 2:
         parts[1] = 'There was no search: the file of the comparison has one rate for each task and method.\n'
     return '\n'.join(parts)
+
+
+def at_edge(results: Results, task: Task) -> list[str]:
+    """Titles of the methods whose best rate on a task is the lowest or the highest that was searched, with the rate."""
+    found = []
+    for _, method in results.comparison.pairs([task.name], results.comparison.methods):
+        if results.comparison.searches(task, method) and results.searched(task, method):
+            rates, best = results.comparison.rates(task, method), results.best_rate(task, method)
+            if best is not None and best in (min(rates), max(rates)):
+                found.append(f'{method.title} ({best:g})')
+    return found
 
 
 def rate_text(task: Task, scores: Mapping[float, float | None], rate: float, best: float | None) -> str:
@@ -341,6 +355,9 @@ def report(results: Results, folder: Path, console: Console) -> None:
         written.append(RANKS)
     if plot_pictures(results, folder / PICTURES):
         written.append(PICTURES)
+    for task in comparison.tasks.values():
+        if task.rates_of is None and (edges := at_edge(results, task)):
+            console.print(f'{task.title}: best at the edge of the searched rates: {", ".join(edges)}')
     console.print(f'wrote {", ".join(written)} to {folder}')
 
 

@@ -188,6 +188,21 @@ def test_a_search_over_several_seeds(tmp_path):
     assert again.best_rate(*pair) == 1e-3 and '| iCoN | **40.0** | diverged |' in search_text(again)
 
 
+def test_a_best_rate_at_the_edge_is_named(tmp_path):
+    """The search of that method may have ended too early, which makes the comparison unfair."""
+    content = deepcopy(COMPARISON)
+    content['tasks']['digits']['learning_rates'] = [1e-3, 3e-3, 1e-2]
+    results = Results(load_comparison(write(tmp_path / 'c.yaml', content)), tmp_path)
+    finish_pair(results, 'digits', 'icon', [30.0, 40.0, 50.0], [])
+    finish_pair(results, 'digits', 'full', [30.0, 40.0], [])
+    edge = 'at the edge of its rates, and perhaps better beyond: '
+    assert f'{edge}iCoN (0.01).' in search_text(results)  # the other search is unfinished
+    finish_pair(results, 'digits', 'full', [30.0, 40.0, None], [])  # beyond the best, it diverges
+    assert f'{edge}iCoN (0.01).' in search_text(results)
+    finish_pair(results, 'digits', 'icon', [30.0, 40.0, 40.0], [])
+    assert edge not in search_text(Results(results.comparison, tmp_path))
+
+
 def test_rates_are_carried_over_from_another_task(tmp_path):
     """Held-out tasks are run with what was found on development tasks, and nothing is searched on them.
 
