@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -161,7 +162,7 @@ def plot_ranks(ranks: Mapping[str, float], tasks: Sequence[str], path: Path) -> 
         axes.hlines(y, ranks[group[0]] - 0.03, ranks[group[-1]] + 0.03, color='C0', linewidth=3)
     axes.set_title(
         f'average rank, 1 is the best; bars join methods that do not differ (critical difference {difference:.1f})\n'
-        f'on {", ".join(tasks)}',
+        + textwrap.fill(f'on {", ".join(tasks)}', 100),
         fontsize=9,
     )
     axes.set_ylim(depth - 0.3 * half, 0.75)
