@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,17 @@ def groups_of(dataset: Any) -> dict[str, list[Any]]:
     sources = find_record(paths[0], SOURCES)
     if sources is not None:
         root, found = sources
-        groups['backgrounds'] = [found[p.parent.relative_to(root).as_posix()][int(p.stem)][0] for p in paths]
+        groups['backgrounds'] = [source_of(found, path, root)[0] for path in paths]
     return groups
+
+
+def source_of(found: dict[str, Any], image: Path, root: Path) -> list[str]:
+    """Return what an image shows. The record has a list for each folder, or for train, val and test."""
+    folder = image.parent.relative_to(root).as_posix()
+    if folder not in found:  # images/testing of ADE20K's format, test2017 of COCO's
+        folder = next(split for split in found if image.parent.name.startswith(split))
+    number = int(re.search(r'\d+$', image.stem)[0])
+    return found[folder][number]
 
 
 def find_record(image: Path, name: str) -> tuple[Path, Any] | None:

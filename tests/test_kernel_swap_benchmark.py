@@ -4,6 +4,7 @@ import sys
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from conftest import ROOT
 from mmpretrain.datasets import CustomDataset
@@ -41,3 +42,9 @@ def test_groups_and_shares(tmp_path):
     (row,) = kernel_swap.share_rows('pets', bank, groups)
     assert (row['task'], row['layer'], row['images'], row['classes']) == ('pets', 'layers.0', 1, 1)
     assert abs(row['conditions']) < 0.5
+
+
+@pytest.mark.parametrize('image', ['images/testing/ADE_test_00000001.jpg', 'test2017/000000000001.jpg', 'test/1.jpg'])
+def test_what_an_image_shows_in_each_format(image, tmp_path):
+    found = dict(train=[['no.jpg'], ['no.jpg']], test=[['sea.jpg'], ['sky.jpg', 'a.png']])
+    assert kernel_swap.source_of(found, tmp_path / image, tmp_path) == ['sky.jpg', 'a.png']
