@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def source_of(found: dict[str, Any], image: Path, root: Path) -> list[str]:
     folder = image.parent.relative_to(root).as_posix()
     if folder not in found:  # images/testing of ADE20K's format, test2017 of COCO's
         folder = next(split for split in found if image.parent.name.startswith(split))
-    number = int(re.search(r'\d+$', image.stem)[0])
+    number = int(image.stem.rpartition('_')[2])
     return found[folder][number]
 
 
