@@ -210,8 +210,11 @@ def test_real_comparison(tmp_path):
     for file in ('differences.md', 'search.md', 'results.csv'):
         assert (tmp_path / file).read_text() == (folder / file).read_text(), file
     pages = [(ROOT / 'docs' / name).read_text(encoding='utf-8') for name in ('comparison.md', 'choosing.md')]
+    assert (folder / 'ranks.png').read_bytes() == (ROOT / 'docs' / 'images' / 'comparison_ranks.png').read_bytes()
     shown = 0
     for section in (folder / 'differences.md').read_text().split('\n## ')[1:]:
+        table = section[section.index('|') :].strip()
+        assert 'development' in section or table.count('\n') < 4 or table in pages[0]
         rows = {row[1]: row[2:] for row in (re.split(r' *\| *', line) for line in section.splitlines()) if len(row) > 5}
         static = rows.get('iCoN, static kernels')
         if static is not None:
