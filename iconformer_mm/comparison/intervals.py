@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 
 from iconformer_mm.figures import new_figure, save_figure
@@ -101,15 +100,23 @@ def largest_grid(comparison: Comparison, done: Collection[tuple[str, str]]) -> t
         comparison: The comparison.
         done: The names of a task and a method, for each cell whose seeds are all finished.
     """
-    best: tuple[list[Task], list[Method]] = ([], [])
-    held_out = comparison.held_out
-    for number in range(1, len(held_out) + 1):
-        for tasks in combinations(held_out, number):
-            every = comparison.methods.values()
-            methods = [method for method in every if all((task.name, method.name) in done for task in tasks)]
-            if (len(tasks) * len(methods), len(methods)) > (len(best[0]) * len(best[1]), len(best[1])):
-                best = list(tasks), methods
-    return best
+    order = list(comparison.methods)
+    finished = {
+        task.name: frozenset(name for name in order if (task.name, name) in done) for task in comparison.held_out
+    }
+    # The methods of the largest part are those that some tasks have in common.
+    common: set[frozenset[str]] = set()
+    for own in finished.values():
+        common |= {own, *(own & other for other in common)}
+
+    def tasks_of(methods: frozenset[str]) -> list[Task]:
+        return [task for task in comparison.held_out if methods <= finished[task.name]]
+
+    def size(methods: frozenset[str]) -> tuple[int, int, list[int]]:
+        return len(tasks_of(methods)) * len(methods), len(methods), sorted(-order.index(name) for name in methods)
+
+    best = max(common, key=size)
+    return tasks_of(best), [comparison.methods[name] for name in order if name in best]
 
 
 def average_ranks(

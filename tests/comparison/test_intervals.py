@@ -82,7 +82,7 @@ def test_ranks(tmp_path):
     del means['down', 'lora']
     tasks, methods = largest_grid(comparison, means)
     assert average_ranks(tasks, methods, means) == dict(Icon=1.0, Frozen=2.0)
-    assert largest_grid(comparison, []) == ([], [])
+    assert largest_grid(comparison, [])[1] == []
 
 
 def test_ranks_count_held_out_tasks_alone():
@@ -96,3 +96,10 @@ def test_ranks_count_held_out_tasks_alone():
     done |= {('b', name) for name in methods} | {('d', name) for name in methods} | {('a', 'icon'), ('a', 'lora')}
     found, complete = largest_grid(comparison, done)
     assert ([task.name for task in found], [method.name for method in complete]) == (['b', 'd'], list(methods))
+    # Many tasks, each with another method left out, take no time.
+    many = {f't{index}': make_task(f't{index}', True) for index in range(60)}
+    names = [f'm{index}' for index in range(6)]
+    methods = {name: Method(name, name, dict(type=name), tuple(many)) for name in names}
+    done = {(task, name) for i, task in enumerate(many) for j, name in enumerate(names) if i % 6 != j or i < 30}
+    found, complete = largest_grid(Comparison('title', (0,), (100,), many, methods), done)
+    assert (len(found), len(complete)) == (30, 6)
