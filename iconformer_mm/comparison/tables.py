@@ -353,6 +353,8 @@ def report(results: Results, folder: Path, console: Console) -> None:
         ranks = average_ranks(ranked, methods, means)
         write(folder / RANKS, lambda path: plot_ranks(ranks, [task.title for task in ranked], path))
         written.append(RANKS)
+    else:
+        (folder / RANKS).unlink(missing_ok=True)  # of an earlier report, whose runs count no more
     if plot_pictures(results, folder / PICTURES):
         written.append(PICTURES)
     for task in comparison.tasks.values():

@@ -284,7 +284,10 @@ def test_report(tmp_path):
     ]
     search = search_text(results)
     assert '| full | 50.0 | **70.0** | diverged |' in search and '| icon | 40.0 | **50.0** | 50.0 |' in search
+    (tmp_path / 'report').mkdir()
+    (tmp_path / 'report' / 'ranks.png').write_text('of an earlier report')
     report(results, tmp_path / 'report', Console(quiet=True))
+    assert not (tmp_path / 'report' / 'ranks.png').exists()  # no part of the grid is complete
     for name in ('tradeoff.png', 'curves.png'):
         assert cv2.imread(str(tmp_path / 'report' / name)).std() > 5
     assert len((tmp_path / 'report' / 'results.csv').read_text().splitlines()) == 6
