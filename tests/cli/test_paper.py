@@ -132,11 +132,14 @@ def test_prepare_takes_every_published_format(prepared, archives, no_weights):
 SHORT = ['train_cfg.max_iters=2', 'train_cfg.val_interval=9']
 SWIN = ['model.backbone.embed_dims=16', 'model.backbone.depths=[1,1,1,1]', 'model.backbone.num_heads=[1,2,4,8]']
 SWIN += ['model.backbone.init_cfg=None']
+LOADERS = ('train', 'val', 'test')
+IN_PROCESS = [f'{name}_dataloader.num_workers=0' for name in LOADERS]
+IN_PROCESS += [f'{name}_dataloader.persistent_workers=False' for name in LOADERS]
 VIT = [
     'model.backbone.arch=deit-tiny',
     'model.backbone.img_size=64',
     'model.backbone.init_cfg=None',
-    *(f'{name}_dataloader.dataset.pipeline.IMAGE.scale=64' for name in ('train', 'val', 'test')),
+    *(f'{name}_dataloader.dataset.pipeline.IMAGE.scale=64' for name in LOADERS),
     *(f'{name}_dataloader.dataset.pipeline.CROP.crop_size=64' for name in ('val', 'test')),
     'model.neck.input_features=192',
     'model.head.in_channels=192',
@@ -220,8 +223,7 @@ def test_runs_and_fills_the_table(task, prepared, tmp_path, capsys, monkeypatch,
 
     monkeypatch.setattr(CIFAR100, '_check_integrity', lambda self: True)
     monkeypatch.setattr(paper, 'launch', launch)
-    options = [*options, *(f'{name}_dataloader.num_workers=0' for name in ('train', 'val', 'test'))]
-    options += [f'{name}_dataloader.persistent_workers=False' for name in ('train', 'val', 'test')]
+    options = [*options, *IN_PROCESS]
     common = ['--tasks', task, '--methods', 'icon', '--models', words, '--gpus', '1', '--data-root', str(prepared)]
     common += ['--out', str(tmp_path)]
     paper.main(['run', *common, '--cfg-options', *options])
@@ -247,17 +249,15 @@ def test_goes_on_in_several_processes(prepared, tmp_path, monkeypatch, no_weight
     """A training of two processes that dies after its first step goes on with the second, and is then tested."""
     words, options = CASES['ade20k']
     options = [option.replace('checkpoint.interval=2', 'checkpoint.interval=1') for option in options]
-    options += [f'{name}_dataloader.num_workers=0' for name in ('train', 'val', 'test')]
-    options += [f'{name}_dataloader.persistent_workers=False' for name in ('train', 'val', 'test')]
-    options += ['env_cfg.dist_cfg.backend=gloo', 'default_hooks.logger.interval=1']
-    dies = [True]
+    options += [*IN_PROCESS, 'env_cfg.dist_cfg.backend=gloo', 'default_hooks.logger.interval=1']
+    called = []
 
     def launch(command, arguments, gpus):
         assert gpus == 2
-        if command == 'train' and dies.pop():
+        called.append(command)
+        if len(called) == 1:
             ranks('train.py', *arguments, 'train_cfg.max_iters=1')
             raise SystemExit('killed')
-        dies.append(False)
         ranks(f'{command}.py', *arguments)
 
     monkeypatch.setattr(paper, 'launch', launch)
@@ -266,8 +266,8 @@ def test_goes_on_in_several_processes(prepared, tmp_path, monkeypatch, no_weight
     with pytest.raises(SystemExit, match='killed'):
         paper.main(command)
     assert not list(tmp_path.glob('*/*.json'))
-    dies.append(False)
     paper.main(command)
+    assert called == ['train', 'train', 'test']
     (result,) = tmp_path.glob('*/*.json')
     assert json.loads(result.read_text())['checkpoint'] == 'iter_2.pth'
     steps = [line['step'] for line in scalars(result.with_suffix('')) if 'loss' in line]
