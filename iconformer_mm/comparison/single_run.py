@@ -40,6 +40,7 @@ from iconformer_mm.tuning.injection import backbones_of
 from iconformer_mm.tuning.quantised_weight import held_weights
 
 from .image_scores import ImageScores, observe
+from .peak_memory import PeakMemoryHook
 from .spec import ROOT
 
 CURVE_POINTS = 50
@@ -128,12 +129,15 @@ def train_and_validate(
     runner.register_hook(DivergenceHook())
     image_scores = ImageScoresHook(settings['metric'])
     runner.register_hook(image_scores)
+    memory = PeakMemoryHook()
+    runner.register_hook(memory)
     score = train(runner, settings['metric'])
     content = dict(
         settings=settings,
         score=score,
         curve=loss_curve(runner),
         train_seconds=sum(history(runner, 'train/time')),
+        peak_memory=memory.peak(),
         **count(runner.model),
         images=image_scores.of(score),
         frozen_weights_checked=check_frozen_weights(runner.model, base),

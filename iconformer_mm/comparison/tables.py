@@ -47,6 +47,7 @@ class Row:
         trained_backbone: On the backbone's side; with a method for each module, in all of these.
         backbone_share: The latter by the parameters of the same modules.
         train_seconds: Mean over the runs.
+        peak_memory: Peak of the training in bytes, mean over the runs that noted it; None if none did.
         rank: Among the methods on this task, 1 is the best; equal ones share the mean of theirs.
         scores: One a seed.
     """
@@ -62,6 +63,7 @@ class Row:
     trained_backbone: int
     backbone_share: float
     train_seconds: float
+    peak_memory: float | None = None
     rank: float = math.nan
     scores: tuple[float | None, ...] = ()
 
@@ -82,6 +84,7 @@ def make_row(results: Results, task: Task, method: Method) -> Row | None:
     scores = [None if run['score'] is None else task.factor * run['score'] for run in runs]
     numbers = [score for score in scores if score is not None]
     whole = len(numbers) == len(scores)
+    peaks = [run['peak_memory'] for run in runs if run.get('peak_memory') is not None]
     return Row(
         task=task.name,
         method=method.name,
@@ -94,6 +97,7 @@ def make_row(results: Results, task: Task, method: Method) -> Row | None:
         trained_backbone=runs[0]['trained_backbone'],
         backbone_share=runs[0]['backbone_share'],
         train_seconds=statistics.mean(run['train_seconds'] for run in runs),
+        peak_memory=statistics.mean(peaks) if peaks else None,
         scores=() if rate is None else tuple(scores),
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iconformer_mm.comparison.results import result_files
-from iconformer_mm.comparison.tables import PICTURES
+from iconformer_mm.comparison.tables import PICTURES, RANKS
 from iconformer_mm.extras import require_extra
 
 from .report_page import Page, ReportError, Section, Table, format_value, read_picture
@@ -25,6 +25,7 @@ RUN_COLUMNS = {
     'trained_parameters': 'trained parameters',
     'backbone_share': 'backbone share',
     'train_seconds': 'seconds',
+    'peak_memory': 'peak memory (MiB)',
     'rank': 'rank',
     'scores': 'scores',
 }
@@ -57,8 +58,10 @@ def report_comparison(folder: Path) -> Page:
     settings = '\n'.join(f'{name}: {json.dumps(run.get("settings"))}' for name, run in finished.items())
     sections = [
         _markdown_section('Summary', folder / 'table.md'),
+        *_differences(folder / 'differences.md'),
+        *_picture('Ranks', folder / RANKS, 'average ranks; a bar joins methods that do not differ'),
         _plots(folder),
-        *_predictions(folder),
+        *_picture('Predictions', folder / PICTURES, 'predictions of the first seed of each method'),
         Section('Runs', notes=problems, tables=[runs]),
         _markdown_section('Search of learning rates', folder / 'search.md'),
         Section('Environment', facts={package: ', '.join(sorted(found)) for package, found in versions.items()}),
@@ -74,8 +77,11 @@ def _run_row(row: Mapping[str, Any]) -> list[str]:
     formats: dict[str, Callable[[Any], str]] = {
         'backbone_share': '{:.2%}'.format,
         'train_seconds': '{:.0f}'.format,
+        'peak_memory': lambda peak: '-' if peak is None else f'{peak / 2**20:,.0f}',
         'scores': lambda scores: ', '.join(map(format_value, scores)),
     }
+    # Earlier releases did not measure memory.
+    row = {'peak_memory': None, **row}
     return [formats.get(key, format_value)(row[key]) for key in RUN_COLUMNS]
 
 
@@ -112,10 +118,15 @@ def _plots(folder: Path) -> Section:
     return section
 
 
-def _predictions(folder: Path) -> list[Section]:
-    """The picture of predictions, which few comparisons have."""
-    picture = read_picture(folder / PICTURES, 'predictions of the first seed of each method')
-    return [] if picture is None else [Section('Predictions', look='wide', pictures=[picture])]
+def _differences(path: Path) -> list[Section]:
+    """Intervals and paired differences, which earlier releases did not write."""
+    return [_markdown_section('Differences', path)] if path.is_file() else []
+
+
+def _picture(title: str, path: Path, caption: str) -> list[Section]:
+    """A section of one picture, which not every comparison has."""
+    picture = read_picture(path, caption)
+    return [] if picture is None else [Section(title, look='wide', pictures=[picture])]
 
 
 def _markdown_section(title: str, path: Path) -> Section:

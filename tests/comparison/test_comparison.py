@@ -75,7 +75,7 @@ def test_runs_are_resumed(tmp_path, capsys):
         with open(out / 'results.csv') as file:
             (row,) = [row for row in csv.DictReader(file) if row['method'] == method]
         assert float(row['mean']) == run['score'] and row['std'] == '' and row['seeds'] == '1'
-        assert float(row['learning_rate']) == 3e-3
+        assert float(row['learning_rate']) == 3e-3 and float(row['peak_memory']) == run['peak_memory'] > 1e8
         assert int(row['trained_parameters']) == run['trained_parameters']
     # iCoN of bottleneck 4 in 4 blocks of width 96, and the head. The head reads the class token, so that the
     # filter of the last block is not trained.

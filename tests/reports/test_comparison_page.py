@@ -9,12 +9,14 @@ from conftest import ROOT
 from iconformer_mm.reports.comparison_page import report_comparison
 from iconformer_mm.reports.report_page import ReportError, render_page
 
-PEFT = ROOT / 'benchmarks' / 'results' / 'peft'
+RESULTS = ROOT / 'benchmarks' / 'results'
+PEFT = RESULTS / 'peft'
 
 
-def test_numbers_are_those_of_the_files():
-    page = report_comparison(PEFT)
-    results = json.loads((PEFT / 'results.json').read_text())
+@pytest.mark.parametrize('folder', [PEFT, RESULTS / 'real'], ids=lambda folder: folder.name)
+def test_numbers_are_those_of_the_files(folder):
+    page = report_comparison(folder)
+    results = json.loads((folder / 'results.json').read_text())
     sections = {section.title: section for section in page.sections}
     assert page.title == results['title'] and not any(section.notes for section in page.sections)
     (table,) = sections['Runs'].tables
@@ -24,15 +26,20 @@ def test_numbers_are_those_of_the_files():
         assert float(shown['mean']) == pytest.approx(row['mean'], rel=1e-5)
         assert float(shown['learning rate']) == row['learning_rate']
         assert int(shown['trained parameters'].replace(',', '')) == row['trained_parameters']
+        peak = row.get('peak_memory')  # in bytes; None of runs of earlier releases
+        assert shown['peak memory (MiB)'] == ('-' if peak is None else f'{round(peak / 2**20):,d}')
     # Every cell of the Markdown tables, in order.
-    for title, name in (('Summary', 'table.md'), ('Search of learning rates', 'search.md')):
+    files = {'Summary': 'table.md', 'Differences': 'differences.md', 'Search of learning rates': 'search.md'}
+    for title, name in files.items():
+        assert (title in sections) == (folder / name).is_file()
         place = 0
-        for line in (PEFT / name).read_text().splitlines():
+        for line in (folder / name).read_text().splitlines() if title in sections else ():
             if line.startswith('|') and '---' not in line:
                 for cell in line.strip('|').split('|'):
                     place = sections[title].html.index(cell.strip(' *'), place)
+    assert ('Ranks' in sections) == (folder / 'ranks.png').is_file()
     assert [picture.kind for picture in sections['Curves'].pictures] == ['png', 'png']
-    runs = len(list(PEFT.glob('runs/*/*/*.json')))
+    runs = len(list(folder.glob('runs/*/*/*.json')))
     assert f'{runs} finished runs' in page.subtitle and 'torch' in sections['Environment'].facts
 
 
