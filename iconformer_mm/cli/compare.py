@@ -19,10 +19,15 @@ from iconformer_mm.comparison.runs import Scheduler
 from iconformer_mm.comparison.spec import Comparison, ComparisonError, load_comparison
 from iconformer_mm.comparison.tables import report
 from iconformer_mm.datasets.scenes import write_scenes
-from iconformer_mm.extras import require_extra
+from iconformer_mm.extras import MissingExtraError, require_extra
+from iconformer_mm.files import written_whole
+from iconformer_mm.reports.comparison_page import report_comparison
+from iconformer_mm.reports.report_page import render_page
 
 from .errors import user_errors
 from .parser import Parser
+
+PAGE = 'report.html'
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,6 +90,19 @@ def render_scenes(comparison: Comparison, tasks: Collection[str]) -> None:
                     write_scenes(folder.parent, folder.name, seed=2 if 'search' in str(folder) else 0)
 
 
+def write_page(folder: Path, console: Console) -> None:
+    """Write the page of a comparison, ``report.html``, if the extra for it is installed."""
+    try:
+        require_extra('report', 'report.html')
+    except MissingExtraError as error:
+        console.print(str(error), markup=False)
+        return
+    path = folder / PAGE
+    with written_whole(path) as temporary:
+        temporary.write_text(render_page(report_comparison(folder)), encoding='utf-8')
+    console.print(f'wrote {path}: open it in a browser')
+
+
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
@@ -109,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             scheduler.run()
         failed = scheduler.failed
     report(results, args.out, console)
+    write_page(args.out, console)
     left = results.left(tasks, methods)
     if left:
         console.print(f'{left} runs are left; the same command goes on with them')

@@ -16,6 +16,8 @@ import yaml  # type: ignore[import-untyped]
 from iconformer_mm.checkpoint.real_base import fetch_base
 from iconformer_mm.compat import config_folder
 
+from .own_images import KEYS, expand_images
+
 FETCHED = 'fetched:'
 FETCHABLE = ('mmpretrain', 'mmseg', 'timm')
 ROOT = config_folder('iconformer_mm').parent  # the checkout; of an installed package its .mim
@@ -282,7 +284,9 @@ def _check_rates(tasks: dict[str, Task], methods: dict[str, Method]) -> None:
 
 def _task(name: str, content: Any, folder: Path) -> Task:
     where = f'tasks.{name}'
-    content = _check_keys(where, content, Task)
+    if 'images' in _dictionary(where, content):
+        content = _expand_images(name, content, folder)
+    content = _check_keys(where, content, Task, KEYS)
     content['config'] = _file(f'{where}.config', content['config'], folder)
     if str(content['base']).startswith(FETCHED):
         target = content['base'].removeprefix(FETCHED)
@@ -302,6 +306,15 @@ def _task(name: str, content: Any, folder: Path) -> Task:
     for key in ('options', 'search_options'):
         content[key] = _dictionary(f'{where}.{key}', content.get(key, {}))
     return Task(name, **content)
+
+
+def _expand_images(name: str, content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    for key in ('options', 'search_options'):
+        _dictionary(f'tasks.{name}.{key}', content.get(key, {}))
+    try:
+        return expand_images(name, content, folder)
+    except ValueError as error:
+        raise ComparisonError(f'tasks.{name}: {error}') from None
 
 
 def _method(name: str, content: Any, tasks: Collection[str]) -> Method:
@@ -341,13 +354,20 @@ def _methods(where: str, value: Any) -> tuple[dict[str, Any], ...]:
     return tuple(entries)
 
 
-def _check_keys(where: str, content: Any, form: type) -> dict[str, Any]:
-    """A copy of a dictionary whose keys are the fields of a dataclass, but for the name."""
+def _check_keys(where: str, content: Any, form: type, hints: Collection[str] = ()) -> dict[str, Any]:
+    """A copy of a dictionary whose keys are the fields of a dataclass, without the name.
+
+    Args:
+        where: What the dictionary is, for messages.
+        content: The dictionary.
+        form: The dataclass.
+        hints: Further keys, which a misspelt one may stand for. Defaults to none.
+    """
     content = _dictionary(where, content)
     known = [f.name for f in fields(form) if f.name != 'name']
     for key in content:
         if key not in known:
-            raise ComparisonError(f"unknown key '{key}' in {where}{_hint(key, known)}")
+            raise ComparisonError(f"unknown key '{key}' in {where}{_hint(key, [*known, *hints])}")
     for f in fields(form):
         if f.name in known and f.name not in content and f.default is MISSING and f.default_factory is MISSING:
             raise ComparisonError(f"{where} lacks the key '{f.name}'")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import random
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from iconformer_mm.extras import require_extra
 from iconformer_mm.fetching import DebianPackage, FetchError, Wheel, cached_folder
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+UNREAD = ('.avif', '.gif', '.heic', '.heif', '.jp2', '.jxl')  # pictures that would be missed
 FASHION_MNIST = (
     'T-shirt',
     'trouser',
@@ -102,6 +105,102 @@ def _unpack_textile(folder: Path) -> Path:
     return images
 
 
+def choose_images(
+    source: Path, shots: int, most: int = 100, seed: int = 0, val: int = 0
+) -> dict[str, dict[str, list[Path]]]:
+    """Choose the images of each split out of a folder with one folder a class.
+
+    Args:
+        source: The images.
+        shots: Training images a class.
+        most: Test images a class, at most. Defaults to 100.
+        seed: Of the choice. Defaults to 0.
+        val: Validation images a class. Defaults to 0: none.
+
+    Returns:
+        The files by split and class: ``'train'``, ``'val'`` and ``'test'``, and the names of the folders, sorted.
+
+    Raises:
+        DataError: There is no such folder, there are less than two classes, a picture has a format that is not read,
+            or a class has not one image more than ``shots`` and ``val``.
+    """
+    found = class_images(source)
+    first = shots + val
+    few = [f'{name} ({len(images)})' for name, images in found.items() if len(images) <= first]
+    if few:
+        most_shots = min(map(len, found.values())) - 1 - val
+        advice = f'shots (--shots) can be {most_shots} at most' if most_shots > 0 else 'add images, or leave it out'
+        raise DataError(
+            f'{source}: every class needs more than {first} images ({shots} to train, '
+            f'{f"{val} to validate, " if val else ""}the rest to test); too few in {", ".join(few[:5])}: {advice}'
+        )
+    chosen: dict[str, dict[str, list[Path]]] = {'train': {}, 'val': {}, 'test': {}}
+    for name, images in found.items():
+        random.Random(f'{seed} {name}').shuffle(images)
+        chosen['train'][name] = images[:shots]
+        chosen['val'][name] = images[shots:first]
+        chosen['test'][name] = images[first : first + most]
+    return chosen
+
+
+def fingerprint_of(chosen: Mapping[str, Mapping[str, Sequence[Path]]]) -> str:
+    """Digest of the names and sizes of the files of a split.
+
+    Args:
+        chosen: What :func:`choose_images` gave.
+    """
+    lines = [
+        f'{split}/{name}/{path.name} {path.stat().st_size}'
+        for split, classes in chosen.items()
+        for name, paths in classes.items()
+        for path in paths
+    ]
+    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
+
+
+def refuse_copies(chosen: Mapping[str, Mapping[str, Sequence[Path]]]) -> None:
+    """Refuse equal files in two splits, where a test would be of what was trained on, or in two classes.
+
+    Args:
+        chosen: What :func:`choose_images` gave.
+
+    Raises:
+        DataError: There are such files.
+    """
+    places = [(split, path) for split, classes in chosen.items() for paths in classes.values() for path in paths]
+    sizes = Counter(path.stat().st_size for _, path in places)
+    seen: dict[bytes, tuple[str, Path]] = {}
+    copies = []
+    for split, path in places:
+        if sizes[path.stat().st_size] > 1:
+            first = seen.setdefault(hashlib.sha256(path.read_bytes()).digest(), (split, path))
+            if (first[0], first[1].parent) != (split, path.parent):
+                copies.append(f'{first[1]} and {path}')
+    if copies:
+        raise DataError(
+            f'the same picture is in two splits or two classes, so that its score would say nothing: '
+            f'{"; ".join(copies[:3])}{f"; and {len(copies) - 3} more" if len(copies) > 3 else ""}; keep one of each'
+        )
+
+
+def class_images(source: Path) -> dict[str, list[Path]]:
+    """The images of each class, sorted, in a folder with one folder a class.
+
+    Args:
+        source: The images.
+
+    Raises:
+        DataError: There is no such folder, there are less than two classes, or a picture has a format that is not
+            read.
+    """
+    if not source.is_dir():
+        raise DataError(f'the folder {source} does not exist')
+    classes = sorted(p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith('.'))
+    if len(classes) < 2:
+        raise DataError(f'{source} has {len(classes)} folders; it needs one for each class, two at least')
+    return {name: image_files(source / name) for name in classes}
+
+
 def split_folder(
     source: Path, target: Path, shots: int | None = 20, most: int = 100, seed: int = 0, val: int = 0
 ) -> list[str]:
@@ -120,42 +219,35 @@ def split_folder(
         Names of the classes.
 
     Raises:
-        DataError: There is no such folder, there are less than two classes, or a class has not one image more than
-            ``shots`` and ``val``.
+        DataError: As :func:`choose_images`.
     """
-    if not source.is_dir():
-        raise DataError(f'the folder {source} does not exist')
-    classes = sorted(p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith('.'))
-    if len(classes) < 2:
-        raise DataError(f'{source} has {len(classes)} folders; it needs one for each class, two at least')
-    found = {name: image_files(source / name) for name in classes}
     if shots is None:
-        shots = max(1, min(20, 4 * min(map(len, found.values())) // 5))
-    first = shots + val
-    few = [f'{name} ({len(images)})' for name, images in found.items() if len(images) <= first]
-    if few:
-        most_shots = min(map(len, found.values())) - 1 - val
-        advice = f'shots (--shots) can be {most_shots} at most' if most_shots > 0 else 'add images, or leave it out'
-        raise DataError(
-            f'{source}: every class needs more than {first} images ({shots} to train, '
-            f'{f"{val} to validate, " if val else ""}the rest to test); too few in {", ".join(few[:5])}: {advice}'
-        )
+        shots = max(1, min(20, 4 * min(map(len, class_images(source).values())) // 5))
+    chosen = choose_images(source, shots, most, seed, val)
     shutil.rmtree(target, ignore_errors=True)
-    for name, images in found.items():
-        random.Random(f'{seed} {name}').shuffle(images)
-        parts = {'train': images[:shots], 'val': images[shots:first], 'test': images[first : first + most]}
-        for split, chosen in parts.items():
-            folder = target / split / name
-            if chosen:
-                folder.mkdir(parents=True)
-            for path in chosen:
-                shutil.copy(path, folder / path.name)
-    return classes
+    for split, classes in chosen.items():
+        for name, images in classes.items():
+            if images:
+                (target / split / name).mkdir(parents=True)
+            for path in images:
+                shutil.copy(path, target / split / name / path.name)
+    return list(chosen['train'])
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images of a folder, sorted, by their suffixes."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    """The images of a folder, sorted, by their suffixes.
+
+    Raises:
+        DataError: A picture has a format that is not read.
+    """
+    files = sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
+    unread = [p for p in files if p.suffix.lower() in UNREAD]
+    if unread:
+        raise DataError(
+            f'{unread[0]} has a format that is not read, like {len(unread) - 1} more in its folder; convert them to '
+            f'one of {", ".join(SUFFIXES)}, or take them out'
+        )
+    return [p for p in files if p.suffix.lower() in SUFFIXES]
 
 
 def write_fashion_mnist(source: Path, target: Path, shots: int = 20, most: int = 100, val: int = 0) -> list[str]:

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import shutil
 import statistics
 from copy import deepcopy
+from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import yaml
 from commands import tool
@@ -382,9 +385,16 @@ def test_no_file_and_no_yaml(tmp_path):
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs' / 'comparison').glob('*.yaml')), ids=lambda path: path.stem)
-def test_comparisons_in_configs(path, import_methods):
+def test_comparisons_in_configs(path, import_methods, tmp_path):
     """Their methods can be made, their options are settings of the configs, the README counts their runs."""
-    comparison = load_comparison(path)
+    if path.stem == 'my_images':  # a template, which names a folder beside it
+        for index in range(10):
+            file = tmp_path / 'my_images' / f'class{index % 2}' / f'{index}.png'
+            file.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(file), np.full((4, 4, 3), index, np.uint8))
+        comparison = load_comparison(Path(shutil.copy(path, tmp_path)))
+    else:
+        comparison = load_comparison(path)
     for task in comparison.tasks.values():
         for name in task.options.get('custom_imports.imports', ()):
             if name != 'iconformer_mm':

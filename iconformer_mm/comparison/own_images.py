@@ -1,0 +1,79 @@
+"""A task of a comparison on a user's own images: one key of the YAML file in place of a config and its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from iconformer_mm.compat import config_folder
+from iconformer_mm.datasets.few_shot import choose_images, class_images, fingerprint_of, refuse_copies
+
+CONFIG = config_folder('iconformer_mm') / 'quickstart' / 'real' / 'dinov2-small_linear_images.py'
+KEYS = {'images': str, 'shots': int, 'val': int, 'test': int, 'size': int}
+PATCH = 14  # of DINOv2-S, in pixels
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # those of configs/comparison/real.yaml
+
+
+def expand_images(name: str, content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The whole content of a task that has ``images``: a linear head on a fetched DINOv2-S, and the user's images.
+
+    ``images`` is a folder with one sub-folder a class. It is split into training, validation and test images. Learning
+    rates are searched on the validation images, and the methods compared on the test images.
+
+    Args:
+        name: Name of the task.
+        content: What the YAML file has. Beside the keys of any task: ``shots`` and ``val``, the training and
+            validation images a class, ``test``, the test images a class at most (100), and ``size``, the side of an
+            image in pixels (112). ``shots`` and ``val`` are 20, or two and one of five of the smallest class where
+            it has fewer than 100 images.
+        folder: What a relative ``images`` is relative to.
+
+    Raises:
+        DataError: The folder cannot be split so, or an image is there twice.
+        ValueError: A value is out of its range, or there is a key that ``images`` stands for.
+    """
+    for key in ('config', 'base', 'metric'):
+        if key in content:
+            raise ValueError(f'there are both images and {key}; images stands for a config, its base and its metric')
+    for key, kind in KEYS.items():
+        if not isinstance(content.get(key, kind()), kind) or isinstance(content.get(key), bool):
+            raise ValueError(f'{key} must be {kind.__name__}, it is {content[key]!r}')
+    source = (folder / Path(content['images']).expanduser()).resolve()
+    size = content.get('size', 8 * PATCH)
+    if size < 2 * PATCH or size % PATCH:
+        raise ValueError(f'size must be a multiple of {PATCH} pixels, from {2 * PATCH} on, it is {size}')
+    fewest = min(map(len, class_images(source).values()))
+    split = dict(
+        shots=content.get('shots', max(1, min(20, 2 * fewest // 5))),
+        val=content.get('val', max(1, min(20, fewest // 5))),
+        most=content.get('test', 100),
+    )
+    for key, number in split.items():
+        if number < 1:
+            raise ValueError(f'{"test" if key == "most" else key} must be at least 1, it is {number}')
+    chosen = choose_images(source, **split)
+    refuse_copies(chosen)
+    options: dict[str, Any] = {'model.head.num_classes': len(chosen['train'])}
+    for loader in ('train', 'val', 'test'):
+        values = dict(
+            type='ImageFolderSplit',
+            data_root=str(source),
+            data_prefix='',
+            split=loader if loader == 'train' else 'test',
+            fingerprint=fingerprint_of(chosen),
+            **split,
+        )
+        options |= {f'{loader}_dataloader.dataset.{key}': value for key, value in values.items()}
+        options[f'{loader}_dataloader.dataset.pipeline.1.scale'] = [size, size]
+    rest = {key: value for key, value in content.items() if key not in KEYS}
+    return {
+        'config': str(CONFIG),
+        'base': 'fetched:mmpretrain',
+        'metric': 'accuracy/top1',
+        'title': f'{name} (%)',
+        **({} if 'rates_of' in rest else {'learning_rates': list(RATES)}),
+        **rest,
+        'options': options | rest.get('options', {}),
+        'search_options': {'val_dataloader.dataset.split': 'val'} | rest.get('search_options', {}),
+    }
