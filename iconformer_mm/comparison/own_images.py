@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iconformer_mm.compat import config_folder
-from iconformer_mm.datasets.few_shot import choose_images, class_images, fingerprint_of, refuse_copies
+from iconformer_mm.datasets.few_shot import choose_images, fingerprint_of, refuse_copies
 
 CONFIG = config_folder('iconformer_mm') / 'quickstart' / 'real' / 'dinov2-small_linear_images.py'
 KEYS = {'images': str, 'shots': int, 'val': int, 'test': int, 'size': int}
@@ -18,15 +18,13 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # those of configs/comparison/real.yaml
 def expand_images(name: str, content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The whole content of a task that has ``images``: a linear head on a fetched DINOv2-S, and the user's images.
 
-    ``images`` is a folder with one sub-folder a class. It is split into training, validation and test images. Learning
-    rates are searched on the validation images, and the methods compared on the test images.
+    ``images`` is a folder that :func:`iconformer_mm.datasets.few_shot.choose_images` can split. Learning rates are
+    searched on the validation images, and the methods compared on the test images.
 
     Args:
         name: Name of the task.
-        content: What the YAML file has. Beside the keys of any task: ``shots`` and ``val``, the training and
-            validation images a class, ``test``, the test images a class at most (100), and ``size``, the side of an
-            image in pixels (112). ``shots`` and ``val`` are 20, or two and one of five of the smallest class where
-            it has fewer than 100 images.
+        content: What the YAML file has. Beside the keys of any task: ``shots``, ``val`` and ``test``, the training,
+            validation and test images a class, and ``size``, the side of an image in pixels (112).
         folder: What a relative ``images`` is relative to.
 
     Raises:
@@ -43,12 +41,7 @@ def expand_images(name: str, content: Mapping[str, Any], folder: Path) -> dict[s
     size = content.get('size', 8 * PATCH)
     if size < 2 * PATCH or size % PATCH:
         raise ValueError(f'size must be a multiple of {PATCH} pixels, from {2 * PATCH} on, it is {size}')
-    fewest = min(map(len, class_images(source).values()))
-    split = dict(
-        shots=content.get('shots', max(1, min(20, 2 * fewest // 5))),
-        val=content.get('val', max(1, min(20, fewest // 5))),
-        most=content.get('test', 100),
-    )
+    split = {'most' if key == 'test' else key: content[key] for key in ('shots', 'val', 'test') if key in content}
     for key, number in split.items():
         if number < 1:
             raise ValueError(f'{"test" if key == "most" else key} must be at least 1, it is {number}')

@@ -105,45 +105,97 @@ def _unpack_textile(folder: Path) -> Path:
     return images
 
 
+Split = dict[str, dict[str, list[Path]]]  # files by 'train', 'val' and 'test', and by class
+
+
 def choose_images(
-    source: Path, shots: int, most: int = 100, seed: int = 0, val: int = 0
-) -> dict[str, dict[str, list[Path]]]:
+    source: Path, shots: int | None = None, most: int | None = None, seed: int = 0, val: int | None = None
+) -> Split:
     """Choose the images of each split out of a folder with one folder a class.
+
+    Or out of a folder with ``train``, ``test`` and perhaps ``val``, each with one folder a class. These splits are
+    kept. Without ``val``, a part of ``train`` is taken.
 
     Args:
         source: The images.
-        shots: Training images a class.
-        most: Test images a class, at most. Defaults to 100.
+        shots: Training images a class. Defaults to None: 20, or two of five of the smallest class where that is less.
+            Of a folder with splits: at most, by default all.
+        most: Test images a class, at most. Defaults to None: 100. Of a folder with splits: all.
         seed: Of the choice. Defaults to 0.
-        val: Validation images a class. Defaults to 0: none.
+        val: Validation images a class. Defaults to None: 20, or one of five of the smallest class where that is less.
+            Of a folder with ``val``: at most, by default all.
 
     Returns:
-        The files by split and class: ``'train'``, ``'val'`` and ``'test'``, and the names of the folders, sorted.
+        The files by split and class. The classes are the names of the folders, sorted.
 
     Raises:
         DataError: There is no such folder, there are less than two classes, a picture has a format that is not read,
-            or a class has not one image more than ``shots`` and ``val``.
+            a class has too few images, or the splits differ in their classes.
     """
-    found = class_images(source)
+    if is_split(source):
+        return _take_splits(source, shots, most, seed, val)
+    found = _shuffled(class_images(source), seed)
+    fewest = min(map(len, found.values()))
+    shots = max(1, min(20, 2 * fewest // 5)) if shots is None else shots
+    val = _few_for_validation(found) if val is None else val
     first = shots + val
     few = [f'{name} ({len(images)})' for name, images in found.items() if len(images) <= first]
     if few:
-        most_shots = min(map(len, found.values())) - 1 - val
+        most_shots = fewest - 1 - val
         advice = f'shots (--shots) can be {most_shots} at most' if most_shots > 0 else 'add images, or leave it out'
         raise DataError(
             f'{source}: every class needs more than {first} images ({shots} to train, '
             f'{f"{val} to validate, " if val else ""}the rest to test); too few in {", ".join(few[:5])}: {advice}'
         )
-    chosen: dict[str, dict[str, list[Path]]] = {'train': {}, 'val': {}, 'test': {}}
-    for name, images in found.items():
-        random.Random(f'{seed} {name}').shuffle(images)
-        chosen['train'][name] = images[:shots]
-        chosen['val'][name] = images[shots:first]
-        chosen['test'][name] = images[first : first + most]
+    end = first + (100 if most is None else most)
+    return {
+        'train': {name: images[:shots] for name, images in found.items()},
+        'val': {name: images[shots:first] for name, images in found.items()},
+        'test': {name: images[first:end] for name, images in found.items()},
+    }
+
+
+def is_split(source: Path) -> bool:
+    """Whether a folder holds the splits ``train`` and ``test``, and not two classes of these names."""
+    return all(split.is_dir() and not image_files(split) for split in (source / 'train', source / 'test'))
+
+
+def _take_splits(source: Path, shots: int | None, most: int | None, seed: int, val: int | None) -> Split:
+    """The splits of a folder that has them, see :func:`choose_images`."""
+    found = {
+        split: _shuffled(class_images(source / split), seed)
+        for split in ('train', 'val', 'test')
+        if (source / split).is_dir()
+    }
+    classes = list(found['train'])
+    for split, own in found.items():
+        other = sorted(own.keys() ^ set(classes))
+        if other:
+            raise DataError(f'{source}: train and {split} differ in the class {other[0]}; both need all classes')
+    if 'val' not in found:
+        number = _few_for_validation(found['train']) if val is None else val
+        found['val'] = {name: images[:number] for name, images in found['train'].items()}
+        found['train'] = {name: images[number:] for name, images in found['train'].items()}
+    ends = {'train': shots, 'val': val, 'test': most}
+    chosen = {split: {name: found[split][name][:end] for name in classes} for split, end in ends.items()}
+    for split, own in chosen.items():
+        empty = next((name for name, images in own.items() if not images), None)
+        if empty is not None and ends[split] != 0:
+            raise DataError(f'{source}: the class {empty} has no image for the split {split}; add some')
     return chosen
 
 
-def fingerprint_of(chosen: Mapping[str, Mapping[str, Sequence[Path]]]) -> str:
+def _shuffled(found: dict[str, list[Path]], seed: int) -> dict[str, list[Path]]:
+    for name, images in found.items():
+        random.Random(f'{seed} {name}').shuffle(images)
+    return found
+
+
+def _few_for_validation(found: Mapping[str, Sequence[Path]]) -> int:
+    return max(1, min(20, min(map(len, found.values())) // 5))
+
+
+def fingerprint_of(chosen: Split) -> str:
     """Digest of the names and sizes of the files of a split.
 
     Args:
@@ -158,7 +210,7 @@ def fingerprint_of(chosen: Mapping[str, Mapping[str, Sequence[Path]]]) -> str:
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
 
-def refuse_copies(chosen: Mapping[str, Mapping[str, Sequence[Path]]]) -> None:
+def refuse_copies(chosen: Split) -> None:
     """Refuse equal files in two splits, where a test would be of what was trained on, or in two classes.
 
     Args:
@@ -198,7 +250,15 @@ def class_images(source: Path) -> dict[str, list[Path]]:
     classes = sorted(p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith('.'))
     if len(classes) < 2:
         raise DataError(f'{source} has {len(classes)} folders; it needs one for each class, two at least')
-    return {name: image_files(source / name) for name in classes}
+    found = {name: image_files(source / name) for name in classes}
+    within = [
+        name for name, images in found.items() if not images and any(p.is_dir() for p in (source / name).iterdir())
+    ]
+    if within:
+        raise DataError(
+            f'{source / within[0]} has folders and no images; name the folder whose sub-folders are the classes'
+        )
+    return found
 
 
 def split_folder(
@@ -209,8 +269,8 @@ def split_folder(
     Args:
         source: The images.
         target: Where ``train/CLASS``, ``val/CLASS`` and ``test/CLASS`` are made, with copies of them.
-        shots: Training images a class. None for 20, or four of five where the smallest class has fewer than 25.
-            Defaults to 20.
+        shots: Training images a class. None for 20, or four of five where the smallest class has fewer than 25; of a
+            folder with splits, for all. Defaults to 20.
         most: Test images a class, at most. Defaults to 100.
         seed: Of the choice. Defaults to 0.
         val: Validation images a class. Defaults to 0: none.
@@ -221,7 +281,7 @@ def split_folder(
     Raises:
         DataError: As :func:`choose_images`.
     """
-    if shots is None:
+    if shots is None and not is_split(source):
         shots = max(1, min(20, 4 * min(map(len, class_images(source).values())) // 5))
     chosen = choose_images(source, shots, most, seed, val)
     shutil.rmtree(target, ignore_errors=True)

@@ -11,7 +11,13 @@ from PIL import Image
 
 from iconformer_mm.datasets import few_shot
 from iconformer_mm.datasets.checks import DataError
-from iconformer_mm.datasets.few_shot import FASHION_MNIST, split_folder, write_fashion_mnist
+from iconformer_mm.datasets.few_shot import (
+    FASHION_MNIST,
+    choose_images,
+    image_files,
+    split_folder,
+    write_fashion_mnist,
+)
 from iconformer_mm.fetching import FetchError, Wheel
 
 
@@ -75,6 +81,65 @@ def test_small_classes_leave_one_of_five_to_test(smallest, shots, tmp_path):
     split_folder(source, tmp_path / 'few', shots=None)
     assert {len(names(tmp_path / 'few' / 'train' / name)) for name in ('cat', 'dog')} == {shots}
     assert len(names(tmp_path / 'few' / 'test' / 'dog')) == smallest - shots
+
+
+def found(chosen):
+    return {split: {name: len(images) for name, images in classes.items()} for split, classes in chosen.items()}
+
+
+@pytest.mark.parametrize(('smallest', 'train', 'val', 'test'), [(130, 20, 20, 90), (50, 20, 10, 20), (3, 1, 1, 1)])
+def test_how_many_of_each_by_default(smallest, train, val, test, tmp_path):
+    source = folder(tmp_path / 'all', cat=200, dog=smallest)
+    chosen = choose_images(source)
+    assert found(chosen) == {
+        'train': dict(cat=train, dog=train),
+        'val': dict(cat=val, dog=val),
+        'test': dict(cat=100, dog=test),
+    }
+    everything = [path for classes in chosen.values() for images in classes.values() for path in images]
+    assert len(set(everything)) == len(everything)
+
+
+def test_splits_are_kept(tmp_path):
+    for split, counts in (('train', dict(cat=9, dog=6)), ('test', dict(cat=2, dog=3))):
+        folder(tmp_path / 'all' / split, **counts)
+    chosen = choose_images(tmp_path / 'all')
+    assert found(chosen) == dict(train=dict(cat=8, dog=5), val=dict(cat=1, dog=1), test=dict(cat=2, dog=3))
+    assert all(path.parts[-3] == ('test' if split == 'test' else 'train') for split, path in paths_of(chosen))
+    folder(tmp_path / 'all' / 'val', cat=4, dog=4)
+    chosen = choose_images(tmp_path / 'all', shots=7, most=2)
+    assert found(chosen) == dict(train=dict(cat=7, dog=6), val=dict(cat=4, dog=4), test=dict(cat=2, dog=2))
+    assert all(path.parts[-3] == split for split, path in paths_of(chosen))
+    assert split_folder(tmp_path / 'all', tmp_path / 'few', shots=None) == ['cat', 'dog']
+    assert len(names(tmp_path / 'few' / 'train' / 'dog')) == 6 and not (tmp_path / 'few' / 'val').exists()
+
+
+def paths_of(chosen):
+    return [(split, path) for split, classes in chosen.items() for images in classes.values() for path in images]
+
+
+def test_splits_that_do_not_fit(tmp_path):
+    folder(tmp_path / 'all' / 'train', cat=2, dog=2)
+    folder(tmp_path / 'all' / 'test', cat=2, cow=2)
+    with pytest.raises(DataError, match='train and test differ in the class cow; both need all classes'):
+        choose_images(tmp_path / 'all')
+    folder(tmp_path / 'other' / 'train', cat=2, dog=1)
+    folder(tmp_path / 'other' / 'test', cat=2, dog=2)
+    with pytest.raises(DataError, match='the class dog has no image for the split train; add some'):
+        choose_images(tmp_path / 'other')
+    with pytest.raises(DataError, match='name the folder whose sub-folders are the classes'):
+        choose_images(tmp_path)
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path):
+    chosen = choose_images(folder(tmp_path / 'all', train=5, test=5, car=5))
+    assert found(chosen)['train'] == dict(car=2, test=2, train=2)
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    source = folder(tmp_path / 'all', cat=5, dog=5)
+    (source / 'cat' / '._0.png').write_text('of another system')
+    assert len(image_files(source / 'cat')) == 5
 
 
 def write_idx(path, array):

@@ -16,14 +16,15 @@ from iconformer_mm.datasets.few_shot import choose_images, fingerprint_of
 class ImageFolderSplit(BaseDataset):
     """Images of a folder with one sub-folder a class, split into training, validation and test images (ours).
 
-    Nothing is copied. The split depends on the names of the files and the seed.
+    Nothing is copied. The split depends on the names of the files and the seed. If the folder has the splits ``train``
+    and ``test``, they are kept.
 
     Args:
         data_root: The folder.
         split: ``'train'``, ``'val'`` or ``'test'``. Defaults to ``'train'``.
-        shots: Training images a class. Defaults to 20.
-        val: Validation images a class. Defaults to 20.
-        most: Test images a class, at most. Defaults to 100.
+        shots: Training images a class, see :func:`iconformer_mm.datasets.few_shot.choose_images`. Defaults to None.
+        val: Validation images a class. Defaults to None.
+        most: Test images a class, at most. Defaults to None.
         seed: Of the choice. Defaults to 0.
         fingerprint: What :func:`iconformer_mm.datasets.few_shot.fingerprint_of` gave before. Defaults to None: files
             may have changed.
@@ -38,9 +39,9 @@ class ImageFolderSplit(BaseDataset):
         self,
         data_root: str,
         split: str = 'train',
-        shots: int = 20,
-        val: int = 20,
-        most: int = 100,
+        shots: int | None = None,
+        val: int | None = None,
+        most: int | None = None,
         seed: int = 0,
         fingerprint: str | None = None,
         **kwargs: Any,
