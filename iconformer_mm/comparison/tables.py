@@ -336,7 +336,8 @@ def report(results: Results, folder: Path, console: Console) -> None:
     """
     comparison = results.comparison
     rows = make_rows(results)
-    title = f'{comparison.title}, mean ± std over {len(comparison.seeds)} seeds'
+    number = len(comparison.seeds)
+    title = f'{comparison.title}, mean ± std over {number} seed{"s" if number > 1 else ""}'
     titles, lines = table(results, rows, '[bold]{}[/bold]')
     print_table(title, [textwrap.wrap(words, 12) for words in titles], lines, console)
     markdown = f'{title}\n\n' + to_markdown(*table(results, rows, '**{}**'))
