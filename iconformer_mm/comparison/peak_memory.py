@@ -43,6 +43,8 @@ def read_peak() -> int:
 class PeakMemoryHook(Hook):
     """Notes the peak memory of the training steps. Loading before them and validations do not count."""
 
+    priority = 'VERY_LOW'  # after hooks that prepare the training
+
     def __init__(self) -> None:
         self._largest: int | None = None
         self._counts = False
