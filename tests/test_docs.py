@@ -30,7 +30,7 @@ from tool_parsers import parser_of_command, parser_of_tool  # noqa: E402
 from iconformer_mm import active_adapter, inject, list_adapters, save_adapter  # noqa: E402
 from iconformer_mm.comparison.results import Results  # noqa: E402
 from iconformer_mm.comparison.spec import load_comparison  # noqa: E402
-from iconformer_mm.comparison.tables import report  # noqa: E402
+from iconformer_mm.comparison.tables import make_rows, report  # noqa: E402
 from iconformer_mm.engine import load_config  # noqa: E402
 from iconformer_mm.engine.config import find_config  # noqa: E402
 
@@ -223,6 +223,19 @@ def test_real_comparison(tmp_path):
             assert all(line in page for page in pages), line
             shown += 1
     assert shown >= 3
+
+
+def test_costs_of_the_real_comparison():
+    """The table of costs in the docs is that of the runs, and the runs those of the config."""
+    folder = ROOT / 'benchmarks' / 'results' / 'costs'
+    results = Results(load_comparison(ROOT / 'configs' / 'comparison' / 'costs.yaml'), folder)
+    rows = {method: row for (_, method), row in make_rows(results).items()}
+    assert not results.stale and list(rows) == list(results.comparison.methods)
+    page = (ROOT / 'docs' / 'comparison.md').read_text(encoding='utf-8')
+    for name, row in rows.items():
+        title, step = results.comparison.methods[name].title, row.train_seconds / rows['full'].train_seconds
+        counts = f'{row.trained_backbone:,} | {row.backbone_share:.2%}'
+        assert f'| {title} | {counts} | {step:.2f} | {row.peak_memory / 2**20:,.0f} |' in page
 
 
 @pytest.mark.parametrize(
