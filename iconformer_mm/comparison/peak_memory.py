@@ -41,30 +41,33 @@ def read_peak() -> int:
 
 
 class PeakMemoryHook(Hook):
-    """Notes the peak memory of the training steps. Loading before them and validations do not count."""
+    """Notes the peak memory of the training steps. Loading before them and validations do not count.
 
-    priority = 'VERY_LOW'  # after hooks that prepare the training
+    The peak is read after each step, before MMEngine's logger, which has CUDA forget it with every line of the log.
+    """
 
     def __init__(self) -> None:
         self._largest: int | None = None
         self._counts = False
-        self._stepped = False  # since the count began
-
-    def before_train(self, runner: Runner) -> None:
-        """Begin to count."""
-        self._counts = forget_peak()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Note that there is a step."""
-        self._stepped = True
+        """Begin to count at the first step, and at the first one after a validation."""
+        if not self._counts:
+            self._counts = forget_peak()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Note the peak."""
+        self._note()
 
     def before_val(self, runner: Runner) -> None:
         """Note the peak of the steps up to a validation."""
         self._note()
 
     def after_val(self, runner: Runner) -> None:
-        """Count on."""
-        self._counts, self._stepped = forget_peak(), False
+        """Leave the validation out."""
+        self._counts = False
 
     def peak(self) -> int | None:
         """The peak of all steps in bytes; None where the system does not tell."""
@@ -72,6 +75,5 @@ class PeakMemoryHook(Hook):
         return self._largest
 
     def _note(self) -> None:
-        if self._counts and self._stepped:
+        if self._counts:
             self._largest = max(self._largest or 0, read_peak())
-            self._stepped = False

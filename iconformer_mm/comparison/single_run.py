@@ -126,11 +126,11 @@ def train_and_validate(
     torch.set_num_threads(1)
     runner = build_runner(make_config(settings, base, folder, keep_adapter))
     exempt_from_collection()
+    memory = PeakMemoryHook()
+    runner.register_hook(memory)  # before the hook that ends a training in the middle of a step
     runner.register_hook(DivergenceHook())
     image_scores = ImageScoresHook(settings['metric'])
     runner.register_hook(image_scores)
-    memory = PeakMemoryHook()
-    runner.register_hook(memory)
     score = train(runner, settings['metric'])
     content = dict(
         settings=settings,

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from mmengine.hooks import LoggerHook
+from mmengine.runner import get_priority
 
 from iconformer_mm.comparison import peak_memory
 from iconformer_mm.comparison.peak_memory import PeakMemoryHook
@@ -55,3 +57,18 @@ def test_another_system_does_not_tell(monkeypatch, tmp_path):
     hook.before_train_iter(None, 0)
     hook.before_val(None)
     assert hook.peak() is None
+
+
+def test_a_logger_that_forgets_the_peak():
+    """As MMEngine's does on CUDA, after each line of the log."""
+    hook, before = PeakMemoryHook(), resident()
+    for mib in (300, 100):
+        hook.before_train_iter(None, 0)
+        use(mib)
+        hook.after_train_iter(None, 0)
+        peak_memory.forget_peak()
+    assert hook.peak() / MIB == pytest.approx(before + 300, abs=50)
+
+
+def test_it_is_read_before_the_logger():
+    assert get_priority(PeakMemoryHook.priority) < get_priority(LoggerHook.priority)
