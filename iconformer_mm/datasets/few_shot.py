@@ -105,6 +105,7 @@ def _unpack_textile(folder: Path) -> Path:
     return images
 
 
+SPLITS = ('train', 'val', 'test')
 Split = dict[str, dict[str, list[Path]]]  # files by 'train', 'val' and 'test', and by class
 
 
@@ -162,11 +163,14 @@ def is_split(source: Path) -> bool:
 
 def _take_splits(source: Path, shots: int | None, most: int | None, seed: int, val: int | None) -> Split:
     """The splits of a folder that has them, see :func:`choose_images`."""
-    found = {
-        split: _shuffled(class_images(source / split), seed)
-        for split in ('train', 'val', 'test')
-        if (source / split).is_dir()
-    }
+    folders = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith('.'))
+    for name in folders:
+        if name not in SPLITS:
+            raise DataError(
+                f'{source} has the parts {", ".join(folders)}, and {name} would not be used; rename it to one of '
+                f'{", ".join(SPLITS)}, or take it out'
+            )
+    found = {split: _shuffled(class_images(source / split), seed) for split in folders}
     classes = list(found['train'])
     for split, own in found.items():
         other = sorted(own.keys() ^ set(classes))
@@ -196,17 +200,17 @@ def _few_for_validation(found: Mapping[str, Sequence[Path]]) -> int:
 
 
 def fingerprint_of(chosen: Split) -> str:
-    """Digest of the names and sizes of the files of a split.
+    """Digest of the names, sizes and times of the files of a split.
 
     Args:
         chosen: What :func:`choose_images` gave.
     """
-    lines = [
-        f'{split}/{name}/{path.name} {path.stat().st_size}'
-        for split, classes in chosen.items()
-        for name, paths in classes.items()
-        for path in paths
-    ]
+    lines = []
+    for split, classes in chosen.items():
+        for name, paths in classes.items():
+            for path in paths:
+                status = path.stat()
+                lines.append(f'{split}/{name}/{path.name} {status.st_size} {status.st_mtime_ns}')
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
 

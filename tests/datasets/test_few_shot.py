@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.datasets.few_shot import (
     FASHION_MNIST,
     choose_images,
+    fingerprint_of,
     image_files,
     split_folder,
     write_fashion_mnist,
@@ -129,6 +131,25 @@ def test_splits_that_do_not_fit(tmp_path):
         choose_images(tmp_path / 'other')
     with pytest.raises(DataError, match='name the folder whose sub-folders are the classes'):
         choose_images(tmp_path)
+
+
+def test_a_part_of_another_name_is_not_passed_over(tmp_path):
+    for split in ('train', 'valid', 'test'):
+        folder(tmp_path / split, cat=3, dog=3)
+    with pytest.raises(DataError, match='has the parts test, train, valid, and valid would not be used; rename it'):
+        choose_images(tmp_path)
+
+
+def test_an_image_that_changes_is_noticed_in_a_format_of_one_size(tmp_path):
+    for path in (tmp_path / 'cat' / '0.bmp', tmp_path / 'dog' / '0.bmp'):
+        path.parent.mkdir()
+        Image.new('RGB', (4, 4)).save(path)
+        os.utime(path, (0, 0))  # two writes may fall into one tick of the clock
+    chosen = {'train': {path.parent.name: [path] for path in tmp_path.glob('*/*')}}
+    known, (path, *_) = fingerprint_of(chosen), chosen['train']['cat']
+    before = path.stat()
+    Image.new('RGB', (4, 4), (9, 9, 9)).save(path)
+    assert path.stat().st_size == before.st_size and fingerprint_of(chosen) != known
 
 
 def test_classes_may_be_called_as_splits_are(tmp_path):

@@ -9,7 +9,7 @@ from mmpretrain.datasets import BaseDataset
 from mmpretrain.registry import DATASETS
 
 from iconformer_mm.datasets.checks import DataError
-from iconformer_mm.datasets.few_shot import choose_images, fingerprint_of
+from iconformer_mm.datasets.few_shot import SPLITS, choose_images, fingerprint_of
 
 
 @DATASETS.register_module()
@@ -46,7 +46,7 @@ class ImageFolderSplit(BaseDataset):
         fingerprint: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if split not in ('train', 'val', 'test'):
+        if split not in SPLITS:
             raise ValueError(f"split must be 'train', 'val' or 'test', got {split!r}")
         chosen = choose_images(Path(data_root), shots, most, seed, val)
         if fingerprint not in (None, fingerprint_of(chosen)):
