@@ -20,14 +20,10 @@ from iconformer_mm.comparison.spec import Comparison, ComparisonError, load_comp
 from iconformer_mm.comparison.tables import report
 from iconformer_mm.datasets.scenes import write_scenes
 from iconformer_mm.extras import MissingExtraError, require_extra
-from iconformer_mm.files import written_whole
-from iconformer_mm.reports.comparison_page import report_comparison
-from iconformer_mm.reports.report_page import render_page
 
 from .errors import user_errors
 from .parser import Parser
-
-PAGE = 'report.html'
+from .report import main as write_report
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -97,10 +93,8 @@ def write_page(folder: Path, console: Console) -> None:
     except MissingExtraError as error:
         console.print(str(error), markup=False)
         return
-    path = folder / PAGE
-    with written_whole(path) as temporary:
-        temporary.write_text(render_page(report_comparison(folder)), encoding='utf-8')
-    console.print(f'wrote {path}: open it in a browser')
+    write_report([str(folder)])
+    console.print('open it in a browser')
 
 
 @user_errors
