@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from iconformer_mm.comparison.own_images import refuse_damaged_images
 from iconformer_mm.comparison.results import Results
 from iconformer_mm.comparison.runs import Scheduler
 from iconformer_mm.comparison.spec import Comparison, ComparisonError, load_comparison
@@ -118,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         render_scenes(comparison, tasks)
         scheduler = Scheduler(results, tasks, methods, args.jobs, args.minutes, console)
         if results.left(tasks, methods):
+            for task in comparison.with_searched(tasks):
+                refuse_damaged_images(task.options)
             scheduler.run()
         failed = scheduler.failed
     report(results, args.out, console)

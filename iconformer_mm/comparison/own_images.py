@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iconformer_mm.compat import config_folder
-from iconformer_mm.datasets.few_shot import choose_images, fingerprint_of, refuse_copies
+from iconformer_mm.datasets.few_shot import choose_images, fingerprint_of, refuse_copies, refuse_damaged
 
 CONFIG = config_folder('iconformer_mm') / 'quickstart' / 'real' / 'dinov2-small_linear_images.py'
 KEYS = {'images': str, 'shots': int, 'val': int, 'test': int, 'size': int}
@@ -70,3 +70,19 @@ def expand_images(name: str, content: Mapping[str, Any], folder: Path) -> dict[s
         'options': options | rest.get('options', {}),
         'search_options': {'val_dataloader.dataset.split': 'val'} | rest.get('search_options', {}),
     }
+
+
+def refuse_damaged_images(options: Mapping[str, Any]) -> None:
+    """Read all images of a task's data set of the type ``ImageFolderSplit``, if it has one.
+
+    Args:
+        options: Those of the task.
+
+    Raises:
+        DataError: An image is damaged.
+    """
+    prefix = 'train_dataloader.dataset.'
+    given = {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
+    if given.get('type') == 'ImageFolderSplit':
+        split = {key: given[key] for key in ('shots', 'val', 'most') if key in given}
+        refuse_damaged(choose_images(Path(given['data_root']), **split))

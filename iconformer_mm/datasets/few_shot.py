@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import mmcv
 import numpy as np
 from PIL import Image
+from rich.progress import track
 
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.extras import require_extra
 from iconformer_mm.fetching import DebianPackage, FetchError, Wheel, cached_folder
+from iconformer_mm.messages import one_line
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 UNREAD = ('.avif', '.gif', '.heic', '.heif', '.jp2', '.jxl')  # pictures that would be missed
@@ -131,7 +134,7 @@ def choose_images(
 
     Raises:
         DataError: There is no such folder, there are less than two classes, a picture has a format that is not read,
-            a class has too few images, or the splits differ in their classes.
+            a class has too few images or has folders with images in it, or the splits differ in their classes.
     """
     if is_split(source):
         return _take_splits(source, shots, most, seed, val)
@@ -239,6 +242,32 @@ def refuse_copies(chosen: Split) -> None:
         )
 
 
+def refuse_damaged(chosen: Split) -> None:
+    """Refuse files that cannot be read, by reading all. A training would stop at them, or see half an image.
+
+    Both libraries read each file. OpenCV, which the pipelines use, fills a cut JPEG up with grey.
+
+    Args:
+        chosen: What :func:`choose_images` gave.
+
+    Raises:
+        DataError: There are such files.
+    """
+    paths = [path for classes in chosen.values() for paths in classes.values() for path in paths]
+    damaged = []
+    for path in track(paths, 'reading images', transient=True):
+        try:
+            with Image.open(path) as image:
+                image.load()
+            if mmcv.imread(str(path)) is None:
+                raise ValueError('OpenCV cannot read it')
+        except Exception as error:  # decoders raise errors of any kind
+            damaged.append(f'{path} ({one_line(error)})')
+    if damaged:
+        more = f'; and {len(damaged) - 3} more' if len(damaged) > 3 else ''
+        raise DataError(f'images cannot be read: {"; ".join(damaged[:3])}{more}; repair them, or take them out')
+
+
 def class_images(source: Path) -> dict[str, list[Path]]:
     """The images of each class, sorted, in a folder with one folder a class.
 
@@ -246,8 +275,8 @@ def class_images(source: Path) -> dict[str, list[Path]]:
         source: The images.
 
     Raises:
-        DataError: There is no such folder, there are less than two classes, or a picture has a format that is not
-            read.
+        DataError: There is no such folder, there are less than two classes, a picture has a format that is not read,
+            or a class has folders with images in it.
     """
     if not source.is_dir():
         raise DataError(f'the folder {source} does not exist')
@@ -255,13 +284,17 @@ def class_images(source: Path) -> dict[str, list[Path]]:
     if len(classes) < 2:
         raise DataError(f'{source} has {len(classes)} folders; it needs one for each class, two at least')
     found = {name: image_files(source / name) for name in classes}
-    within = [
-        name for name, images in found.items() if not images and any(p.is_dir() for p in (source / name).iterdir())
-    ]
-    if within:
-        raise DataError(
-            f'{source / within[0]} has folders and no images; name the folder whose sub-folders are the classes'
-        )
+    for name, images in found.items():
+        folders = [p for p in sorted((source / name).iterdir()) if p.is_dir() and not p.name.startswith('.')]
+        if folders and not images:
+            raise DataError(
+                f'{source / name} has folders and no images; name the folder whose sub-folders are the classes'
+            )
+        for folder in folders:
+            if any(p.suffix.lower() in (*SUFFIXES, *UNREAD) for p in folder.rglob('*')):
+                raise DataError(
+                    f'{folder} has images, and would not be used; images lie in the folder of their class itself'
+                )
     return found
 
 
@@ -283,11 +316,12 @@ def split_folder(
         Names of the classes.
 
     Raises:
-        DataError: As :func:`choose_images`.
+        DataError: As :func:`choose_images`, or an image is damaged.
     """
     if shots is None and not is_split(source):
         shots = max(1, min(20, 4 * min(map(len, class_images(source).values())) // 5))
     chosen = choose_images(source, shots, most, seed, val)
+    refuse_damaged(chosen)
     shutil.rmtree(target, ignore_errors=True)
     for split, classes in chosen.items():
         for name, images in classes.items():

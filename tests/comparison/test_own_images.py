@@ -153,6 +153,16 @@ def test_what_is_wrong(task, message, tmp_path):
         load_comparison(write_yaml(tmp_path / 'c.yaml', **task))
 
 
+def test_a_damaged_test_image_ends_the_command_before_the_first_run(tmp_path, base, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_images(tmp_path / 'my_images', a=6, b=6)
+    choose_images(folder)['test']['b'][0].write_bytes(b'no image')
+    shutil.copy(TEMPLATE, tmp_path)
+    with pytest.raises(SystemExit, match=r'error in the data: images cannot be read: .*my_images/b/\d.png'):
+        main([TEMPLATE.name, '--out', 'out', '--tasks', 'images'])
+    assert not list((tmp_path / 'out').rglob('*.json'))
+
+
 def test_without_the_extra_of_the_page(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(EXTRAS, 'report', ('no_such_package',))

@@ -3,6 +3,7 @@ import hashlib
 import os
 import zipfile
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from iconformer_mm.datasets.few_shot import (
     choose_images,
     fingerprint_of,
     image_files,
+    refuse_damaged,
     split_folder,
     write_fashion_mnist,
 )
@@ -150,6 +152,44 @@ def test_an_image_that_changes_is_noticed_in_a_format_of_one_size(tmp_path):
     before = path.stat()
     Image.new('RGB', (4, 4), (9, 9, 9)).save(path)
     assert path.stat().st_size == before.st_size and fingerprint_of(chosen) != known
+
+
+def test_images_in_folders_of_a_class_are_not_passed_over(tmp_path):
+    source = folder(tmp_path / 'all', cat=5, dog=5)
+    (source / 'cat' / 'notes').mkdir()
+    (source / 'cat' / 'notes' / 'a.txt').write_text('no image')
+    choose_images(source)
+    folder(source / 'cat' / 'more', kittens=1)
+    with pytest.raises(DataError, match='cat/more has images, and would not be used; images lie in the folder of th'):
+        choose_images(source)
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda path: path.write_bytes(b''),
+        lambda path: path.write_bytes(path.read_bytes()[:-200]),  # OpenCV reads it, and fills it up
+        lambda path: path.write_text('<html>404</html>'),
+    ],
+)
+def test_damaged_images_are_found_in_any_split(damage, tmp_path):
+    noise = np.random.RandomState(0).randint(0, 256, (32, 32, 3), np.uint8)
+    for name, number in product(('cat', 'dog'), range(5)):
+        path = tmp_path / 'all' / name / f'{number}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).save(path)
+    refuse_damaged(choose_images(tmp_path / 'all'))
+    for split in ('train', 'val', 'test'):
+        chosen = choose_images(tmp_path / 'all')
+        path = chosen[split]['dog'][0]
+        whole = path.read_bytes()
+        damage(path)
+        with pytest.raises(DataError, match=rf'images cannot be read: {path} \(.+\); repair them, or take them out'):
+            refuse_damaged(chosen)
+        with pytest.raises(DataError, match='images cannot be read'):
+            split_folder(tmp_path / 'all', tmp_path / 'few', shots=2, val=1)
+        assert not (tmp_path / 'few').exists()
+        path.write_bytes(whole)
 
 
 def test_classes_may_be_called_as_splits_are(tmp_path):
