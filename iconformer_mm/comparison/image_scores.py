@@ -52,6 +52,10 @@ class ImageScores:
         total = np.where(known, ratios, 0).sum(-1)
         return np.where(known.any(-1), total / np.maximum(known.sum(-1), 1), np.nan)
 
+    def sum_up_to(self, score: float) -> bool:
+        """Whether all images once give a score. MMSegmentation rounds to two digits."""
+        return abs(self.score() - score) <= 0.01 + 1e-4 * abs(score)
+
     def to_json(self) -> dict[str, list]:
         """Short lists; denominators that are all 1 are left out."""
         content = dict(numerators=_short(self.numerators))

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from .image_scores import ImageScores
 from .spec import Comparison, ComparisonError, Method, Run, Task
 
 # Where the files of the runs are: what this release writes, and what version 0.1 wrote.
 FOLDERS = ('runs', 'cells')
+# What the file of every run has as numbers.
+NUMBERS = ('train_seconds', 'trained_parameters', 'trained_backbone', 'backbone_share')
 
 
 def result_files(folder: Path) -> dict[str, Path]:
@@ -26,6 +33,33 @@ def result_files(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def check_content(content: dict[str, Any]) -> int | None:
+    """Check what the file of a run holds beside its settings.
+
+    Args:
+        content: The content of the file.
+
+    Returns:
+        How many images the score is of; None if they were not noted.
+
+    Raises:
+        KeyError: Something is missing.
+        ValueError: A value is no such value, or the images do not add up to the score.
+        TypeError: A value is of another type.
+    """
+    score = content['score']
+    for number in (0 if score is None else score, *(content[key] for key in NUMBERS)):
+        if not math.isfinite(number):
+            raise ValueError(f'{number} is no result')
+    np.asarray(content['curve'], dtype=float).reshape(-1, 2)
+    if content.get('images') is None:
+        return None
+    images = ImageScores.from_json(content['images'])
+    if score is None or not images.sum_up_to(score):
+        raise ValueError('the images do not add up to the score')
+    return len(images.numerators)
+
+
 class Results:
     """The finished runs of a comparison: those with a file of the same settings.
 
@@ -38,7 +72,7 @@ class Results:
         stale: Of runs whose file has other settings, the names of these.
 
     Raises:
-        ComparisonError: A file is damaged.
+        ComparisonError: A file is damaged, or runs of a task were not validated on the same number of images.
     """
 
     def __init__(self, comparison: Comparison, folder: Path) -> None:
@@ -46,6 +80,7 @@ class Results:
         self.folder = folder
         self.finished: dict[str, dict] = {}
         self.stale: dict[str, list[str]] = {}
+        self._images: dict[tuple[str, bool], tuple[int, Path]] = {}  # by task and whether it is the search
         self.refresh()
 
     def file(self, run: Run) -> Path:
@@ -73,15 +108,23 @@ class Results:
     def _read(self, run: Run, path: Path) -> None:
         try:
             content = json.loads(path.read_text(encoding='utf-8'))
-            found = content['settings']
+            found = dict(content['settings'])
+            count = check_content(content)
         except (ValueError, KeyError, TypeError):
             raise ComparisonError(f'{path} is damaged; remove it, and it is run again') from None
         settings = json.loads(json.dumps(run.settings))
-        if found == settings:
-            self.finished[run.name] = content
-            self.stale.pop(run.name, None)
-        else:
+        if found != settings:
             self.stale[run.name] = [key for key in settings if found.get(key) != settings[key]]
+            return
+        if count is not None:
+            others, first = self._images.setdefault((run.task.name, run.search), (count, path))
+            if count != others:
+                raise ComparisonError(
+                    f'{path} has the scores of {count} images, and {first} those of {others}: the images of '
+                    f"'{run.task.name}' changed between these runs; remove all files of the older ones"
+                )
+        self.finished[run.name] = content
+        self.stale.pop(run.name, None)
 
     def known(self, task: Task, method: Method) -> Iterator[Run]:
         """The search of a method on a task and, if that is finished and found a rate, the runs at it."""

@@ -90,11 +90,10 @@ class ImageScoresHook(Hook):
         """
         if score is None or not self.noted:
             return None
-        found = self.noted[-1].score()
-        # MMSegmentation rounds to two digits.
-        if abs(found - score) > 0.01 + 1e-4 * abs(score):
-            raise RuntimeError(f'the images add up to {self.metric} {found}, and the validation gave {score}')
-        return self.noted[-1].to_json()
+        found = self.noted[-1]
+        if not found.sum_up_to(score):
+            raise RuntimeError(f'the images add up to {self.metric} {found.score()}, and the validation gave {score}')
+        return found.to_json()
 
 
 def train_and_validate(

@@ -297,13 +297,46 @@ def test_report(tmp_path):
     assert len(json.loads((tmp_path / 'report' / 'results.json').read_text())['rows']) == 5
 
 
-def test_a_damaged_cell(tmp_path):
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda text: '{"settings": ',
+        lambda text: '[1, 2]',
+        lambda text: text.replace('"score": 0.5, ', ''),
+        lambda text: text.replace('"score": 0.5', '"score": "0.5"'),
+        lambda text: text.replace('"score": 0.5', '"score": NaN'),
+        lambda text: text.replace('"score": 0.5', '"score": 0.5, "images": {"numerators": [1, 0, 1]}'),
+        lambda text: text.replace('"score": 0.5', '"score": 0.5, "images": {"numerators": [1, "x"]}'),
+        lambda text: text.replace('"train_seconds": 2.0', '"train_seconds": null'),
+        lambda text: text.replace('"curve": [[1', '"curve": [[1, 7'),
+        lambda text: json.dumps({**json.loads(text), 'settings': 'lost'}),
+    ],
+)
+def test_a_damaged_cell(damage, tmp_path):
     results = make_results(tmp_path)
     (run, *_) = results.ready(['up'], ['icon'])
     finish(results, run, 0.5)
-    results.file(run).write_text('{"settings": ')
+    file = results.file(run)
+    assert damage(file.read_text()) != file.read_text()
+    file.write_text(damage(file.read_text()))
     with pytest.raises(ComparisonError, match='search_lr0.001.json is damaged; remove it'):
         Results(results.comparison, results.folder)
+
+
+def test_the_images_of_a_task_changed_between_runs(tmp_path):
+    """What is compared pair by pair is of the same images. The search has others."""
+    results = make_results(tmp_path)
+    task, method = results.comparison.tasks['up'], results.comparison.methods['full']
+    searches, seeds = results.comparison.searches(task, method), results.comparison.runs(task, method, 1e-3)
+    for run in (*searches, *seeds):
+        finish(results, run, 0.5)
+    for run, images in ((searches[0], [0, 1]), (seeds[0], [1, 0, 1, 0]), (seeds[1], [1, 0, 1, 0, 1, 0])):
+        content = json.loads(results.file(run).read_text())
+        results.file(run).write_text(json.dumps({**content, 'images': dict(numerators=images)}))
+    with pytest.raises(ComparisonError, match="seed1.json has the scores of 6 images, .*seed0.json those of 4: .*'up'"):
+        Results(results.comparison, results.folder)
+    results.file(seeds[1]).unlink()
+    assert len(Results(results.comparison, results.folder).finished) == 4
 
 
 def test_a_report_of_nothing(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from iconformer_mm.comparison.intervals import average_ranks, differences_text, largest_grid, plot_ranks, reference_of
-from iconformer_mm.comparison.results import Results
+from iconformer_mm.comparison.results import NUMBERS, Results
 from iconformer_mm.comparison.spec import Comparison, Method, Task
 
 
@@ -30,7 +30,7 @@ def finish(results, task, method, scores, images=None):
     ):
         path = results.file(run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = dict(settings=run.settings, score=scores[index])
+        content = dict(dict.fromkeys(NUMBERS, 1), settings=run.settings, score=scores[index], curve=[])
         if images is not None:
             content['images'] = dict(numerators=list(images[index]))
         path.write_text(json.dumps(content))
