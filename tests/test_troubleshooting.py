@@ -21,11 +21,10 @@ from torch import nn
 from iconformer_mm import add_adapter, inject, load_adapter, merge, save_adapter
 from iconformer_mm.checkpoint import load_safetensors, read_adapter, save_safetensors
 from iconformer_mm.cli.errors import user_errors
-from iconformer_mm.cli.parser import merge_options
 from iconformer_mm.datasets.checks import CheckedPipeline
 from iconformer_mm.datasets.fit import DepthRange, Head, Model, check_fit
 from iconformer_mm.engine import CheckedRunner, PEFTOptimWrapperConstructor, WeightsHook, load_config
-from iconformer_mm.engine.config import check_precision
+from iconformer_mm.engine.config import check_precision, merge_options
 from iconformer_mm.ops import filter_norm
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.accounting import check_averages, describe_training

@@ -17,9 +17,10 @@ from rich.tree import Tree
 from iconformer_mm.analysis.inspection import Inspection, inspect_model
 from iconformer_mm.analysis.plan import RESERVED_GIB, RESERVED_SHARE, Plan, plan_memory, settings_of
 from iconformer_mm.engine import load_config
+from iconformer_mm.engine.config import merge_options
 
 from .errors import user_errors
-from .parser import make_parser, merge_options
+from .parser import make_parser
 
 ROWS = {
     'gflop': 'forward pass of the backbone (GFLOP an image)',

@@ -31,13 +31,13 @@ from iconformer_mm.comparison.single_run import finds_nothing
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.datasets.published import PUBLISHED
 from iconformer_mm.engine import load_config
-from iconformer_mm.engine.config import build_model, method_of
+from iconformer_mm.engine.config import build_model, merge_options, method_of
 from iconformer_mm.files import expanded, write_json, written_whole
 from iconformer_mm.tuning import get_injection, inject
 
 from . import convert_nyu
 from .errors import user_errors
-from .parser import ConfigOptions, Parser, merge_options
+from .parser import ConfigOptions, Parser
 
 STAGES = ('plan', 'prepare', 'run', 'table')
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from mmengine.config import Config, DictAction
 
 from iconformer_mm.checkpoint.reading import guard_loading
-from iconformer_mm.engine.config import runner_settings
 from iconformer_mm.messages import hint, one_line
 
 TRUST = '--trust-checkpoints'
@@ -67,56 +66,6 @@ class ConfigOptions(DictAction):
             super().__call__(parser, namespace, values, option_string)
         except (AssertionError, ValueError, IndexError) as error:
             parser.error(f'--cfg-options: {" ".join(values)} cannot be read: {error}')
-
-
-def merge_options(cfg: Config, options: dict[str, Any] | None) -> None:
-    """Override settings of a config, as ``--cfg-options`` does.
-
-    Args:
-        cfg: The config.
-        options: Values by dotted names; None for none.
-
-    Raises:
-        ValueError: A name is probably misspelt, or stands for nothing that can be set.
-    """
-    if not options:
-        return
-    known = runner_settings() | {*cfg}
-    for name in options:
-        _check_name(cfg, name, known)
-    try:
-        cfg.merge_from_dict(options)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f'--cfg-options {" ".join(options)}: {one_line(error)}') from error
-
-
-def _check_name(cfg: Config, name: str, known: Iterable[str]) -> None:
-    """Refuse a name that would be taken by nobody.
-
-    What a class is given is checked where it is built. Here is what nobody would look at: settings beside those of the
-    runner, and keys of plain dictionaries that differ in a letter from one that is there.
-    """
-    first, *rest = name.split('.')
-    if first not in known:
-        raise ValueError(f"--cfg-options {name}: there is no setting '{first}'{hint(first, known)}")
-    node = cfg.get(first)
-    for index, key in enumerate(rest):
-        if isinstance(node, (list, tuple)):
-            if not key.isdigit() or int(key) >= len(node):
-                raise ValueError(
-                    f"--cfg-options {name}: '{key}' is none of the {len(node)} items, 0 to {len(node) - 1}"
-                )
-            node = node[int(key)]
-            continue
-        if not isinstance(node, dict):
-            return
-        last = index == len(rest) - 1
-        if key not in node:
-            near = hint(key, node, cutoff=0.8)
-            if near and not (last and 'type' in node):
-                raise ValueError(f"--cfg-options {name}: there is no '{key}'{near}")
-            return
-        node = node[key]
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

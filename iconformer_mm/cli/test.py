@@ -11,10 +11,11 @@ from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
 from iconformer_mm.engine import build_runner, exempt_from_collection, leave_process_group, load_config
+from iconformer_mm.engine.config import merge_options
 from iconformer_mm.registry import is_type
 
 from .errors import user_errors
-from .parser import add_base, guard, load_by_command_line, make_parser, merge_options
+from .parser import add_base, guard, load_by_command_line, make_parser
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -10,11 +10,11 @@ from mmengine.config import Config
 
 from iconformer_mm.analysis.inspection import find_mistakes
 from iconformer_mm.engine import build_runner, exempt_from_collection, leave_process_group, load_config
-from iconformer_mm.engine.config import check_precision, use_amp
+from iconformer_mm.engine.config import check_precision, merge_options, use_amp
 from iconformer_mm.tuning.accounting import NO_WEIGHTS
 
 from .errors import user_errors
-from .parser import add_base, guard, load_by_command_line, make_parser, merge_options
+from .parser import add_base, guard, load_by_command_line, make_parser
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import copy
 import difflib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 
 from iconformer_mm.compat import config_folder
 from iconformer_mm.extras import require_extra
-from iconformer_mm.messages import one_line
+from iconformer_mm.messages import hint, one_line
 from iconformer_mm.registry import accepted, is_type
 from iconformer_mm.tuning.methods import build_method
 
@@ -110,6 +110,55 @@ def load_config(name: str, peft: str | None = None) -> Config:
 def runner_settings() -> set[str]:
     """The settings of a config that MMEngine's runner and the tools read."""
     return {*inspect.signature(Runner.__init__).parameters, *_MORE_SETTINGS} - {'self', 'cfg'}
+
+
+def merge_options(cfg: Config, options: dict[str, Any] | None, source: str = '--cfg-options') -> None:
+    """Override settings of a config, as ``--cfg-options`` does.
+
+    Args:
+        cfg: The config.
+        options: Values by dotted names; None for none.
+        source: Where the options stand, for messages.
+
+    Raises:
+        ValueError: A name is probably misspelt, or stands for nothing that can be set.
+    """
+    if not options:
+        return
+    known = runner_settings() | {*cfg}
+    for name in options:
+        _check_name(cfg, name, known, source)
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f'{source} {" ".join(options)}: {one_line(error)}') from error
+
+
+def _check_name(cfg: Config, name: str, known: Iterable[str], source: str) -> None:
+    """Refuse a name that would be taken by nobody.
+
+    What a class is given is checked where it is built. Here is what nobody would look at: settings beside those of the
+    runner, and keys of plain dictionaries that differ in a letter from one that is there.
+    """
+    first, *rest = name.split('.')
+    if first not in known:
+        raise ValueError(f"{source} {name}: there is no setting '{first}'{hint(first, known)}")
+    node = cfg.get(first)
+    for index, key in enumerate(rest):
+        if isinstance(node, (list, tuple)):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ValueError(f"{source} {name}: '{key}' is none of the {len(node)} items, 0 to {len(node) - 1}")
+            node = node[int(key)]
+            continue
+        if not isinstance(node, dict):
+            return
+        last = index == len(rest) - 1
+        if key not in node:
+            near = hint(key, node, cutoff=0.8)
+            if near and not (last and 'type' in node):
+                raise ValueError(f"{source} {name}: there is no '{key}'{near}")
+            return
+        node = node[key]
 
 
 def _check_settings(cfg: Config, name: str) -> None:

@@ -11,10 +11,12 @@ from conftest import free_port
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 
-from iconformer_mm.cli.errors import explain, user_errors
-from iconformer_mm.cli.parser import Parser, make_parser, merge_options
+from iconformer_mm.cli.errors import user_errors
+from iconformer_mm.cli.parser import Parser, make_parser
 from iconformer_mm.datasets.checks import DataError
 from iconformer_mm.engine import add_peft, load_config
+from iconformer_mm.engine.config import merge_options
+from iconformer_mm.engine.mistakes import explain
 from iconformer_mm.registry import accepted
 from iconformer_mm.tuning.methods import build_method
 
