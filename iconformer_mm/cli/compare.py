@@ -104,12 +104,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     require_extra('plot', 'the report of a comparison')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run outlives the tool
-    console = Console(width=None if sys.stdout.isatty() else 160)
     try:
-        comparison = take_seeds(load_comparison(args.comparison), args.seeds)
-        results = Results(comparison, args.out)
+        compare(args, Console(width=None if sys.stdout.isatty() else 160))
     except ComparisonError as error:
         raise SystemExit(f'error in the comparison: {error}') from None
+
+
+def compare(args: argparse.Namespace, console: Console) -> None:
+    """Run what is left, and report.
+
+    Args:
+        args: The command line.
+        console: Where progress and tables are shown.
+
+    Raises:
+        ComparisonError: The file of the comparison or of a run is wrong, or a first step fails.
+        SystemExit: Runs failed, or the command line names what the comparison does not have.
+    """
+    comparison = take_seeds(load_comparison(args.comparison), args.seeds)
+    results = Results(comparison, args.out)
     tasks = select('tasks', args.tasks, comparison.tasks)
     methods = select('methods', args.methods, comparison.methods)
     for name, keys in results.stale.items():
@@ -127,6 +140,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_page(args.out, console)
     left = results.left(tasks, methods)
     if left:
-        console.print(f'{left} runs are left; the same command goes on with them')
+        console.print(f'{left} {"run is" if left == 1 else "runs are"} left; the same command goes on')
     if failed:
-        raise SystemExit(f'{len(failed)} runs failed: {", ".join(failed)}')
+        raise SystemExit(f'{len(failed)} {"run" if len(failed) == 1 else "runs"} failed: {", ".join(failed)}')

@@ -177,6 +177,25 @@ class Results:
         runs = {run.name: run for pair in pairs for run in self.known(*pair)}  # tasks can share a search
         return [run for run in runs.values() if run.name not in self.finished]
 
+    def untried(self, tasks: Collection[str], methods: Collection[str]) -> list[Run]:
+        """A run of each method on each task where none is finished; of the search, too, where it has other settings.
+
+        Their rates are the first that are searched.
+        """
+
+        def kind(task: str, method: str, search: bool) -> tuple[str, str, bool]:
+            return task, method, search and bool(self.comparison.tasks[task].search_options)
+
+        runs: dict[tuple[str, str, bool], Run] = {}
+        for task, method in self.comparison.pairs(tasks, methods):
+            first, *_ = self.comparison.runs(task, method, self.comparison.rates(task, method)[0])
+            for run in (*self.comparison.searches(task, method)[:1], first):
+                runs.setdefault(kind(run.task.name, method.name, run.search), run)
+        for name in self.finished:
+            task_name, method_name, last = name.split('/')
+            runs.pop(kind(task_name, method_name, last.startswith('search')), None)
+        return list(runs.values())
+
     def left(self, tasks: Collection[str], methods: Collection[str]) -> int:
         """How many runs are unfinished, with those that wait for a search."""
         waiting = sum(not self.searched(*pair) for pair in self.comparison.pairs(tasks, methods))

@@ -32,8 +32,10 @@ from torch import nn
 import iconformer_mm
 from iconformer_mm import summarize
 from iconformer_mm.engine import add_peft, build_runner, exempt_from_collection, load_config
+from iconformer_mm.engine.config import merge_options
 from iconformer_mm.files import written_whole
 from iconformer_mm.inference.predictions import kind_of
+from iconformer_mm.messages import hint
 from iconformer_mm.tuning import get_injection
 from iconformer_mm.tuning.freezing import is_adapter
 from iconformer_mm.tuning.injection import backbones_of
@@ -115,14 +117,10 @@ def train_and_validate(
         pictures: Test images of which the predictions are kept, by index, in a file beside it (``.npz``).
 
     Raises:
-        RuntimeError: A frozen tensor changed, or the validation lacks the metric.
+        RuntimeError: A frozen tensor changed.
+        ValueError: A setting is unknown, or the validation lacks the metric.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with open(folder / 'output.log', 'w') as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    torch.set_num_threads(1)
+    begin(folder)
     runner = build_runner(make_config(settings, base, folder, keep_adapter))
     exempt_from_collection()
     memory = PeakMemoryHook()
@@ -155,8 +153,22 @@ def train_and_validate(
     shutil.rmtree(folder)
 
 
+def begin(folder: Path) -> None:
+    """Make an empty work folder, write all output to ``output.log`` in it, and take one core."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with open(folder / 'output.log', 'w') as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.set_num_threads(1)
+
+
 def make_config(settings: dict[str, Any], base: Path, folder: Path, save_adapter: bool = False) -> Config:
-    """The config of a run, which writes no checkpoints. A base that was fetched is loaded into the backbone."""
+    """The config of a run, which writes no checkpoints. A base that was fetched is loaded into the backbone.
+
+    Raises:
+        ValueError: The method, one of its options or a setting among ``options`` is unknown.
+    """
     cfg = load_config(str(ROOT / settings['config']))
     own = {key: value for key, value in settings['options'].items() if key.startswith('custom_imports')}
     if own:  # they may register the method
@@ -164,7 +176,7 @@ def make_config(settings: dict[str, Any], base: Path, folder: Path, save_adapter
         import_modules_from_strings(**cfg.custom_imports)
     add_peft(cfg, settings.get('method') or settings['methods'])
     cfg.default_hooks.peft.save_adapter = save_adapter
-    cfg.merge_from_dict(settings['options'])
+    merge_options(cfg, settings['options'], 'options')
     if 'base' in settings:
         cfg.merge_from_dict({'model.backbone.init_cfg': dict(type='Pretrained', checkpoint=str(base))})
     cfg.merge_from_dict(
@@ -183,7 +195,7 @@ def train(runner: Runner, metric: str) -> float | None:
     """Train, validate at the end, and give the score; None if the training diverged.
 
     Raises:
-        RuntimeError: The validation did not give the metric.
+        ValueError: The validation did not give the metric.
     """
     try:
         runner.train()
@@ -195,12 +207,25 @@ def train(runner: Runner, metric: str) -> float | None:
             raise
         return None
     given = [name.removeprefix('val/') for name in runner.message_hub.log_scalars if name.startswith('val/')]
+    check_metric(metric, given)
     if metric not in given:
-        if finds_nothing(metric, given):
-            return 0.0
-        raise RuntimeError(f"the validation gave no metric '{metric}'; it gave: {', '.join(given)}")
+        return 0.0
     score = runner.message_hub.get_scalar(f'val/{metric}').current()
     return float(score) if math.isfinite(score) else None
+
+
+def check_metric(metric: str, given: Collection[str]) -> None:
+    """Check that a validation gave a metric, or that it found nothing to measure.
+
+    Args:
+        metric: Name of the metric.
+        given: Names of the metrics that it gave.
+
+    Raises:
+        ValueError: It gave others.
+    """
+    if metric not in given and not finds_nothing(metric, given):
+        raise ValueError(f"the validation gives no metric '{metric}'{hint(metric, given)}; it gives {', '.join(given)}")
 
 
 def finds_nothing(metric: str, given: Collection[str]) -> bool:

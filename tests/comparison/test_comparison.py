@@ -55,16 +55,23 @@ def files(out):
 def test_runs_are_resumed(tmp_path, capsys):
     """A crash stops no other run, what is finished stays, and what has other settings runs again."""
     content = deepcopy(COMPARISON)
-    content['methods']['broken'] = dict(title='broken', method=dict(type='icon', bottlenek=4))
+    stopping = [
+        dict(type='EarlyStoppingHook', monitor='nothing', rule='less', strict=True)
+    ]  # fails after the validation
+    content['methods']['broken'] = dict(title='broken', method=dict(type='icon'), options=dict(custom_hooks=stopping))
     path, out = write(tmp_path / 'c.yaml', content), tmp_path / 'out'
     output = tool('compare.py', path, '--out', out, '--jobs', 2, ok=False)
-    assert "unknown option 'bottlenek'" in output and '2 runs failed: digits/broken/search_lr0.003' in output
-    assert '3 runs are left' in output
+    assert 'Early stopping conditioned on metric' in output
+    assert '1 run failed: digits/broken/search_lr0.003' in output
+    assert '2 runs are left' in output
     first = files(out)
     names = ('search_lr0.003', 'search_lr1e+30', 'seed0')
-    assert set(first) == {f'digits/{method}/{name}.json' for method in ('full', 'icon') for name in names}
+    assert set(first) == {
+        'digits/broken/search_lr1e+30.json',  # it diverged before
+        *(f'digits/{method}/{name}.json' for method in ('full', 'icon') for name in names),
+    }
     work_dirs = {path.relative_to(out / 'runs').as_posix() for path in (out / 'runs').glob('*/*/*') if path.is_dir()}
-    assert work_dirs == {'digits/broken/search_lr0.003', 'digits/broken/search_lr1e+30'}  # the others are removed
+    assert work_dirs == {'digits/broken/search_lr0.003'}  # the others are removed
 
     for method in ('full', 'icon'):
         diverged, run = (json.loads((out / f'runs/digits/{method}/{name}.json').read_text()) for name in names[1:])
@@ -337,6 +344,29 @@ def test_the_images_of_a_task_changed_between_runs(tmp_path):
         Results(results.comparison, results.folder)
     results.file(seeds[1]).unlink()
     assert len(Results(results.comparison, results.folder).finished) == 4
+
+
+def test_one_run_of_each_kind_is_rehearsed(tmp_path):
+    """Of a method on a task, until one is finished. The search counts on its own where it has settings of its own."""
+    content = deepcopy(COMPARISON)
+    own = dict(DIGITS, learning_rates=[1e-2, 1e-3], search_options={'val_dataloader.dataset.split': 'train'})
+    given = {key: value for key, value in DIGITS.items() if key != 'learning_rates'}
+    content['tasks'] = dict(dev=DIGITS, own=own, held=dict(given, rates_of='dev'))
+    results = Results(load_comparison(write(tmp_path / 'c.yaml', content)), tmp_path)
+
+    def rehearsed(tasks, methods):
+        return [(run.name, run.learning_rate) for run in results.untried(tasks, methods)]
+
+    assert rehearsed(['own'], ['full']) == [('own/full/search_lr0.01', 1e-2), ('own/full/seed0', 1e-2)]
+    methods = ['full', 'icon']
+    searches, seeds = (
+        [(f'{name.format(method)}', 3e-3) for method in methods] for name in ('dev/{}/search_lr0.003', 'held/{}/seed0')
+    )
+    assert sorted(rehearsed(['dev', 'held'], methods)) == sorted(rehearsed(['held'], methods)) == searches + seeds
+    assert rehearsed(['dev'], methods) == searches
+    for run in results.ready(['dev', 'own'], ['full']):
+        finish(results, run, 0.5)
+    assert rehearsed(['dev', 'own', 'held'], ['full']) == [('own/full/seed0', 1e-2), ('held/full/seed0', 3e-3)]
 
 
 def test_a_report_of_nothing(tmp_path):
