@@ -39,6 +39,8 @@ from . import convert_nyu
 from .errors import user_errors
 from .parser import ConfigOptions, Parser
 
+BATCH = 'train_dataloader.batch_size'
+BEGUN = 'settings.json'  # of a work folder
 STAGES = ('plan', 'prepare', 'run', 'table')
 
 
@@ -108,7 +110,7 @@ def options_of(run: PaperRun, cfg: Config, args: argparse.Namespace) -> dict[str
     total = batch_of(run, cfg)
     if total % args.gpus:
         raise ValueError(f'{run.name}: its batch of {total} images cannot be shared evenly by {args.gpus} GPUs')
-    return {**options, 'train_dataloader.batch_size': total // args.gpus, **(args.cfg_options or {})}
+    return {**options, BATCH: total // args.gpus, **(args.cfg_options or {})}
 
 
 def config_of(run: PaperRun, args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
@@ -173,7 +175,7 @@ def plan(runs: list[PaperRun], args: argparse.Namespace, console: Console) -> No
     notes: dict[str, None] = {}
     for run in runs:
         cfg, options = config_of(run, args)
-        each = options['train_dataloader.batch_size']
+        each = options[BATCH]
         images = images_of(cfg, run.task, each * args.gpus)
         weights = weights_of(cfg)
         half = cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'
@@ -273,54 +275,98 @@ def with_score(run: PaperRun, metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_all(runs: list[PaperRun], args: argparse.Namespace, console: Console) -> None:
-    """Train and test what is not finished."""
+    """Train and test what is not finished. What is missing for any run is an error before the first."""
+    left: list[tuple[PaperRun, dict[str, Any]]] = []
     for run in runs:
         cfg, options = config_of(run, args)
         settings = dict(config=f'{run.task}/{run.name}', gpus=args.gpus, options=options)
         settings = json.loads(json.dumps(settings, default=str))
-        finished = run.read(args.out)
-        if finished is not None:
-            if finished['settings'] == settings:
-                console.print(f'{run.name}: finished', highlight=False)
-                continue
-            raise ValueError(
-                f'{run.result(args.out)} was finished with other settings; give another --out, or remove it and '
-                f'{run.result(args.out).with_suffix("")}'
-            )
+        if _is_finished(run, settings, args):
+            console.print(f'{run.name}: finished', highlight=False)
+            continue
         if missing := PUBLISHED[run.task].missing(args.data_root):
             folder = args.data_root / PUBLISHED[run.task].folder
             raise DataError(
                 f'{folder} lacks {", ".join(missing)}: download {" and ".join(PUBLISHED[run.task].files)} into '
                 f'{args.archives} and run `iconformer paper prepare --tasks {run.task}`'
             )
-        fetch_weights(run, weights_of(cfg))
-        folder = run.result(args.out).with_suffix('')
-        # A work folder goes on with the settings that it began with.
-        begun = folder / 'settings.json'
-        if begun.is_file() and json.loads(begun.read_text(encoding='utf-8')) != settings:
-            raise ValueError(f'{folder} was begun with other settings; remove it, or give another --out')
-        write_json(begun, settings)
-        given = [f'{name}={value}' for name, value in options.items()]
-        common = ['--work-dir', str(folder), '--cfg-options', *given]
-        launch('train', [str(run.config), '--resume', *common], args.gpus)
-        metrics = folder / 'metrics.json'
-        checkpoint = newest_checkpoint(folder)
-        launch('test', [str(run.config), str(checkpoint), '--metrics', str(metrics), *common], args.gpus)
-        content = with_score(run, json.loads(metrics.read_text(encoding='utf-8')))
-        write_json(run.result(args.out), dict(settings=settings, checkpoint=checkpoint.name, metrics=content))
-        os.remove(metrics)
+        left.append((run, settings))
+    for run, _ in left:
+        fetch_weights(run, weights_of(config_of(run, args)[0]))
+    for run, settings in left:
+        train_and_test(run, settings, args)
+
+
+def _is_finished(run: PaperRun, settings: dict[str, Any], args: argparse.Namespace) -> bool:
+    """Whether a run is finished.
+
+    Raises:
+        ValueError: It was finished or begun with other settings.
+    """
+    folder = run.result(args.out).with_suffix('')
+    finished = run.read(args.out)
+    if finished is not None and finished['settings'] != settings:
+        raise ValueError(
+            f'{run.result(args.out)} was finished with other settings; give another --out, or remove it and {folder}'
+        )
+    # A work folder goes on with the settings that it began with.
+    begun = folder / BEGUN
+    if finished is None and begun.is_file() and json.loads(begun.read_text(encoding='utf-8')) != settings:
+        raise ValueError(f'{folder} was begun with other settings; remove it, or give another --out')
+    return finished is not None
+
+
+def train_and_test(run: PaperRun, settings: dict[str, Any], args: argparse.Namespace) -> None:
+    """Train, or go on with a training, then test, and write the result.
+
+    Raises:
+        SystemExit: One of them failed.
+        ValueError: The test lacks the metric of the task.
+    """
+    folder = run.result(args.out).with_suffix('')
+    write_json(folder / BEGUN, settings)
+    given = [f'{name}={value}' for name, value in settings['options'].items()]
+    common = ['--work-dir', str(folder), '--cfg-options', *given]
+    launch('train', [str(run.config), '--resume', *common], args.gpus)
+    metrics = folder / 'metrics.json'
+    checkpoint = newest_checkpoint(folder)
+    launch('test', [str(run.config), str(checkpoint), '--metrics', str(metrics), *common], args.gpus)
+    content = with_score(run, json.loads(metrics.read_text(encoding='utf-8')))
+    write_json(run.result(args.out), dict(settings=settings, checkpoint=checkpoint.name, metrics=content))
+    os.remove(metrics)
+
+
+def changes_of(run: PaperRun, settings: dict[str, Any]) -> list[str]:
+    """What a finished run changed of the recipe. Paths and the number of GPUs do not count.
+
+    Args:
+        run: The run.
+        settings: Of its result.
+    """
+    changed = {
+        name: value for name, value in settings['options'].items() if not name.endswith(('.data_root', '.ann_file'))
+    }
+    if changed.get(BATCH, 0) * settings['gpus'] == batch_of(run, load_config(str(run.config))):
+        del changed[BATCH]
+    return [f'{name}={value}' for name, value in changed.items()]
 
 
 def table(runs: list[PaperRun], args: argparse.Namespace, console: Console) -> None:
-    """Print what was measured beside the paper's claim, and write it as Markdown."""
+    """Print what was measured beside the paper's claim, and write it as Markdown. Changed recipes are marked."""
     head = ('task', 'model', 'metric', *args.methods, f'claim ({PAPER})')
-    rows = []
+    rows, notes = [], []
     for task, model in dict.fromkeys((run.task, run.model) for run in runs):
         scores = []
         for method in args.methods:
-            result = PaperRun(task, model, method).read(args.out)
-            about = TASKS[task]
-            scores.append('not run' if result is None else f'{about.factor * result["metrics"][about.metric]:.4g}')
+            run, about = PaperRun(task, model, method), TASKS[task]
+            result = run.read(args.out)
+            if result is None:
+                scores.append('not run')
+                continue
+            changes = changes_of(run, result['settings'])
+            if changes:
+                notes.append(f'* {run.name} is not of the recipe: {" ".join(changes)}')
+            scores.append(f'{about.factor * result["metrics"][about.metric]:.4g}{" *" if changes else ""}')
         rows.append((task, model, TASKS[task].metric, *scores, TASKS[task].claim))
     shown = Table()
     for column in head:
@@ -328,9 +374,12 @@ def table(runs: list[PaperRun], args: argparse.Namespace, console: Console) -> N
     for row in rows:
         shown.add_row(*row)
     console.print(shown)
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     args.out.mkdir(parents=True, exist_ok=True)
     with written_whole(args.out / 'table.md') as temporary:
-        temporary.write_text(to_markdown(head, rows), encoding='utf-8')
+        text = '\n'.join([to_markdown(head, rows), *(f'\\{note}\n' for note in notes)])
+        temporary.write_text(text, encoding='utf-8')
     console.print(f'as Markdown: {args.out / "table.md"}', highlight=False, soft_wrap=True)
 
 

@@ -235,8 +235,12 @@ def test_runs_and_fills_the_table(task, prepared, tmp_path, capsys, monkeypatch,
     paper.main(['run', *common, '--cfg-options', *options])
     assert called == ['train', 'test'] and 'finished' in capsys.readouterr().out
     paper.main(['table', *common])
-    (row,) = [line for line in (tmp_path / 'table.md').read_text().splitlines() if line.startswith(f'| {task} ')]
-    assert f'| {TASKS[task].factor * score:.4g} | {TASKS[task].claim} |' in row
+    text = (tmp_path / 'table.md').read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith(f'| {task} ')]
+    assert f'| {TASKS[task].factor * score:.4g} * | {TASKS[task].claim} |' in row  # the training was shortened
+    (note,) = [line for line in text.splitlines() if line.startswith(r'\* ')]
+    assert 'is not of the recipe: ' in note and all(option.partition('=')[0] in note for option in options)
+    assert 'data_root' not in note
     with pytest.raises(SystemExit, match='was finished with other settings'):
         paper.main(['run', *common, '--cfg-options', *options, 'randomness.seed=7'])
     result.write_text('{}')
@@ -272,6 +276,31 @@ def test_goes_on_in_several_processes(prepared, tmp_path, monkeypatch, no_weight
     assert json.loads(result.read_text())['checkpoint'] == 'iter_2.pth'
     steps = [line['step'] for line in scalars(result.with_suffix('')) if 'loss' in line]
     assert steps == [1, 2]
+
+
+def test_what_is_missing_for_a_later_run_shows_before_the_first(prepared, tmp_path, monkeypatch, no_weights):
+    monkeypatch.setattr(paper, 'launch', lambda *args: pytest.fail('a training was begun'))
+    shutil.copytree(prepared / PUBLISHED['svhn'].folder, tmp_path / PUBLISHED['svhn'].folder)
+    common = ['--methods', 'icon', '--data-root', str(tmp_path), '--out', str(tmp_path / 'out')]
+    with pytest.raises(SystemExit, match='lacks .*: download .* prepare --tasks food101'):
+        paper.main(['run', '--tasks', 'svhn', 'food101', *common])
+    assert not (tmp_path / 'out').exists()
+    run = paper.PaperRun('svhn', TASKS['svhn'].model, 'full')
+    begun = run.result(tmp_path / 'out').with_suffix('') / 'settings.json'
+    begun.parent.mkdir(parents=True)
+    begun.write_text('{}')
+    with pytest.raises(SystemExit, match='was begun with other settings'):
+        paper.main(['run', '--tasks', 'svhn', *common, '--methods', 'icon', 'full'])
+
+
+def test_a_result_of_the_recipe_has_no_mark(tmp_path):
+    run = paper.PaperRun('svhn', TASKS['svhn'].model, 'icon')
+    args = paper.parse_args(['run', '--gpus', '4', '--data-root', str(tmp_path)])
+    _, options = paper.config_of(run, args)
+    assert paper.changes_of(run, dict(gpus=4, options=options)) == []
+    changed = {**options, 'train_cfg.max_epochs': 1}
+    assert paper.changes_of(run, dict(gpus=4, options=changed)) == ['train_cfg.max_epochs=1']
+    assert paper.changes_of(run, dict(gpus=2, options=options)) == ['train_dataloader.batch_size=256']
 
 
 def test_launch_starts_one_process_for_each_gpu(monkeypatch):
