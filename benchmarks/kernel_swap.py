@@ -6,7 +6,8 @@
 A comparison keeps the adapter file of the first seed of each method beside its result, and this script reads both. The
 validation images are seen once to record the kernels of every image, and once for each swap: all kernels of another
 image, the mean kernel over images, and random kernels of the same mean and deviation. Differences are paired, image by
-image, with 95 % bootstrap intervals over images.
+image, with 95 % bootstrap intervals over images. An average precision, in percent, is no mean over images and has no
+interval.
 
 A second table says, layer by layer, which share of the kernels' variance lies between images (the rest lies between
 channels), and which share of that lies between classes, backgrounds and conditions. Backgrounds and conditions are on
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from iconformer_mm.analysis.kernel_probe import share_between_groups, share_betw
 from iconformer_mm.analysis.kernel_swap import SWAPS, KernelBank, given_kernels
 from iconformer_mm.checkpoint.real_base import fetch_base
 from iconformer_mm.comparison.image_scores import ImageScores, observe
-from iconformer_mm.comparison.single_run import make_config
+from iconformer_mm.comparison.single_run import finds_nothing, make_config
 from iconformer_mm.comparison.spec import FETCHED, ROOT
 from iconformer_mm.datasets.conditions import RECORD
 from iconformer_mm.datasets.objects import SOURCES
@@ -57,31 +59,38 @@ def load(result: Path) -> tuple[AdapterInferencer, Any, dict[str, Any]]:
     return AdapterInferencer(cfg, adapter=adapter), cfg, settings
 
 
-def evaluate(model: Any, loader: Any, evaluator_cfg: Any, metric: str, progress: str) -> ImageScores:
-    """Score the images of a loader, one by one.
+@dataclass(frozen=True)
+class Scored:
+    """The score of all images, in percent where it is a share, and what each adds to it if it is a mean over images."""
 
-    Raises:
-        SystemExit: The metric is no mean over images.
-    """
+    score: float
+    images: ImageScores | None
+
+
+def evaluate(model: Any, loader: Any, evaluator_cfg: Any, metric: str, progress: str) -> Scored:
+    """Score the images of a loader, one by one."""
     evaluator = Evaluator(evaluator_cfg)
     evaluator.dataset_meta = loader.dataset.metainfo
     noted = observe(evaluator, metric)
     with torch.no_grad(), whole_images(model):
         for batch in track(loader, description=progress):
             evaluator.process(model.val_step(batch), batch)
-    evaluator.evaluate(len(loader.dataset))
-    if not noted:
-        raise SystemExit(f'{metric} is no mean over images, so a swap cannot be compared image by image')
-    return noted[-1]
+    found = evaluator.evaluate(len(loader.dataset))
+    if metric.startswith('coco/'):
+        return Scored(0.0 if finds_nothing(metric, found) else 100 * found[metric], None)
+    (images,) = noted
+    return Scored(images.score(), images)
 
 
-def difference(own: ImageScores, swapped: ImageScores, seed: int = 0) -> tuple[float, float, float]:
-    """Return the mean difference of two scores of the same images, and the bounds of its 95 % bootstrap interval."""
-    number = len(own.numerators)
+def difference(own: Scored, swapped: Scored, seed: int = 0) -> dict[str, float]:
+    """Return what a swap lost, and the bounds of its 95 % bootstrap interval over images."""
+    lost = dict(lost=own.score - swapped.score)
+    if own.images is None or swapped.images is None:
+        return lost
+    number = len(own.images.numerators)
     images = np.random.default_rng(seed).integers(number, size=(RESAMPLES, number))
-    values = own.scores(images) - swapped.scores(images)
-    low, high = np.nanpercentile(values, (2.5, 97.5))
-    return own.score() - swapped.score(), float(low), float(high)
+    low, high = np.nanpercentile(own.images.scores(images) - swapped.images.scores(images), (2.5, 97.5))
+    return dict(**lost, low=float(low), high=float(high))
 
 
 def groups_of(dataset: Any) -> dict[str, list[Any]]:
@@ -142,12 +151,11 @@ def rows_of(result: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     bank = KernelBank()
     with bank.recording(model):
         own = evaluate(model, loader, cfg.val_evaluator, settings['metric'], f'{task}: own')
-    rows = [dict(task=task, kernels='own', score=own.score())]
+    rows = [dict(task=task, kernels='own', score=own.score)]
     for swap in SWAPS[1:]:
         with given_kernels(model, bank.swapped(swap)):
             found = evaluate(model, loader, cfg.val_evaluator, settings['metric'], f'{task}: {swap}')
-        lost, low, high = difference(own, found)
-        rows.append(dict(task=task, kernels=swap, score=found.score(), lost=lost, low=low, high=high))
+        rows.append(dict(task=task, kernels=swap, score=found.score, **difference(own, found)))
     return rows, share_rows(task, bank, groups_of(loader.dataset))
 
 

@@ -10,6 +10,7 @@ from conftest import ROOT
 from mmpretrain.datasets import CustomDataset
 
 from iconformer_mm.analysis.kernel_swap import KernelBank
+from iconformer_mm.comparison.image_scores import ImageScores
 from iconformer_mm.datasets.conditions import write_conditions
 from iconformer_mm.files import write_json
 
@@ -48,3 +49,12 @@ def test_groups_and_shares(tmp_path):
 def test_what_an_image_shows_in_each_format(image, tmp_path):
     found = dict(train=[['no.jpg'], ['no.jpg']], test=[['sea.jpg'], ['sky.jpg', 'a.png']])
     assert kernel_swap.source_of(found, tmp_path / image, tmp_path) == ['sky.jpg', 'a.png']
+
+
+def test_what_a_swap_loses():
+    """A score that is a mean over images has an interval; an average precision has none."""
+    ones = np.ones((200, 1))
+    own, swapped = (ImageScores(values, ones) for values in (100 * ones, np.repeat([[100.0], [0.0]], 100, axis=0)))
+    found = kernel_swap.difference(kernel_swap.Scored(100.0, own), kernel_swap.Scored(50.0, swapped))
+    assert found['lost'] == 50 and 40 < found['low'] < 50 < found['high'] < 60
+    assert kernel_swap.difference(kernel_swap.Scored(5.0, None), kernel_swap.Scored(4.0, None)) == dict(lost=1.0)
