@@ -210,7 +210,9 @@ def test_real_comparison(tmp_path):
     for file in ('differences.md', 'search.md', 'results.csv'):
         assert (tmp_path / file).read_text() == (folder / file).read_text(), file
     pages = [(ROOT / 'docs' / name).read_text(encoding='utf-8') for name in ('comparison.md', 'choosing.md')]
-    assert (folder / 'ranks.png').read_bytes() == (ROOT / 'docs' / 'images' / 'comparison_ranks.png').read_bytes()
+    for name in ('ranks', 'tradeoff'):
+        shown = ROOT / 'docs' / 'images' / f'comparison_{name}.png'
+        assert (folder / f'{name}.png').read_bytes() == shown.read_bytes()
     shown = 0
     for section in (folder / 'differences.md').read_text().split('\n## ')[1:]:
         table = section[section.index('|') :].strip()
