@@ -225,6 +225,13 @@ def test_real_comparison(tmp_path):
             assert all(line in page for page in pages), line
             shown += 1
     assert shown >= 3
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    rows = make_rows(results)
+    names = dict(icon='iCoN', icon_static='`icon-static`', dora='DoRA', lora='LoRA', adaptformer='AdaptFormer')
+    for method, title in {**names, 'frozen': 'linear probing'}.items():
+        found = [rows[task, method] for task in ('fashion', 'objects', 'objects_conditions')]
+        share = f'{100 * found[0].backbone_share:.2f}' if found[0].backbone_share else '0'
+        assert f'| {title} | {share} | {" | ".join(f"{row.mean:.1f}" for row in found)} |' in readme
 
 
 def test_costs_of_the_real_comparison():
