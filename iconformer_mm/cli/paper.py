@@ -276,7 +276,7 @@ def with_score(run: PaperRun, metrics: dict[str, Any]) -> dict[str, Any]:
 
 def run_all(runs: list[PaperRun], args: argparse.Namespace, console: Console) -> None:
     """Train and test what is not finished. What is missing for any run is an error before the first."""
-    left: list[tuple[PaperRun, dict[str, Any]]] = []
+    left: list[tuple[PaperRun, dict[str, Any], dict[str, Any]]] = []
     for run in runs:
         cfg, options = config_of(run, args)
         settings = dict(config=f'{run.task}/{run.name}', gpus=args.gpus, options=options)
@@ -290,11 +290,11 @@ def run_all(runs: list[PaperRun], args: argparse.Namespace, console: Console) ->
                 f'{folder} lacks {", ".join(missing)}: download {" and ".join(PUBLISHED[run.task].files)} into '
                 f'{args.archives} and run `iconformer paper prepare --tasks {run.task}`'
             )
-        left.append((run, settings))
-    for run, _ in left:
+        left.append((run, options, settings))
+    for run, *_ in left:
         fetch_weights(run, weights_of(config_of(run, args)[0]))
-    for run, settings in left:
-        train_and_test(run, settings, args)
+    for run, options, settings in left:
+        train_and_test(run, options, settings, args)
 
 
 def _is_finished(run: PaperRun, settings: dict[str, Any], args: argparse.Namespace) -> bool:
@@ -316,8 +316,14 @@ def _is_finished(run: PaperRun, settings: dict[str, Any], args: argparse.Namespa
     return finished is not None
 
 
-def train_and_test(run: PaperRun, settings: dict[str, Any], args: argparse.Namespace) -> None:
+def train_and_test(run: PaperRun, options: dict[str, Any], settings: dict[str, Any], args: argparse.Namespace) -> None:
     """Train, or go on with a training, then test, and write the result.
+
+    Args:
+        run: The run.
+        options: What is set of its config.
+        settings: The same and more as JSON keeps it, without tuples.
+        args: The command line.
 
     Raises:
         SystemExit: One of them failed.
@@ -325,7 +331,7 @@ def train_and_test(run: PaperRun, settings: dict[str, Any], args: argparse.Names
     """
     folder = run.result(args.out).with_suffix('')
     write_json(folder / BEGUN, settings)
-    given = [f'{name}={value}' for name, value in settings['options'].items()]
+    given = [f'{name}={value}' for name, value in options.items()]
     common = ['--work-dir', str(folder), '--cfg-options', *given]
     launch('train', [str(run.config), '--resume', *common], args.gpus)
     metrics = folder / 'metrics.json'
