@@ -68,7 +68,11 @@ class Scored:
 
 
 def evaluate(model: Any, loader: Any, evaluator_cfg: Any, metric: str, progress: str) -> Scored:
-    """Score the images of a loader, one by one."""
+    """Score the images of a loader, one by one.
+
+    Raises:
+        SystemExit: The metric is neither a mean over images nor an average precision.
+    """
     evaluator = Evaluator(evaluator_cfg)
     evaluator.dataset_meta = loader.dataset.metainfo
     noted = observe(evaluator, metric)
@@ -78,8 +82,9 @@ def evaluate(model: Any, loader: Any, evaluator_cfg: Any, metric: str, progress:
     found = evaluator.evaluate(len(loader.dataset))
     if metric.startswith('coco/'):
         return Scored(0.0 if finds_nothing(metric, found) else 100 * found[metric], None)
-    (images,) = noted
-    return Scored(images.score(), images)
+    if not noted:
+        raise SystemExit(f'{metric} is no mean over images, so a swap cannot be compared image by image')
+    return Scored(noted[-1].score(), noted[-1])
 
 
 def difference(own: Scored, swapped: Scored, seed: int = 0) -> dict[str, float]:
