@@ -276,7 +276,7 @@ def with_score(run: PaperRun, metrics: dict[str, Any]) -> dict[str, Any]:
 
 def run_all(runs: list[PaperRun], args: argparse.Namespace, console: Console) -> None:
     """Train and test what is not finished. What is missing for any run is an error before the first."""
-    left: list[tuple[PaperRun, dict[str, Any], dict[str, Any]]] = []
+    left: list[tuple[PaperRun, str | None, dict[str, Any], dict[str, Any]]] = []
     for run in runs:
         cfg, options = config_of(run, args)
         settings = dict(config=f'{run.task}/{run.name}', gpus=args.gpus, options=options)
@@ -290,10 +290,10 @@ def run_all(runs: list[PaperRun], args: argparse.Namespace, console: Console) ->
                 f'{folder} lacks {", ".join(missing)}: download {" and ".join(PUBLISHED[run.task].files)} into '
                 f'{args.archives} and run `iconformer paper prepare --tasks {run.task}`'
             )
-        left.append((run, options, settings))
-    for run, *_ in left:
-        fetch_weights(run, weights_of(config_of(run, args)[0]))
-    for run, options, settings in left:
+        left.append((run, weights_of(cfg), options, settings))
+    for run, weights, *_ in left:
+        fetch_weights(run, weights)
+    for run, _, options, settings in left:
         train_and_test(run, options, settings, args)
 
 
