@@ -84,5 +84,5 @@ def refuse_damaged_images(options: Mapping[str, Any]) -> None:
     prefix = 'train_dataloader.dataset.'
     given = {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
     if given.get('type') == 'ImageFolderSplit':
-        split = {key: given[key] for key in ('shots', 'val', 'most') if key in given}
+        split = {key: given[key] for key in ('shots', 'val', 'most', 'seed') if key in given}
         refuse_damaged(choose_images(Path(given['data_root']), **split))
